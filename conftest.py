@@ -1,0 +1,1 @@
+pytest_plugins = ["reports.plugin", "fixtures.subjects", "fixtures.probe_sets", "fixtures.students"]

@@ -1,0 +1,181 @@
+"""Probe sets: balanced questions over scenes, as `datasets.Dataset`.
+
+``build`` draws scenes of one split in a fixed order, puts every task's question to each and takes it while that answer's quota is open,
+so answers are balanced exactly, by rejection, as in CLEVR.  Splits draw from disjoint streams of seeds; ``assert_disjoint`` checks by
+content hash that no picture is in two of them.
+
+Exports: ``SPLITS``, ``scene_stream``, ``build``, ``debug_set``, ``content_hash``, ``assert_disjoint``, ``target_mask``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import datasets
+import numpy as np
+
+from .render import detail_mask, object_box, object_mask, render
+from .scene import Scene, sample_scene
+from .tasks import TASKS
+
+SPLITS = {"train": 0, "discovery": 1, "confirmation": 2, "debug": 3}
+PROPOSALS = 3  # questions put to a scene per task before it is passed over
+BALANCE = 1.1  # no answer more often than this times the next, CLEVR's bound
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "scene_id": datasets.Value("string"),
+        "task": datasets.Value("string"),
+        "image": datasets.Image(),
+        "prompt": datasets.Value("string"),
+        "paraphrase": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+        "candidates": datasets.List(datasets.Value("string")),
+        "target": datasets.List(datasets.Value("int64")),
+        "boxes": datasets.List(datasets.List(datasets.Value("int64"))),
+        "objects": datasets.Value("string"),
+        "partner_image": datasets.Image(),
+        "partner_answer": datasets.Value("string"),
+    }
+)
+
+
+def scene_stream(split: str, seed: int = 0, start: int = 0) -> Iterator[tuple[int, Scene, np.random.Generator]]:
+    """Endless ``(index, scene, rng)`` of a split; the rng belongs to that scene's questions.
+
+    Raises
+    ------
+    ValueError
+        If the split is unknown.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split '{split}' is unknown: expected one of {', '.join(SPLITS)}")
+    for index in itertools.count(start):
+        rng = np.random.default_rng(np.random.SeedSequence((SPLITS[split], seed, index)))
+        yield index, sample_scene(rng), rng
+
+
+def _quotas(task: str, n: int) -> dict[str, int] | int:
+    answers = TASKS[task].answers
+    if answers is None:
+        return n
+    return {a: n // len(answers) + (i < n % len(answers)) for i, a in enumerate(answers)}
+
+
+def _take(quota, answer: str) -> tuple[bool, object]:
+    if isinstance(quota, int):
+        return quota > 0, quota - 1
+    return quota[answer] > 0, {**quota, answer: quota[answer] - 1}
+
+
+def build(split: str, *, tasks: Sequence[str] = tuple(TASKS), n_per_task: int = 120, seed: int = 0) -> datasets.Dataset:
+    """A balanced probe set.
+
+    Parameters
+    ----------
+    split : {"train", "discovery", "confirmation", "debug"}
+    tasks : names in ``TASKS``
+    n_per_task : int
+        Items of each task; a task's answers get equal shares (they differ by one where it does not divide).
+    seed : int
+        Another seed gives another, disjoint set of scenes of the same split.
+
+    Returns
+    -------
+    datasets.Dataset
+        One row an item: ``id``, ``scene_id`` (the cluster), ``task``, ``image``, ``prompt``, ``paraphrase``, ``answer``,
+        ``candidates``, ``target`` (object ids; empty means the dot), ``boxes`` (left, top, right, bottom of each target, pixels),
+        ``objects`` (the scene as JSON), ``partner_image`` and ``partner_answer`` (the counterfactual).
+
+    Raises
+    ------
+    ValueError
+        If a task or the split is unknown or ``n_per_task`` is not positive.
+    """
+    unknown = [t for t in tasks if t not in TASKS]
+    if unknown:
+        raise ValueError(f"task '{unknown[0]}' is unknown: expected one of {', '.join(TASKS)}")
+    if n_per_task < 1:
+        raise ValueError(f"n_per_task is {n_per_task}: expected at least one item a task")
+    quotas = {t: _quotas(t, n_per_task) for t in tasks}
+    missing = {t: n_per_task for t in tasks}
+    rows: list[dict] = []
+    for index, scene, rng in scene_stream(split, seed):
+        asked = [(t, q) for t in tasks if missing[t] for q in [_propose(t, scene, rng, quotas)] if q is not None]
+        image = render(scene) if asked else None
+        for task, question in asked:
+            missing[task] -= 1
+            rows.append(_row(f"{split}-{seed}-{index:06d}", scene, image, task, question))
+        if not any(missing.values()):
+            break
+    return datasets.Dataset.from_list(sorted(rows, key=lambda r: (tasks.index(r["task"]), r["id"])), features=FEATURES)
+
+
+def _propose(task: str, scene: Scene, rng: np.random.Generator, quotas: dict):
+    for _ in range(PROPOSALS):
+        question = TASKS[task].ask(scene, rng)
+        if question is not None:
+            taken, rest = _take(quotas[task], question.answer)
+            if taken:
+                quotas[task] = rest
+                return question
+    return None
+
+
+def _row(name: str, scene: Scene, image, task: str, question) -> dict:
+    by_id = {o.id: o for o in scene.objects}
+    return {
+        "id": f"{name}-{task}",
+        "scene_id": f"{name}-{scene.content_hash}",
+        "task": task,
+        "image": image,
+        "prompt": question.prompt,
+        "paraphrase": question.paraphrase,
+        "answer": question.answer,
+        "candidates": list(question.candidates),
+        "target": list(question.target),
+        "boxes": [list(object_box(by_id[i])) for i in question.target],
+        "objects": json.dumps(scene.as_dict()),
+        "partner_image": render(question.partner),
+        "partner_answer": question.partner_answer,
+    }
+
+
+def debug_set(n: int = 100) -> datasets.Dataset:
+    """A fixed small set over all tasks for fast iteration: ``n`` items (100 unless told)."""
+    full = build("debug", n_per_task=-(-n // len(TASKS)))
+    keep = sorted(range(len(full)), key=lambda i: (i % (-(-n // len(TASKS))), i))[:n]
+    return full.select(sorted(keep))
+
+
+def target_mask(row: dict) -> np.ndarray:
+    """Pixels of the objects a question is about (of the dot where it names none): bool ``[64, 64]``."""
+    from .scene import Detail, SceneObject
+
+    scene = json.loads(row["objects"])
+    if not row["target"]:
+        return detail_mask(Detail(**{**scene["detail"], "center": tuple(scene["detail"]["center"]), "tint": tuple(scene["detail"]["tint"])}))
+    objects = [SceneObject(**{**o, "center": tuple(o["center"]), "tint": tuple(o["tint"])}) for o in scene["objects"] if o["id"] in row["target"]]
+    return np.logical_or.reduce([object_mask(o) for o in objects])
+
+
+def content_hash(dataset: datasets.Dataset) -> str:
+    """Hash of a probe set's items: ids, pictures (through the scene's own hash), prompts and answers, in order-free form."""
+    keys = sorted(zip(dataset["id"], dataset["scene_id"], dataset["prompt"], dataset["answer"], dataset["partner_answer"]))
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
+
+def _pictures(dataset: datasets.Dataset) -> set[str]:
+    return {scene_id.rsplit("-", 1)[1] for scene_id in dataset["scene_id"]}
+
+
+def assert_disjoint(sets: Iterable[datasets.Dataset]) -> None:
+    """Raise ValueError if two probe sets share a picture (by the hash of what is drawn)."""
+    for first, second in itertools.combinations(list(sets), 2):
+        shared = _pictures(first) & _pictures(second)
+        if shared:
+            raise ValueError(f"two probe sets share {len(shared)} scenes, such as {sorted(shared)[0]}: discovery and confirmation must not")
