@@ -1,0 +1,93 @@
+"""H3: distilling a teacher into a small student improves it.
+
+The teacher is the subject under test, the student a small VLM of this repository, weakly pre-trained. Every run starts from the same student
+and takes the same number of optimiser steps on the same number of images; runs differ in the order of the data.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fixtures.students import ARMS
+from probes import GROUNDING_TASKS
+from reports import exhibits
+from vlm_core.stats import Baseline, Claim, Control, NonInferiority, Superiority
+
+SOURCE = "Hinton et al. 2015, arXiv:1503.02531; LLaVA-KD, Cai et al. 2024, arXiv:2410.16236"
+LITERATURE = {"published": "54.7 to 57.9 mean score (LLaVA-KD, 0.5 B student)", "where": "five VQA benchmarks"}
+
+SFT = Claim(
+    id="H3.sft",
+    sentence="Training the student on the teacher's answers lifts it at least 5 points, over itself before and over as many steps of the data it already had.",
+    effect="accuracy(trained on the teacher's answers) - accuracy(reference), paired per item, seeds crossed with items",
+    test=Superiority(0.05),
+    source=SOURCE,
+    direction="gain",
+    min_seeds=3,
+)
+RETENTION = Claim(
+    id="H3.retention",
+    sentence="No task of the probe set falls by more than 5 points when the student is trained on the teacher's answers.",
+    effect="accuracy(student before) - accuracy(trained on the teacher's answers), paired per item, seeds crossed with items",
+    test=NonInferiority(0.05),
+    source=SOURCE,
+    min_seeds=3,
+)
+
+
+@pytest.mark.claim(SFT)
+@pytest.mark.parametrize("reference", ["before", "same_data"])
+def test_the_teachers_answers_lift_the_student(reference, floors, student_answers, profile, evidence):
+    runs = range(profile.sft_seeds)
+    before, taught = [student_answers(None)], [student_answers("teacher", run) for run in runs]
+    against = before * len(runs) if reference == "before" else [student_answers("same_data", run) for run in runs]
+    gain = crossed([after["correct"].astype(float) - other["correct"].astype(float) for after, other in zip(taught, against, strict=True)], before[0])
+    exhibits.students(evidence, {"before": before, "same data": [student_answers(arm, r) for arm in ARMS[1:] for r in runs], "teacher": taught})
+    evidence.decide(
+        SFT,
+        gain["effect"],
+        clusters=gain["cluster"],
+        seeds=gain["seed"],
+        baseline=whole(before[0], student_answers(None, blind="swap"), floors),
+        controls=[teacher_is_better(floors, before[0], SFT.test.threshold)],
+        details={"reference": reference, "steps": profile.sft_steps, "images_a_step": profile.sft_batch, "literature": LITERATURE},
+    )
+
+
+@pytest.mark.claim(RETENTION)
+@pytest.mark.parametrize("task", GROUNDING_TASKS)
+def test_no_task_is_lost(task, student_answers, profile, floors, evidence):
+    before = student_answers(None)
+    mine = before["task"] == task
+    loss = crossed([before["correct"].astype(float) - student_answers("teacher", run)["correct"].astype(float) for run in range(profile.sft_seeds)], before)
+    rows = loss[loss["task"] == task]
+    evidence.decide(
+        RETENTION,
+        rows["effect"],
+        clusters=rows["cluster"],
+        seeds=rows["seed"],
+        baseline=Baseline(float(before[mine]["correct"].mean()), blind_accuracy(student_answers(None, blind="swap"), task), floors.chance[task]),
+        details={"steps": profile.sft_steps, "runs": profile.sft_seeds},
+    )
+
+
+def crossed(effects, about) -> pd.DataFrame:
+    """One row an (item, seed): effect, cluster, task, seed."""
+    frames = [about[["item", "cluster", "task"]].assign(effect=np.asarray(effect), seed=seed) for seed, effect in enumerate(effects)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def blind_accuracy(answers, task) -> float:
+    """Accuracy of answers given to another scene's image."""
+    return float(answers[answers["task"] == task]["correct"].mean())
+
+
+def whole(before, blind, floors) -> Baseline:
+    """The student before training, over all grounding tasks."""
+    return Baseline(float(before["correct"].mean()), float(blind["correct"].mean()), float(np.mean(list(floors.chance.values()))))
+
+
+def teacher_is_better(floors, before, threshold) -> Control:
+    """A teacher that knows no more than the student cannot lift it: then a gain would not come from its answers."""
+    ahead = float(floors.seeing["correct"].mean() - before["correct"].mean())
+    return Control("the teacher is ahead of the student", "positive", ahead > threshold, ahead, f"by more than {threshold:g}")

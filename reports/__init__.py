@@ -1,0 +1,18 @@
+"""Evidence and reports: from a claim's verdict inside pytest to one page a reader can doubt.
+
+``plugin``        the pytest adapter: options, marker, fixtures, hooks (thin)
+``options``       the ``--claims-*`` options, checked once
+``claims``        which collected tests are which claim instances; family sizes
+``expectations``  known outcomes of a subject, turned into strict xfails
+``evidence``      what a claim test talks to; the verdict exceptions
+``record``        the evidence record: builtins only, checked against its published schema
+``collect``       the controller's side: gather, gate, write the run directory
+``provenance``    commit, versions, machine, memory
+``terminal``      live progress and the verdict table
+``figures``       the figure kinds and their data, rendered as SVG from JSON; ``drawings`` draws them
+``wording``       numbers and lists as a reader wants them
+``summary``       what the page says, derived from the JSON
+``page``          the page itself; ``python -m reports render RUN`` draws it again
+
+Nothing here measures: verdicts come from ``vlm_core.stats``, numbers from the tests.
+"""

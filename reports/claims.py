@@ -1,0 +1,138 @@
+"""Which collected tests are which claim instances.
+
+An instance is a declared claim with the parameters of one test; ``(claim id, parameters)`` is its identity,
+whatever its node id. Family sizes are counted over everything collected, before ``-k``, ``-m`` or ``--lf``
+take anything away, so a verdict does not depend on what else was selected.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from reports.record import describe_params, instance_key
+
+_PLAIN_KEYWORD = re.compile(r"[\w:+\-.\[\]/]+")
+
+
+@dataclass(frozen=True)
+class ClaimInstance:
+    """One declared claim with one set of parameters.
+
+    Attributes
+    ----------
+    claim : vlm_core.stats.Claim
+    params : dict
+        JSON builtins.
+    nodeid : str
+    order : int
+        Position in the collected suite; records are written in this order.
+    """
+
+    claim: object
+    params: dict = field(hash=False)
+    nodeid: str
+    order: int
+
+    @property
+    def key(self):
+        return instance_key(self.claim.id, self.params)
+
+    @property
+    def title(self):
+        shown = describe_params(self.params)
+        return f"{self.claim.id} [{shown}]" if shown else self.claim.id
+
+
+def instances(items):
+    """Claim instances of collected items, as ``{item: ClaimInstance}``.
+
+    Raises
+    ------
+    pytest.UsageError
+        For a marker without a declaration, two claims on one test, or one instance on two tests.
+    """
+    found, seen = {}, {}
+    for order, item in enumerate(items):
+        marks = list(item.iter_markers("claim"))
+        if not marks:
+            continue
+        if len(marks) > 1:
+            raise pytest.UsageError(f"{item.nodeid} is marked with {len(marks)} claims: one test decides one claim")
+        mark = marks[0]
+        if len(mark.args) != 1 or not hasattr(mark.args[0], "as_dict"):
+            raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.claim takes one declared Claim")
+        params = dict(mark.kwargs)
+        if hasattr(item, "callspec"):
+            params.update(
+                (name, value)
+                for name, value in sorted(item.callspec.params.items())
+                if value is None or type(value) in (str, int, float, bool)
+            )
+        instance = ClaimInstance(mark.args[0], params, item.nodeid, order)
+        if instance.key in seen:
+            raise pytest.UsageError(f"{instance.title} is claimed by {seen[instance.key]} and by {item.nodeid}")
+        seen[instance.key] = item.nodeid
+        found[item] = instance
+    return found
+
+
+def family_sizes(found):
+    """Confirmatory instances per hypothesis."""
+    return Counter(instance.claim.hypothesis for instance in found.values() if instance.claim.tier == "confirmatory")
+
+
+def declares_claims(paths):
+    """Whether any test module at or below the paths marks a test with a claim (read, not imported)."""
+    return any(_marks_claim(module) for path in paths for module in _test_modules(Path(path)))
+
+
+def _test_modules(path):
+    if path.is_dir():
+        return sorted({*path.rglob("test_*.py"), *path.rglob("*_test.py")})
+    return [path] if path.suffix == ".py" and path.is_file() else []
+
+
+def _marks_claim(module):
+    source = module.read_text(encoding="utf-8", errors="replace")
+    if "mark.claim" not in source:
+        return False
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return False
+    return any(
+        isinstance(node, ast.Attribute) and node.attr == "claim" and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"
+        for node in ast.walk(tree)
+    )
+
+
+def argument_paths(config):
+    """The files and folders pytest was pointed at, node ids cut off."""
+    base = config.invocation_params.dir
+    return [base / argument.split("::")[0] for argument in config.args]
+
+
+def is_partial(config):
+    """Whether less than the declared suite (``testpaths``) was pointed at, so families are not whole."""
+    if any("::" in argument for argument in config.args):
+        return True
+    given = [path.resolve() for path in argument_paths(config)]
+    declared = [(config.rootpath / name).resolve() for name in config.getini("testpaths")]
+    if not declared:
+        return any(path.is_file() for path in given)
+    return not all(any(root == path or path in root.parents for path in given) for root in declared)
+
+
+def command_alone(item, config, arguments):
+    """The command that runs one test alone and leaves its family whole: what was pointed at, narrowed by ``-k``."""
+    given = config.args if is_partial(config) else []
+    if any("::" in argument for argument in given) or not _PLAIN_KEYWORD.fullmatch(item.name):
+        return shlex.join(["python", "-m", "pytest", item.nodeid.split("@")[0], *arguments])
+    return shlex.join(["python", "-m", "pytest", *given, "-k", item.name, *arguments])

@@ -1,0 +1,268 @@
+"""The controller's side of a run: gather payloads, gate completeness, write the run directory.
+
+A run lives in ``OUT/.<name>.partial/`` while it is made (records are appended as claims finish, so a killed
+run still shows what it had) and is renamed when complete: to ``OUT/<name>/``, or to ``OUT/<name>-incomplete/``
+when evidence is missing. ``OUT/latest`` points at the last complete run.
+
+``Run``        one run being gathered
+``exit_code``  pytest's exit code for what a run found
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import secrets
+import shutil
+import time
+from collections import Counter, defaultdict
+from datetime import UTC, datetime
+
+from reports import page, provenance, record
+from vlm_core import stats
+
+REFUTED_OR_FAILED = 1
+EVIDENCE_LOST = 3
+ONLY_UNDECIDED = 10
+
+
+class Run:
+    """Evidence of one session.
+
+    Parameters
+    ----------
+    options : reports.options.Options
+    command : str
+    root : pathlib.Path
+        The checkout.
+    """
+
+    def __init__(self, options, *, command, root):
+        self.options = options
+        self.command = command
+        self.root = root
+        self.started = datetime.now(UTC)
+        self._clock = time.monotonic()
+        self._received = []
+        self.problems = []
+        self._peaks = {}
+        self.folder = None
+        self.name = f"{self.started:%Y%m%dT%H%M%SZ}-{re.sub(r'[^A-Za-z0-9._-]+', '-', options.subject_name)}-{secrets.token_hex(3)}"
+
+    @property
+    def partial_folder(self):
+        return self.options.out / f".{self.name}.partial"
+
+    @property
+    def records(self):
+        """Records received so far, in the order of the declared suite."""
+        ordered = sorted(self._received, key=lambda payload: payload["order"])
+        return [payload["record"] for payload in ordered if payload["record"]]
+
+    def add(self, payload):
+        """Take one test's payload and append its record to ``records.jsonl``."""
+        self._received.append(payload)
+        self._peaks[payload["process"]] = max(payload["peak_memory_mb"], self._peaks.get(payload["process"], 0.0))
+        if payload["record"]:
+            if self.folder is None:
+                self._open()
+            with (self.folder / "records.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(record.dumps(payload["record"]) + "\n")
+
+    def _open(self):
+        self.folder = self.partial_folder
+        self.folder.mkdir(parents=True)
+        self.problems.append("the run ended before it was finished")
+        self._write_json("run.json", self._identity(exit_code=None, partial_families=False))
+        self.problems.pop()
+
+    def finish(self, *, problems, exit_code, partial_families):
+        """Write the run directory and its report.
+
+        Parameters
+        ----------
+        problems : list of str
+            Why the evidence is incomplete; empty when it is complete.
+        exit_code : int
+        partial_families : bool
+            Whether less than the declared suite was collected.
+
+        Returns
+        -------
+        pathlib.Path
+            The finished directory.
+        """
+        if self.folder is None:
+            self._open()
+        self.problems += problems
+        tables = self._write_tables()
+        artifacts = self._write_artifacts()
+        records = adjust(self.records)
+        self._write_json("evidence.json", records)
+        (self.folder / "records.jsonl").write_text("".join(record.dumps(entry) + "\n" for entry in records), encoding="utf-8")
+        identity = self._identity(exit_code=exit_code, partial_families=partial_families)
+        self._write_json("run.json", {**identity, "files": sorted(tables + artifacts)})
+        page.render(self.folder)
+        return self._settle()
+
+    def discard(self):
+        """Remove what was begun: nothing was measured."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+            self.folder = None
+
+    def _settle(self):
+        final = self.options.out / (self.name if not self.problems else f"{self.name}-incomplete")
+        self.folder.rename(final)
+        self.folder = final
+        if not self.problems:
+            _point_latest(self.options.out, final.name)
+        return final
+
+    def _identity(self, *, exit_code, partial_families):
+        about = self._about()
+        return {
+            "schema_version": record.SCHEMA_VERSION,
+            "name": self.name,
+            "subject": {"name": self.options.subject_name, "source": self.options.subject, **about["subject"]},
+            "data": about["data"],
+            "profile": self.options.profile,
+            "seed": self.options.seed,
+            "revision": self.options.revision,
+            "command": self.command,
+            "commit": provenance.commit(self.root),
+            "versions": provenance.versions(),
+            "machine": provenance.machine(),
+            "started": self.started.isoformat(timespec="seconds"),
+            "duration_s": round(time.monotonic() - self._clock, 2),
+            "peak_memory_mb": max([provenance.peak_memory_mb(), *self._peaks.values()]),
+            "processes": max(1, len(self._peaks)),
+            "expectations": str(self.options.expectations) if self.options.expectations else None,
+            "partial_families": partial_families,
+            "counts": dict(Counter(entry["verdict"] for entry in self.records)),
+            "complete": not self.problems,
+            "problems": list(self.problems),
+            "exit_code": exit_code,
+        }
+
+    def _about(self):
+        merged = {"subject": {}, "data": {}}
+        for payload in sorted(self._received, key=lambda payload: payload["order"]):
+            for part, facts in payload["about"].items():
+                for name, value in facts.items():
+                    if merged[part].setdefault(name, value) != value and part == "subject":
+                        self._problem(f"tests disagree about the subject's {name}")
+        return merged
+
+    def _problem(self, sentence):
+        if sentence not in self.problems:
+            self.problems.append(sentence)
+
+    def _write_tables(self):
+        tables = defaultdict(lambda: ({}, {}))
+        for payload in self._received:
+            for table in payload["tables"]:
+                columns, rows = tables[table["name"]]
+                columns.update(dict.fromkeys(table["columns"]))
+                for values in table["rows"]:
+                    row = dict(zip(table["columns"], values, strict=True))
+                    rows.setdefault(record.dumps(row, sort_keys=True), row)
+        for name, (columns, rows) in tables.items():
+            columns = list(columns)
+            ordered = sorted(rows.values(), key=lambda row: [_sortable(row.get(column)) for column in columns])
+            with (self.folder / name).open("w", encoding="utf-8", newline="") as out:
+                if name.endswith(".jsonl"):
+                    out.writelines(record.dumps(row) + "\n" for row in ordered)
+                else:
+                    writer = csv.DictWriter(out, columns, lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(ordered)
+        return list(tables)
+
+    def _write_artifacts(self):
+        artifacts = {}
+        for payload in sorted(self._received, key=lambda payload: payload["order"]):
+            for artifact in payload["artifacts"]:
+                name, content = artifact["name"], artifact["content"]
+                if name not in artifacts:
+                    artifacts[name] = content
+                elif isinstance(content, dict) and isinstance(artifacts[name], dict):
+                    artifacts[name] = {**content, **artifacts[name]}
+                elif artifacts[name] != content:
+                    self._problem(f"tests disagree about {name}")
+        for name, content in artifacts.items():
+            self._write_json(name, content)
+        return list(artifacts)
+
+    def _write_json(self, name, content):
+        (self.folder / name).write_text(record.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def adjust(records):
+    """Records with Holm-adjusted p-values over each declared family.
+
+    Instances of the family that were not run, or have no p-value, count as p = 1: the adjustment can only
+    be stricter for it.
+    """
+    adjusted = {}
+    families = defaultdict(list)
+    for index, entry in enumerate(records):
+        if entry["tier"] == "confirmatory" and entry["p_value"] is not None:
+            families[entry["hypothesis"]].append(index)
+    for indices in families.values():
+        size = max(len(indices), *(records[index]["family_size"] for index in indices))
+        raw = [records[index]["p_value"] for index in indices] + [1.0] * (size - len(indices))
+        adjusted.update(zip(indices, (float(value) for value in stats.holm(raw)), strict=False))
+    return [record.validate({**entry, "p_holm": adjusted.get(index)}) for index, entry in enumerate(records)]
+
+
+def exit_code(base, *, records, lost, failures, subject_missing, inconclusive):
+    """pytest's exit code for what a run found.
+
+    Parameters
+    ----------
+    base : int
+        pytest's own code.
+    records : list of dict
+    lost : bool
+        Whether an expected claim has no teardown report.
+    failures : int
+        Failed reports that are no claim verdict (crashes, ordinary tests, unexpected support).
+    subject_missing : bool
+    inconclusive : {"fail", "warn"}
+
+    Returns
+    -------
+    int
+        3 evidence lost or no subject, 1 refuted or failing, 10 only inconclusive or invalid, 0; pytest's own
+        2 (interrupted), 4 (usage) and 5 (nothing collected) stay.
+    """
+    if subject_missing:
+        return EVIDENCE_LOST
+    if base not in (0, 1):
+        return base
+    if lost:
+        return EVIDENCE_LOST
+    gating = [entry for entry in records if entry["tier"] == "confirmatory" and entry["outcome"] in ("decided", "skipped")]
+    if failures or any(entry["verdict"] == "refuted" for entry in gating):
+        return REFUTED_OR_FAILED
+    if inconclusive == "fail" and any(entry["verdict"] in ("inconclusive", "invalid") for entry in gating):
+        return ONLY_UNDECIDED
+    return 0
+
+
+def _sortable(value):
+    if value is None:
+        return (2, 0, "")
+    if isinstance(value, (bool, int, float)):
+        return (0, value, "")
+    return (1, 0, value if isinstance(value, str) else record.dumps(value))
+
+
+def _point_latest(out, name):
+    latest = out / "latest"
+    try:
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(name, target_is_directory=True)
+    except OSError:
+        latest.write_text(name + "\n", encoding="utf-8")

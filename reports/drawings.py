@@ -1,0 +1,370 @@
+"""The drawings: one function a figure kind, data in, ``(figure, tips)`` out.
+
+``tips`` maps the id of a drawn group to the text a reader gets when pointing at it. Direct labels instead of
+legends; axis labels are words with units; colours only from ``reports.figures.COLOURS``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from reports.figures import COLOURS
+from reports.wording import number
+
+WIDTH = 5.0
+
+# Over a photograph the page's light and dark do not apply.
+_ON_IMAGE, _OUTLINE = "#d65f00", "#fefefe"
+
+_ROLE_COLOURS = {
+    "targeted": "targeted",
+    "random": "random",
+    "uniform": "random",
+    "reference": "random",
+    "baseline": "baseline",
+    "floor": "floor",
+    "chance": "muted",
+}
+_OTHERS = ("targeted", "second", "third", "alert", "baseline", "floor")
+
+
+def accuracy_bars(data):
+    """``{"bars": [{label, value, lower?, upper?, role?}], "x_label"?, "chance"?}``, horizontal, in the given order."""
+    bars = data["bars"]
+    figure, axes = _axes(height=0.62 + 0.36 * len(bars))
+    for row, bar in enumerate(bars):
+        colour = COLOURS[_ROLE_COLOURS.get(bar.get("role"), "targeted")]
+        axes.barh(row, bar["value"], height=0.62, color=colour, alpha=0.85)
+        upper = bar["value"]
+        if bar.get("lower") is not None and bar.get("upper") is not None:
+            upper = max(upper, bar["upper"])
+            axes.plot([bar["lower"], bar["upper"]], [row, row], color=COLOURS["ink"], linewidth=1.4)
+        axes.annotate(number(bar["value"]), (upper, row), xytext=(5, 0), textcoords="offset points", va="center")
+    if data.get("chance") is not None:
+        _reference(axes, x=data["chance"], text="chance")
+    axes.set_yticks(range(len(bars)), [bar["label"] for bar in bars])
+    axes.set_ylim(len(bars) - 0.45, -0.55)
+    axes.set_xlim(min(0.0, *(_known(bars, "lower", "value"))), _room(bars, "upper", "value"))
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(data.get("x_label", "accuracy"))
+    return figure, {}
+
+
+def head_map(data):
+    """``{"values": [layer][head], "marks"?: [{layer, head, label?}], "value_label"?}``; one hue, intensity is the value."""
+    values = _matrix(data["values"])
+    layers, heads = values.shape
+    figure, axes = _axes(height=max(2.0, 0.9 + 0.3 * layers))
+    tips = _cells(axes, values, lambda row, column, value: f"layer {row}, head {column}: {value}")
+    for mark in data.get("marks", ()):
+        axes.add_patch(
+            Rectangle(
+                (mark["head"] - 0.44, mark["layer"] - 0.44), 0.88, 0.88, fill=False,
+                edgecolor=COLOURS["alert"], linewidth=1.8,
+            )
+        )  # fmt: skip
+        if mark.get("label"):
+            axes.text(
+                mark["head"], mark["layer"], mark["label"], ha="center", va="center", fontsize=8.5,
+                color=COLOURS["ink"], fontweight="bold",
+            )  # fmt: skip
+    _integer_ticks(axes, heads, layers)
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    _scale_bar(axes, values, data.get("value_label", "attribution"))
+    return figure, tips
+
+
+def layer_heatmap(data):
+    """``{"rows": [layer], "columns": [keep fraction], "values": [row][column], "horizon"?: layer, labels?}``."""
+    values = _matrix(data["values"])
+    rows, columns = values.shape
+    figure, axes = _axes(height=max(2.0, 0.9 + 0.32 * rows))
+    row_label, column_label = data.get("row_label", "layer"), data.get("column_label", "tokens kept")
+    tips = _cells(
+        axes,
+        values,
+        lambda row, column, value: f"{row_label} {data['rows'][row]}, {column_label} {data['columns'][column]}: {value}",
+        print_values=rows * columns <= 80,
+    )
+    axes.set_xticks(range(columns), [_tick(value) for value in data["columns"]])
+    axes.set_yticks(range(rows), [_tick(value) for value in data["rows"]])
+    if data.get("horizon") is not None and data["horizon"] in data["rows"]:
+        edge = data["rows"].index(data["horizon"]) - 0.5
+        axes.plot([-0.5, columns - 0.5], [edge, edge], color=COLOURS["alert"], linewidth=2)
+        axes.set_title(f"orange line: horizon, {row_label} {data['horizon']}", loc="left", fontsize=9.5)
+    axes.set_xlabel(column_label)
+    axes.set_ylabel(row_label)
+    _scale_bar(axes, values, data.get("value_label", "loss of accuracy"))
+    return figure, tips
+
+
+def keep_curves(data):
+    """``{"series": [{name, role?, points: [{x, y, lower?, upper?}]}], "x_label"?, "y_label"?, "reference"?: y}``."""
+    figure, axes = _axes(height=3.4)
+    axes.grid(True, axis="y")
+    lines, others = [], iter(_OTHERS * 4)
+    for series in data["series"]:
+        points = sorted(series["points"], key=lambda point: point["x"])
+        role = series.get("role")
+        name = _ROLE_COLOURS[role] if role in _ROLE_COLOURS and role != "targeted" else next(others)
+        colour = COLOURS[name]
+        x, y = ([point[key] for point in points] for key in ("x", "y"))
+        quiet = name == "random"
+        axes.plot(x, y, color=colour, marker="o", linestyle=_dash(series["name"]) if quiet else "-")
+        if all(point.get("lower") is not None and point.get("upper") is not None for point in points):
+            band = [[point[key] for point in points] for key in ("lower", "upper")]
+            axes.fill_between(x, *band, color=colour, alpha=0.14, linewidth=0)
+        lines.append((y, series["name"], colour))
+    if data.get("reference") is not None:
+        _reference(axes, y=data["reference"], text=data.get("reference_label", "all tokens"))
+    axes.set_xlabel(data.get("x_label", "share of visual tokens kept"))
+    axes.set_ylabel(data.get("y_label", "accuracy"))
+    _label_lines(axes, lines)
+    return figure, {}
+
+
+def trend_line(data):
+    """``{"points": [{x, y, lower?, upper?}], "x_label"?, "y_label"?, "reference"?: y, "reference_label"?}``."""
+    figure, axes = _axes(height=2.8)
+    axes.grid(True, axis="y")
+    points = sorted(data["points"], key=lambda point: point["x"])
+    for point in points:
+        if point.get("lower") is not None and point.get("upper") is not None:
+            axes.plot([point["x"]] * 2, [point["lower"], point["upper"]], color=COLOURS["targeted"], linewidth=1.2)
+    axes.plot([point["x"] for point in points], [point["y"] for point in points], color=COLOURS["targeted"], marker="o")
+    if data.get("reference") is not None:
+        _reference(axes, y=data["reference"], text=data.get("reference_label", "reference"))
+    axes.set_xlabel(data.get("x_label", "layer"))
+    axes.set_ylabel(data.get("y_label", "accuracy"))
+    return figure, {}
+
+
+def null_histogram(data):
+    """``{"draws": [value], "observed": value, "x_label"?, "p_value"?}``."""
+    figure, axes = _axes(height=2.5)
+    draws, observed = [value for value in data["draws"] if value is not None], data["observed"]
+    axes.hist(draws, bins=min(40, max(8, len(draws) // 8)), color=COLOURS["random"], alpha=0.85)
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0, top * 1.22)
+    axes.plot([observed, observed], [0, top * 1.05], color=COLOURS["targeted"], linewidth=2.2)
+    text = f"targeted {number(observed)}"
+    if data.get("p_value") is not None:
+        text += f", p {_p(data['p_value'])}"
+    lower, upper = axes.get_xlim()
+    right_half = observed > (lower + upper) / 2
+    axes.annotate(
+        text, (observed, top * 1.05), xytext=(0, 3), textcoords="offset points",
+        ha="right" if right_half else "left", va="bottom", color=COLOURS["targeted"],
+    )  # fmt: skip
+    axes.set_xlabel(data.get("x_label", "effect of random draws"))
+    axes.set_ylabel(f"draws (of {len(draws)})")
+    return figure, {}
+
+
+def slope(data):
+    """``{"series": [{name, points: [{stage, value}]}], "y_label"?}``: one line a seed, stages in order."""
+    figure, axes = _axes(height=3.0)
+    stages = list(dict.fromkeys(point["stage"] for series in data["series"] for point in series["points"]))
+    for series in data["series"]:
+        x = [stages.index(point["stage"]) for point in series["points"]]
+        y = [point["value"] for point in series["points"]]
+        axes.plot(x, y, color=COLOURS["random"], marker="o", linewidth=1.2, markersize=4)
+    means = [np.mean([p["value"] for s in data["series"] for p in s["points"] if p["stage"] == stage]) for stage in stages]
+    axes.plot(range(len(stages)), means, color=COLOURS["targeted"], marker="o", linewidth=2.4)
+    for place, mean in enumerate(means):
+        axes.annotate(
+            number(float(mean)), (place, mean), xytext=(0, 9), textcoords="offset points", ha="center",
+            color=COLOURS["targeted"], fontweight="bold",
+        )  # fmt: skip
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_xlim(-0.35, len(stages) - 0.65)
+    axes.margins(y=0.18)
+    axes.set_ylabel(data.get("y_label", "accuracy"))
+    axes.set_title(f"thin: each of {len(data['series'])} seeds; bold: their mean", loc="left", fontsize=9.5)
+    return figure, {}
+
+
+def attention_overlay(data):
+    """``{"image": PNG base64, "values": [row][column], "prompt", "answer", "mask"?: [row][column] of 0/1}``."""
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data["image"])), format="png")
+    values = _matrix(data["values"])
+    figure = Figure(figsize=(WIDTH, 2.8))
+    plain, seen = figure.subplots(1, 2)
+    height, width = pixels.shape[:2]
+    for axes in (plain, seen):
+        axes.imshow(pixels, cmap="gray", extent=(0, width, height, 0))
+        axes.set_axis_off()
+    rows, columns = values.shape
+    peak = np.nanmax(np.abs(values)) or 1.0
+    step_y, step_x = height / rows, width / columns
+    tips = {}
+    for row, column in np.ndindex(rows, columns):
+        value = values[row, column]
+        share = 0.0 if np.isnan(value) else abs(value) / peak
+        if share > 0.02:
+            cell = Rectangle(
+                (column * step_x, row * step_y), step_x, step_y, facecolor=_ON_IMAGE, alpha=0.75 * share,
+                linewidth=0,
+            )  # fmt: skip
+            cell.set_gid(f"cell-{row}-{column}")
+            tips[f"cell-{row}-{column}"] = f"token row {row}, column {column}: {number(float(value))}"
+            seen.add_patch(cell)
+    if data.get("mask") is not None:
+        _outline(seen, np.asarray(data["mask"]) > 0, step_x, step_y)
+    plain.set_title(_wrapped(data["prompt"]), fontsize=9.5, loc="left")
+    seen.set_title(f"answer: {data['answer']}", fontsize=9.5, loc="left")
+    return figure, tips
+
+
+def _outline(axes, mask, step_x, step_y):
+    padded = np.pad(mask, 1)
+    for row, column in np.argwhere(mask):
+        left, top = column * step_x, row * step_y
+        for neighbour, x, y in (
+            ((row, column + 1), [left, left + step_x], [top, top]),
+            ((row + 2, column + 1), [left, left + step_x], [top + step_y, top + step_y]),
+            ((row + 1, column), [left, left], [top, top + step_y]),
+            ((row + 1, column + 2), [left + step_x, left + step_x], [top, top + step_y]),
+        ):
+            if not padded[neighbour]:
+                axes.plot(x, y, color=_OUTLINE, linewidth=2)
+
+
+def _axes(*, height):
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots()
+
+
+def _matrix(values):
+    return np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
+
+
+def _cells(axes, values, tip, *, print_values=False):
+    peak = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0.0
+    tips = {}
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        share = 0.0 if np.isnan(value) or not peak else abs(value) / peak
+        colour = COLOURS["targeted"] if not value < 0 else COLOURS["alert"]
+        cell = Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, facecolor=colour, alpha=0.05 + 0.85 * share, linewidth=0)
+        cell.set_gid(f"cell-{row}-{column}")
+        tips[f"cell-{row}-{column}"] = tip(row, column, "not measured" if np.isnan(value) else number(float(value)))
+        axes.add_patch(cell)
+        if print_values and not np.isnan(value):
+            strong = share > 0.55
+            axes.text(
+                column, row, number(float(value)), ha="center", va="center", fontsize=8.5,
+                color=COLOURS["paper"] if strong else COLOURS["ink"],
+            )  # fmt: skip
+    axes.set_xlim(-0.55, values.shape[1] - 0.45)
+    axes.set_ylim(values.shape[0] - 0.45, -0.55)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return tips
+
+
+def _scale_bar(axes, values, label):
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return
+    peak = float(np.max(np.abs(finite)))
+    scale = axes.inset_axes((1.04, 0.0, 0.03, 1.0))
+    steps = 8
+    signed = finite.min() < 0
+    for step in range(steps):
+        share = (step + 0.5) / steps * (2 if signed else 1) - (1 if signed else 0)
+        scale.add_patch(
+            Rectangle(
+                (0, step / steps), 1, 1 / steps, linewidth=0, alpha=0.05 + 0.85 * abs(share),
+                facecolor=COLOURS["alert"] if share < 0 else COLOURS["targeted"],
+            )
+        )  # fmt: skip
+    scale.set_xlim(0, 1)
+    scale.set_ylim(0, 1)
+    scale.set_xticks([])
+    scale.yaxis.tick_right()
+    scale.set_yticks([0, 1], [number(-peak if signed else 0.0), number(peak)])
+    scale.tick_params(length=0)
+    scale.yaxis.set_label_position("right")
+    scale.set_ylabel(label)
+    for spine in scale.spines.values():
+        spine.set_visible(False)
+
+
+def _integer_ticks(axes, columns, rows):
+    for count, setter in ((columns, axes.set_xticks), (rows, axes.set_yticks)):
+        step = max(1, -(-count // 16))
+        setter(range(0, count, step))
+
+
+def _label_lines(axes, lines):
+    """Names at the right ends of lines, none overlapping; the axis is turned so that they end where they differ."""
+    turned = np.ptp([y[0] for y, _, _ in lines]) > np.ptp([y[-1] for y, _, _ in lines])
+    if turned:
+        axes.invert_xaxis()
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.075
+    ordered = sorted((y[0 if turned else -1], float(np.mean(y)), name, colour) for y, name, colour in lines)
+    places = []
+    for end, *_ in ordered:
+        places.append(max(end, places[-1] + gap) if places else end)
+    drift = np.mean(places) - np.mean([end for end, *_ in ordered])
+    aside = axes.get_yaxis_transform()
+    for place, (_, _, name, colour) in zip(places, ordered, strict=True):
+        axes.plot(1.03, place - drift, marker="o", color=colour, transform=aside, clip_on=False)
+        axes.annotate(name, (1.055, place - drift), xycoords=aside, va="center", annotation_clip=False)
+    axes.set_ylim(low, high)
+
+
+def _reference(axes, *, text, x=None, y=None):
+    if x is not None:
+        axes.axvline(x, color=COLOURS["muted"], linestyle=(0, (3, 3)), linewidth=1)
+        axes.annotate(
+            text, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(3, 0), textcoords="offset points",
+            va="bottom", fontsize=8.5, color=COLOURS["ink"],
+        )  # fmt: skip
+    else:
+        axes.axhline(y, color=COLOURS["muted"], linestyle=(0, (3, 3)), linewidth=1)
+        axes.annotate(
+            text, (0, y), xycoords=axes.get_yaxis_transform(), xytext=(3, 3), textcoords="offset points",
+            va="bottom", fontsize=8.5, color=COLOURS["ink"],
+        )  # fmt: skip
+
+
+def _known(entries, *keys):
+    return [entry[key] for entry in entries for key in keys if entry.get(key) is not None]
+
+
+def _room(entries, *keys):
+    return max(_known(entries, *keys)) * 1.15 or 1.0
+
+
+def _dash(name):
+    return (0, (2, 2)) if "uniform" in name.lower() or "stride" in name.lower() else "-"
+
+
+def _tick(value):
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _p(value):
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _wrapped(text, width=30):
+    words, lines = text.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""From measured tables to the tables and figures a reader sees: one function an exhibit, each left with a test's ``evidence``.
+
+Nothing is measured here and no verdict depends on it; intervals drawn in figures come from ``vlm_core.stats.interval``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pandas as pd
+
+from vlm_core.stats import interval
+
+REFERENCE_POLICIES = ("random", "stride")  # drawn in grey: what an informed policy has to beat
+
+
+def mean_with_interval(values, clusters) -> dict:
+    """``{value, lower, upper}``: mean over items and its 95 % cluster interval."""
+    found = interval(np.asarray(values, dtype=float), np.asarray(clusters))
+    return {"value": found.estimate, "lower": found.lower, "upper": found.upper}
+
+
+def head_ablation(evidence, task: str, conditions: dict[str, tuple[str, pd.Series]], clusters, heads, chance: float) -> None:
+    """Table 1's rows and bars for one task.
+
+    Parameters
+    ----------
+    conditions : dict
+        Label → (role, correctness per item); roles as in the bar figure (``baseline``, ``targeted``, ``random``, ``floor``).
+    clusters : array, one per item
+    heads : sequence of heads
+        The targeted ones.
+    chance : float
+    """
+    bars = [{"label": label, "role": role, **mean_with_interval(values, clusters)} for label, (role, values) in conditions.items()]
+    full = bars[0]["value"]
+    evidence.table(
+        "head-ablation.csv",
+        pd.DataFrame(
+            {
+                "task": task,
+                "condition": [bar["label"] for bar in bars],
+                "heads_removed": [{"targeted": len(heads), "random": len(heads)}.get(bar["role"]) for bar in bars],
+                "accuracy": [bar["value"] for bar in bars],
+                "lower": [bar["lower"] for bar in bars],
+                "upper": [bar["upper"] for bar in bars],
+                "drop": [full - bar["value"] for bar in bars],
+            }
+        ),
+    )
+    evidence.figure(
+        "accuracy_bars",
+        {"bars": bars, "chance": chance},
+        title=f"{task}: accuracy when heads lose the image",
+        caption=f"Confirmation items, 95 % cluster intervals. The targeted heads are {', '.join(map(str, heads))} (layer.head).",
+        alt=f"Bars of accuracy on {task}: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
+    )
+
+
+def head_map(evidence, task: str, coefficients, heads, r2: float) -> None:
+    """The layers × heads map of attribution, targeted heads marked; rows for ``head-features.csv``."""
+    coefficients = np.asarray(coefficients)
+    layers, width = coefficients.shape
+    chosen = {tuple(head) for head in heads}
+    cells = [(layer, head) for layer in range(layers) for head in range(width)]
+    evidence.table(
+        "head-features.csv",
+        pd.DataFrame(
+            {
+                "task": task,
+                "layer": [layer for layer, _ in cells],
+                "head": [head for _, head in cells],
+                "attribution": [float(coefficients[cell]) for cell in cells],
+                "targeted": [cell in chosen for cell in cells],
+            }
+        ),
+    )
+    evidence.figure(
+        "head_map",
+        {
+            "values": coefficients.tolist(),
+            "marks": [{"layer": layer, "head": head, "label": ""} for layer, head in sorted(chosen)],
+            "value_label": "attribution (logits)",
+        },
+        title=f"{task}: which heads carry the image",
+        caption=f"Attribution on discovery items: logits of the right answer gained when a head sees the image. R² on unseen masks {r2:.2f}.",
+        alt=f"Map of {layers} layers by {width} heads; highest attribution at {', '.join(f'{a}.{b}' for a, b in sorted(chosen))}.",
+    )
+
+
+def null_draws(evidence, task: str, draws, observed: float, p_value: float) -> None:
+    """Histogram of the random head sets' mean drops with the targeted one's."""
+    evidence.figure(
+        "null_histogram",
+        {"draws": [float(x) for x in draws], "observed": float(observed), "p_value": p_value, "x_label": "accuracy lost"},
+        title=f"{task}: targeted heads against {len(draws)} layer-matched random sets",
+        caption="Each count is one random set of heads from the same layers in the same numbers; the line is the targeted set.",
+        alt=f"Histogram of accuracy lost by random heads; the targeted heads lose {observed:.2f}, Monte-Carlo p {p_value:.3g}.",
+    )
+
+
+def attention_overlay(evidence, item: dict, values, grid: tuple[int, int], mask, answer: str, title: str) -> None:
+    """One image with attention on its patches and the asked object's outline."""
+    out = io.BytesIO()
+    item["image"].resize((256, 256), 0).save(out, "PNG")
+    evidence.figure(
+        "attention_overlay",
+        {
+            "image": base64.b64encode(out.getvalue()).decode(),
+            "values": np.asarray(values, dtype=float).reshape(grid).tolist(),
+            "mask": np.asarray(mask, dtype=int).tolist(),
+            "prompt": item["prompt"],
+            "answer": answer,
+        },
+        title=title,
+        caption="Attention from the last prompt token to the image, summed over the targeted heads. The outline marks the patches of the asked object.",
+        alt=f"An image of coloured shapes with attention from the targeted heads, for the question: {item['prompt']} (answered {answer}).",
+    )
+
+
+def drop_curves(evidence, table: pd.DataFrame, task: str, layer: int) -> None:
+    """``token-drop-curves.csv`` and Figure 1: keep fraction against accuracy, one line a policy."""
+    rows = table[(table["layer"] == layer) & (table["keep"] > 0)]
+    series, out = [], []
+    for policy in rows["policy"].drop_duplicates():
+        points = []
+        for keep, cell in rows[rows["policy"] == policy].groupby("keep"):
+            found = mean_with_interval(cell["correct"], cell["cluster"])
+            points.append({"x": float(keep), "y": found["value"], "lower": found["lower"], "upper": found["upper"]})
+            out.append({"task": task, "layer": layer, "policy": policy, "keep": float(keep), "items": len(cell), **found})
+        series.append({"name": policy, "role": "random" if policy in REFERENCE_POLICIES else "targeted", "points": points})
+    evidence.table("token-drop-curves.csv", pd.DataFrame(out).rename(columns={"value": "accuracy"}))
+    evidence.figure(
+        "keep_curves",
+        {"series": series, "x_label": "share of visual tokens kept", "y_label": "accuracy"},
+        title=f"{task}: accuracy against visual tokens kept from layer {layer} on",
+        caption="Discovery items, 95 % cluster bands. Grey: random and evenly spaced tokens, the references an informed policy has to beat.",
+        alt=f"Lines of accuracy on {task} against the share of tokens kept, one line a policy: " + ", ".join(s["name"] for s in series),
+    )
+
+
+def layer_sensitivity(evidence, table: pd.DataFrame, task: str, policy: str, margin: float) -> None:
+    """``layer-sensitivity.csv`` and Figure 2: accuracy lost by layer and keep fraction, with the horizon drawn in.
+
+    The horizon is the first layer from which dropping every token costs less than ``margin`` at every later layer too.
+    """
+    full = table[table["keep"] == 1]["correct"].mean()
+    rows = table[((table["policy"] == policy) | (table["keep"].isin((0, 1)))) & (table["keep"] < 1)]
+    loss = full - rows.groupby(["layer", "keep"])["correct"].mean().unstack("keep").sort_index()
+    none_kept = loss[0.0] if 0.0 in loss else pd.Series(dtype=float)
+    fine = [layer for layer in none_kept.index if (none_kept.loc[layer:] < margin).all()]
+    evidence.table(
+        "layer-sensitivity.csv",
+        loss.stack()
+        .rename("accuracy_lost")
+        .reset_index()
+        .assign(task=task, policy=policy)[["task", "policy", "layer", "keep", "accuracy_lost"]],
+    )
+    evidence.figure(
+        "layer_heatmap",
+        {
+            "rows": [int(layer) for layer in loss.index],
+            "columns": [float(keep) for keep in loss.columns],
+            "values": [[None if np.isnan(x) else float(x) for x in row] for row in loss.to_numpy()],
+            "horizon": int(fine[0]) if fine else None,
+            "value_label": "accuracy lost",
+        },
+        title=f"{task}: accuracy lost by layer and share of tokens kept",
+        caption=f"Discovery items, policy {policy}. Horizon: the first layer from which all tokens can go for less than {margin:g}.",
+        alt=f"Heat map of accuracy lost on {task} by layer and share kept"
+        + (f"; horizon at layer {fine[0]}." if fine else "; no horizon."),
+    )
+
+
+def layer_trend(evidence, task: str, accuracies: pd.DataFrame, clusters, full: float) -> None:
+    """Accuracy when every visual token goes from a layer on, against that layer.
+
+    ``accuracies``: one row an item, one column a layer.
+    """
+    points = []
+    for layer in accuracies.columns:
+        found = mean_with_interval(accuracies[layer], clusters)
+        points.append({"x": int(layer), "y": found["value"], "lower": found["lower"], "upper": found["upper"]})
+    evidence.figure(
+        "trend_line",
+        {"points": points, "reference": full, "reference_label": "all tokens", "x_label": "layer from which all visual tokens are gone"},
+        title=f"{task}: the later the tokens go, the less they are missed",
+        caption="Confirmation items, 95 % cluster intervals.",
+        alt=f"Accuracy on {task} when all visual tokens go from layer: " + ", ".join(f"{p['x']}: {p['y']:.2f}" for p in points),
+    )
+
+
+def students(evidence, answers: dict[str, list[pd.DataFrame]]) -> None:
+    """``student-metrics.csv`` (per arm, seed and task) and the slope chart of each seed.
+
+    ``answers``: stage name → one `evaluate` frame a seed, stages in order; the first is the student before training.
+    """
+    rows = []
+    for stage, runs in answers.items():
+        for run, frame in enumerate(runs):
+            for task, items in frame.groupby("task", sort=False):
+                rows.append({"arm": stage, "seed": run, "task": task, "accuracy": float(items["correct"].mean()), "items": len(items)})
+    evidence.table("student-metrics.csv", pd.DataFrame(rows))
+    seeds = max(len(runs) for runs in answers.values())
+    series = [
+        {
+            "name": f"seed {run}",
+            "points": [
+                {"stage": stage, "value": float(runs[min(run, len(runs) - 1)]["correct"].mean())} for stage, runs in answers.items()
+            ],
+        }
+        for run in range(seeds)
+    ]
+    evidence.figure(
+        "slope",
+        {"series": series, "y_label": "accuracy"},
+        title="The student before and after training",
+        caption="Confirmation items, mean over the grounding tasks.",
+        alt="Slope chart of accuracy: "
+        + "; ".join(f"{stage} {np.mean([r['correct'].mean() for r in runs]):.2f}" for stage, runs in answers.items()),
+    )

@@ -1,0 +1,137 @@
+"""Figure kinds: each takes JSON data and gives SVG that follows the page's colours.
+
+A kind is a function in ``reports.drawings`` plus the keys its data must have; ``KINDS`` is the whole list.
+
+``check``   refuse unknown kinds and incomplete data, where the figure is made
+``render``  data to SVG text: real text, CSS variables for colours, stable ids
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+STYLE = Path(__file__).parent / "figures.mplstyle"
+
+# Colours a drawing may use, and the CSS variable each becomes on the page.
+COLOURS = {
+    "ink": "#1b1f24",
+    "muted": "#8b929c",
+    "line": "#e3e6ea",
+    "targeted": "#0072b2",
+    "random": "#9aa1ab",
+    "baseline": "#009e73",
+    "floor": "#b8860b",
+    "alert": "#d55e00",
+    "second": "#aa4499",
+    "third": "#44aa99",
+    "paper": "#ffffff",
+}
+
+
+class Kind(NamedTuple):
+    """What a figure kind needs: keys of its data, keys of each entry of its list."""
+
+    draw: str
+    keys: tuple
+    entries: str | None = None
+    entry_keys: tuple = ()
+
+
+KINDS = {
+    "accuracy_bars": Kind("accuracy_bars", ("bars",), "bars", ("label", "value")),
+    "head_map": Kind("head_map", ("values",)),
+    "keep_curves": Kind("keep_curves", ("series",), "series", ("name", "points")),
+    "layer_heatmap": Kind("layer_heatmap", ("rows", "columns", "values")),
+    "attention_overlay": Kind("attention_overlay", ("image", "values", "prompt", "answer")),
+    "null_histogram": Kind("null_histogram", ("draws", "observed")),
+    "slope": Kind("slope", ("series",), "series", ("name", "points")),
+    "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
+}
+
+
+def check(kind, data):
+    """Refuse data that could not be drawn later.
+
+    Raises
+    ------
+    ValueError
+        Naming the kind, and the key that is missing or empty.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"no figure kind {kind!r}: expected one of {', '.join(KINDS)}")
+    rule = KINDS[kind]
+    if not isinstance(data, dict):
+        raise ValueError(f"figure {kind!r} takes a mapping with {', '.join(map(repr, rule.keys))}, not a {type(data).__name__}")
+    for key in rule.keys:
+        if data.get(key) in (None, [], ""):
+            raise ValueError(f"figure {kind!r} needs {key!r} in its data")
+    for entry in data[rule.entries] if rule.entries else ():
+        missing = [key for key in rule.entry_keys if key not in entry]
+        if missing:
+            raise ValueError(f"figure {kind!r} needs {missing[0]!r} in each of its {rule.entries}")
+
+
+def render(kind, data, *, prefix, label):
+    """Draw a figure as one SVG element.
+
+    Parameters
+    ----------
+    kind : str
+    data : dict
+        As stored in a record.
+    prefix : str
+        Makes ids unique on a page with many figures.
+    label : str
+        The text alternative.
+
+    Returns
+    -------
+    str
+    """
+    import matplotlib as mpl
+    import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    from reports import drawings
+
+    check(kind, data)
+    with mpl.rc_context(), matplotlib.style.context(STYLE):
+        figure, tips = getattr(drawings, KINDS[kind].draw)(data)
+        FigureCanvasSVG(figure)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _for_page(out.getvalue(), prefix=prefix, label=label, tips=tips)
+
+
+def _for_page(svg, *, prefix, label, tips):
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label, quote=True)}">'
+    )
+    svg = opening + svg[svg.index(">") + 1 :]
+    for gid, text in tips.items():
+        svg = svg.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>", 1)
+    svg = re.sub(r'<g id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|[A-Za-z]*Collection)_\d+">', "<g>", svg)
+    seen = set()
+    svg = re.sub(r' id="([^"]+)"', lambda found: _unique(found[1], prefix, seen), svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}-\1"', svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for name, colour in COLOURS.items():
+        svg = re.sub(rf"{colour}\b", f"var(--fig-{name})", svg, flags=re.IGNORECASE)
+    return svg
+
+
+def _unique(name, prefix, seen):
+    """An id attribute; Matplotlib repeats the id of a shape it defines twice, always with the same content."""
+    if name in seen:
+        return ""
+    seen.add(name)
+    return f' id="{prefix}-{name}"'

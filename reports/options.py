@@ -1,0 +1,139 @@
+"""The ``--claims-*`` options: declared, and checked once, before anything is loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PROFILES = ("smoke", "default", "nightly")
+INCONCLUSIVE = ("fail", "warn")
+DEFAULT_SUBJECT = "fixtures/embedded/vlm"
+DEFAULT_OUT = "reports/runs"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of a run."""
+
+    subject: str
+    revision: str | None
+    profile: str
+    seed: int
+    out: Path
+    inconclusive: str
+    expectations: Path | None
+
+    @property
+    def subject_name(self):
+        return Path(self.subject.rstrip("/")).name or "subject"
+
+    def as_arguments(self):
+        """The command-line arguments that differ from the defaults."""
+        arguments = []
+        if self.subject != DEFAULT_SUBJECT:
+            arguments += ["--claims-subject", self.subject]
+        if self.revision:
+            arguments += ["--claims-revision", self.revision]
+        if self.profile != "default":
+            arguments += ["--claims-profile", self.profile]
+        if self.seed:
+            arguments += ["--claims-seed", str(self.seed)]
+        return arguments
+
+
+def declare(parser):
+    """Add the options to pytest's parser; values are checked in `read`, with one sentence each."""
+    group = parser.getgroup("claims", "research claims about a vision-language model")
+    add = group.addoption
+    add("--claims-subject", metavar="PATH_OR_ID", default=DEFAULT_SUBJECT, help="model to test (default: %(default)s)")
+    add("--claims-revision", metavar="REV", default=None, help="revision of a hub model")
+    add("--claims-profile", metavar="|".join(PROFILES), default="default", help="how much to measure (default: default)")
+    add("--claims-seed", metavar="INT", default="0", help="seed of data draws and resampling (default: 0)")
+    add("--claims-out", metavar="DIR", default=None, help=f"where runs are written (default: {DEFAULT_OUT})")
+    add(
+        "--claims-inconclusive",
+        metavar="|".join(INCONCLUSIVE),
+        default="fail",
+        help="fail: exit 10 when a claim is inconclusive or invalid (default); warn: exit 0",
+    )
+    add("--claims-expectations", metavar="FILE", default=None, help="known outcomes of the subject (TOML or JSON)")
+    add("--claims-list", action="store_true", help="list the declared claims and stop")
+
+
+def read(config):
+    """Check the options.
+
+    Raises
+    ------
+    pytest.UsageError
+        One sentence naming the option, what it got and what it takes.
+    """
+    given = config.option
+    _one_of("--claims-profile", given.claims_profile, PROFILES)
+    _one_of("--claims-inconclusive", given.claims_inconclusive, INCONCLUSIVE)
+    try:
+        seed = int(given.claims_seed)
+    except ValueError:
+        raise pytest.UsageError(f"--claims-seed takes a whole number, not {given.claims_seed!r}") from None
+    if seed < 0:
+        raise pytest.UsageError(f"--claims-seed takes a number from 0 on, not {seed}")
+    if not given.claims_subject.strip():
+        raise pytest.UsageError("--claims-subject takes a path or a model id, not an empty string")
+    given.claims_seed = seed
+    here = config.invocation_params.dir
+    return Options(
+        subject=_subject(config),
+        revision=given.claims_revision,
+        profile=given.claims_profile,
+        seed=seed,
+        out=here / given.claims_out if given.claims_out else config.rootpath / DEFAULT_OUT,
+        inconclusive=given.claims_inconclusive,
+        expectations=_expectations_file(config),
+    )
+
+
+def _subject(config):
+    """A folder of the checkout is found from wherever pytest is started."""
+    subject, root = config.option.claims_subject, config.rootpath
+    if not (config.invocation_params.dir / subject).exists() and (root / subject).exists():
+        return str(root / subject)
+    return subject
+
+
+def _one_of(option, value, allowed):
+    if value not in allowed:
+        raise pytest.UsageError(f"{option} takes one of {', '.join(allowed)}, not {value!r}")
+
+
+def _expectations_file(config):
+    """The given file, or ``expectations.toml`` inside the subject's folder or ``<subject>.expectations.toml`` beside it."""
+    if config.option.claims_expectations:
+        path = config.invocation_params.dir / config.option.claims_expectations
+        if not path.is_file():
+            raise pytest.UsageError(f"--claims-expectations {path} was not found")
+        return path
+    subject = config.option.claims_subject
+    for base in (config.invocation_params.dir, config.rootpath):
+        folder = base / subject
+        for path in (folder / "expectations.toml", folder.with_name(folder.name + ".expectations.toml")):
+            if path.is_file():
+                return path
+    return None
+
+
+def check_writable(out):
+    """Refuse an output folder that cannot be written, before hours are spent.
+
+    Raises
+    ------
+    pytest.UsageError
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"--claims-out {out} cannot be written: {error.strerror or error}") from None

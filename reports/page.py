@@ -1,0 +1,92 @@
+"""The report page: one self-contained HTML file, rendered from a run's JSON alone.
+
+``render(folder)`` writes ``folder/report.html`` and returns its path.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jinja2
+import markupsafe
+
+from reports import figures, record, summary, wording
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(folder):
+    """Render the report of a run directory.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Holds ``run.json`` and ``evidence.json`` (or, of a killed run, ``records.jsonl``).
+
+    Returns
+    -------
+    pathlib.Path
+    """
+    identity, records = record.load_run(folder)
+    target = folder / "report.html"
+    target.write_text(text(identity, records), encoding="utf-8")
+    return target
+
+
+def text(identity, records):
+    """The page as text."""
+    return _environment().get_template("report.html.j2").render(summary.page(identity, records), svg=_FigureWriter())
+
+
+@functools.cache
+def _environment():
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(
+        number=lambda value: wording.number(value).replace("-", "−"),
+        signed_text=lambda text: str(text).replace("-", "−"),
+        p=wording.p_value,
+        percent=lambda value: "–" if value is None else f"{value:.0%}",
+        params=record.describe_params,
+        json=record.dumps,
+        shown=shown,
+        duration=duration,
+    )
+    environment.globals["inline"] = _inline
+    return environment
+
+
+def duration(seconds):
+    """``42 s``, ``3 min``, ``1 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shown(value):
+    """A detail as text: sensible digits for numbers, words as they are, JSON for the rest."""
+    if isinstance(value, float):
+        return wording.number(value).replace("-", "−")
+    return value if isinstance(value, str) else record.dumps(value)
+
+
+class _FigureWriter:
+    """Draws figures for one page, each with ids of its own."""
+
+    def __init__(self):
+        self._drawn = 0
+
+    def __call__(self, figure):
+        self._drawn += 1
+        return markupsafe.Markup(figures.render(figure["kind"], figure["data"], prefix=f"f{self._drawn}", label=figure["alt"]))
+
+
+def _inline(name):
+    return markupsafe.Markup((TEMPLATES / name).read_text(encoding="utf-8"))

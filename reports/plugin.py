@@ -1,0 +1,329 @@
+"""The pytest adapter: options, the ``claim`` marker, fixtures and hooks.
+
+Load it from the root ``conftest.py`` (``pytest_plugins = ["reports.plugin"]``). It does nothing to tests
+that carry no claim.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import tempfile
+import time
+
+import pytest
+
+from reports import claims, collect, expectations, options, provenance, record, terminal
+from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
+
+_VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
+_ONLY_LOOKING = ("collectonly", "claims_list", "help", "markers", "showfixtures", "show_fixtures_per_test")
+_OPTIONS = pytest.StashKey[options.Options]()
+_FAMILIES = pytest.StashKey[dict]()
+_INSTANCE = pytest.StashKey[claims.ClaimInstance]()
+_EVIDENCE = pytest.StashKey[Evidence]()
+_ENDED = pytest.StashKey[tuple]()
+_PROGRESS = pytest.StashKey[terminal.Progress]()
+
+
+def pytest_addoption(parser):
+    options.declare(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    if config.option.claims_list:
+        config.option.numprocesses = 0
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "claim(CLAIM, **params): the test decides this declared claim")
+    chosen = config.stash[_OPTIONS] = options.read(config)
+    config.stash[_PROGRESS] = terminal.Progress(config)
+    if hasattr(config, "workerinput"):
+        return
+    measuring = not any(getattr(config.option, name, False) for name in _ONLY_LOOKING)
+    declared = measuring and claims.declares_claims(claims.argument_paths(config))
+    if declared:
+        options.check_writable(chosen.out)
+        _precheck(chosen)
+    if measuring:
+        config.pluginmanager.register(Controller(config, chosen, declared=declared), "claims-controller")
+
+
+def _precheck(chosen):
+    from vlm_core import precheck_subject
+
+    try:
+        precheck_subject(chosen.subject, chosen.revision)
+    except Exception as error:
+        if not _is_subject_error(error):
+            raise
+        raise pytest.UsageError(str(error)) from None
+
+
+def _is_subject_error(error):
+    return any(base.__name__ == "SubjectError" for base in type(error).__mro__)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    found = claims.instances(items)
+    for item, instance in found.items():
+        item.stash[_INSTANCE] = instance
+    config.stash[_FAMILIES] = claims.family_sizes(found)
+    chosen = config.stash[_OPTIONS]
+    if found and chosen.expectations:
+        entries = expectations.load(chosen.expectations)
+        expectations.apply(entries, found, whole_suite=not claims.is_partial(config))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    if not session.config.option.claims_list:
+        return None
+    found = [item.stash[_INSTANCE] for item in session.items if _INSTANCE in item.stash]
+    terminal.claims_list(session.config.pluginmanager.getplugin("terminalreporter"), found)
+    return True
+
+
+@pytest.fixture
+def evidence(request):
+    """Decide the test's claim and leave its tables and figures: see ``reports.evidence.Evidence``."""
+    return _evidence_of(request.node)
+
+
+@pytest.fixture(scope="session")
+def progress(request):
+    """``progress(label, done, total)``: shows in the terminal how far a measurement is."""
+    return request.config.stash[_PROGRESS]
+
+
+@pytest.fixture(scope="session")
+def claims_options(request):
+    """The checked ``--claims-*`` options: subject, revision, profile, seed, out."""
+    return request.config.stash[_OPTIONS]
+
+
+def _evidence_of(item):
+    if _EVIDENCE not in item.stash:
+        config, instance = item.config, item.stash.get(_INSTANCE, None)
+        chosen = config.stash[_OPTIONS]
+        item.stash[_EVIDENCE] = Evidence(
+            instance,
+            family_size=max(1, config.stash[_FAMILIES][instance.claim.hypothesis]) if instance else 1,
+            seed=chosen.seed,
+            reproduce=claims.command_alone(item, config, chosen.as_arguments()),
+        )
+    return item.stash[_EVIDENCE]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    report.user_properties = [(str(name), record.to_builtins(value)) for name, value in report.user_properties]
+    instance = item.stash.get(_INSTANCE, None)
+    if instance is not None:
+        error = call.excinfo.value if call.excinfo else None
+        if error is not None and _is_subject_error(error):
+            report.claims_stop = report.longrepr = str(error)
+            item.session.shouldstop = "there is no subject to measure"
+        _note_end(item, report, error)
+    if report.when == "teardown" and (instance is not None or _EVIDENCE in item.stash):
+        report.claims_payload = record.dumps(_payload(item))
+    return report
+
+
+def _note_end(item, report, error):
+    """Note how the test ended, and put a verdict in the place of its traceback."""
+    taken = item.stash.get(_EVIDENCE, None)
+    decided = taken.record if taken else None
+    if report.when == "teardown":
+        return
+    if isinstance(error, _VERDICT_ERRORS) and report.failed:
+        report.longrepr = f"{decided['verdict'].upper()} {error}" if decided else str(error)
+    if isinstance(error, pytest.skip.Exception):
+        item.stash[_ENDED] = ("skipped", f"not measured: {error.msg}")
+    elif error is not None and not isinstance(error, _VERDICT_ERRORS):
+        first_line = (str(error).splitlines() or [""])[0]
+        item.stash[_ENDED] = ("crashed", f"the test crashed before a verdict: {type(error).__name__}: {first_line}")
+    elif report.when == "call" and decided is None:
+        item.stash[_ENDED] = ("crashed", "the test ended without deciding its claim")
+        report.outcome = "failed"
+        report.longrepr = f"{item.stash[_INSTANCE].title} ended without a verdict: call evidence.decide"
+    elif report.when == "call":
+        if hasattr(report, "wasxfail"):
+            decided["outcome"] = "expected"
+        elif report.failed and error is None:
+            decided["outcome"] = "unexpected"
+        report.claims_status = {"verdict": decided["verdict"], "outcome": decided["outcome"]}
+
+
+def _payload(item):
+    instance = item.stash.get(_INSTANCE, None)
+    taken = _evidence_of(item)
+    payload = taken.payload()
+    outcome, reason = item.stash.get(_ENDED, (None, None))
+    if instance is not None and outcome is not None:
+        figures = taken.record["figures"] if taken.record else payload["figures"]
+        payload["record"] = record.validate(
+            record.unmeasured(
+                instance,
+                outcome=outcome,
+                reason=reason,
+                reproduce=taken.reproduce,
+                duration_s=time.monotonic() - taken.started,
+                figures=figures,
+            )
+        )
+    payload["order"] = item.session.items.index(item) if instance is None else instance.order
+    payload["process"] = getattr(item.config, "workerinput", {}).get("workerid", "main")
+    payload["peak_memory_mb"] = provenance.peak_memory_mb()
+    return payload
+
+
+def pytest_report_teststatus(report, config):
+    if hasattr(report, "claims_stop"):
+        return "", "", ""
+    status = getattr(report, "claims_status", None)
+    if status is None:
+        return None
+    verdict, outcome = status["verdict"], status["outcome"]
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    marks = terminal.SYMBOLS if reporter and terminal.can_show_symbols(reporter) else terminal.LETTERS
+    word = verdict.upper()
+    if outcome == "expected":
+        return f"{verdict} as expected", marks[verdict].lower(), (f"{word} (expected)", {"green": True})
+    if outcome == "unexpected":
+        return f"{verdict} against expectation", "!", (f"{word} (not expected)", {"red": True})
+    return verdict, marks[verdict], (word, {terminal.COLOURS[verdict]: True})
+
+
+class Controller:
+    """Gathers what tests leave, gates completeness and writes the run; lives in the controlling process only."""
+
+    def __init__(self, config, chosen, *, declared):
+        self.config = config
+        self.options = chosen
+        self.declared = declared
+        command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+        self.run = collect.Run(chosen, command=command, root=config.rootpath)
+        self.expected = {}
+        self.ended = set()
+        self.failures = 0
+        self.stop_reason = None
+        self.written = None
+        self.trouble = None
+        self._progress_folder = None
+        self._watcher = None
+
+    @property
+    def reporter(self):
+        return self.config.pluginmanager.getplugin("terminalreporter")
+
+    def pytest_collection_finish(self, session):
+        self.expected.update(dict.fromkeys(item.nodeid for item in session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node):
+        if self._progress_folder is None:
+            self._progress_folder = tempfile.mkdtemp(prefix="claims-progress-")
+            if self.reporter is not None:
+                self._watcher = terminal.WorkerProgress(self.reporter, self._progress_folder)
+                self._watcher.start()
+        node.workerinput["claims_progress"] = self._progress_folder
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids):
+        self.expected.update(dict.fromkeys(ids))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report):
+        self.config.stash[_PROGRESS].clear()
+        stop = getattr(report, "claims_stop", None)
+        if stop is not None:
+            self._stop(stop)
+        elif report.failed and getattr(report, "claims_status", {}).get("outcome") != "decided":
+            self.failures += 1
+        if report.when == "teardown":
+            self.ended.add(report.nodeid)
+            if hasattr(report, "claims_payload"):
+                self._add(json.loads(report.claims_payload))
+
+    def pytest_collectreport(self, report):
+        self.failures += bool(report.failed)
+
+    def _add(self, payload):
+        if self.stop_reason is None and self.trouble is None:
+            try:
+                self.run.add(payload)
+            except OSError as error:
+                self._cannot_write(error)
+
+    def _cannot_write(self, error):
+        self.trouble = f"the run cannot be written to {self.options.out}: {error.strerror or error}"
+
+    def _stop(self, reason):
+        self.stop_reason = self.stop_reason or reason
+        distributor = self.config.pluginmanager.getplugin("dsession")
+        if distributor is not None:
+            distributor.shouldstop = "there is no subject to measure"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        if self._watcher is not None:
+            self._watcher.stop()
+        if self._progress_folder is not None:
+            shutil.rmtree(self._progress_folder, ignore_errors=True)
+        missing = [nodeid for nodeid in self.expected if nodeid not in self.ended]
+        stopped = exitstatus not in (0, 1) or bool(session.shouldfail)
+        lost = bool(missing) and not stopped and (self.declared or bool(self.run.records))
+        if not self.run.records and not lost and self.stop_reason is None and self.trouble is None:
+            return
+        code = collect.exit_code(
+            int(exitstatus),
+            records=self.run.records,
+            lost=lost or self.trouble is not None,
+            failures=self.failures,
+            subject_missing=self.stop_reason is not None,
+            inconclusive=self.options.inconclusive,
+        )
+        problems = [self.stop_reason] if self.stop_reason else []
+        problems += _missing_sentences(missing, stopped)
+        if self.trouble is None and (self.run.records or lost):
+            code = self._finish(problems, code)
+        session.exitstatus = code
+
+    def _finish(self, problems, code):
+        try:
+            self.written = self.run.finish(problems=problems, exit_code=code, partial_families=claims.is_partial(self.config))
+        except OSError as error:
+            self._cannot_write(error)
+            return collect.EVIDENCE_LOST
+        except Exception as error:
+            self.config.notify_exception(pytest.ExceptionInfo.from_exception(error))
+            self.trouble = f"the report could not be drawn; the evidence is in {self.run.folder}"
+            return collect.EVIDENCE_LOST
+        return code
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.stop_reason is not None:
+            terminalreporter.write_line(self.stop_reason, red=True)
+        if self.trouble is not None:
+            terminalreporter.write_line(self.trouble, red=True)
+        if self.written is not None:
+            terminal.verdict_table(terminalreporter, self.run.records)
+            for problem in self.run.problems:
+                terminalreporter.write_line(f"evidence is incomplete: {problem}", red=True)
+            terminalreporter.write_line("report:")
+            terminalreporter.write_line(str(self.written / "report.html"))
+
+
+def _missing_sentences(missing, stopped):
+    if not missing:
+        return []
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if stopped:
+        return [f"the run was stopped before {len(missing)} tests: {shown}"]
+    return [f"no report came back from {shown}"]

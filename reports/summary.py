@@ -1,0 +1,371 @@
+"""What the page says, derived from the JSON of a run: sentences, counts, rows, scales.
+
+``page``   the whole model the template renders
+``Scale``  the axis that a claim's instances share
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+
+from reports.record import VERDICTS
+from reports.wording import (
+    interval_numbers,
+    listing,
+    number,
+    p_value,
+    plural,
+    short_name,
+    some,
+    test_kind,
+    threshold_text,
+    title,
+)
+
+HYPOTHESES = {
+    "H1": "A small subset of heads carries most cross-modal grounding",
+    "H2": "Visual tokens become redundant after the middle layers",
+    "H3": "Distillation improves a small student",
+}
+
+VERDICT_MEANING = {
+    "supported": "The whole interval lies on the declared side of the threshold.",
+    "refuted": "The whole interval lies on the other side: the subject does not do what the claim says.",
+    "inconclusive": "The interval includes the threshold. More data could decide; nothing is concluded.",
+    "invalid": "The measurement cannot bear on the claim: a control failed, the task left no room, or data lacked.",
+}
+
+
+def page(identity, records):
+    """The model of the page.
+
+    Parameters
+    ----------
+    identity : dict
+        ``run.json``.
+    records : list of dict
+        ``evidence.json``.
+
+    Returns
+    -------
+    dict
+    """
+    hypotheses = [
+        hypothesis_section(name, [entry for entry in records if entry["hypothesis"] == name])
+        for name in sorted({entry["hypothesis"] for entry in records})
+    ]
+    counted = Counter(entry["verdict"] for entry in records if entry["tier"] == "confirmatory")
+    return {
+        "run": identity,
+        "title": identity["subject"].get("name") or "subject",
+        "subject_line": subject_line(identity["subject"]),
+        "sentence": "; ".join(section["sentence"] for section in hypotheses) + "." if hypotheses else "",
+        "counts": [{"verdict": verdict, "count": counted[verdict]} for verdict in VERDICTS],
+        "exploratory_count": sum(entry["tier"] == "exploratory" for entry in records),
+        "band": band(identity, records),
+        "hypotheses": hypotheses,
+        "baseline": baseline(identity),
+        "literature": literature(records),
+        "verdict_meaning": VERDICT_MEANING,
+        "families": families(records),
+    }
+
+
+def subject_line(subject):
+    """Family, size and revision in one line, as far as they are known."""
+    parts = [str(subject[name]) for name in ("family", "model_type") if subject.get(name)][:1]
+    if subject.get("n_parameters"):
+        parts.append(f"{_size(subject['n_parameters'])} parameters")
+    if subject.get("n_layers") and subject.get("n_heads"):
+        parts.append(f"{subject['n_layers']} layers × {subject['n_heads']} heads")
+    if subject.get("dtype"):
+        parts.append(str(subject["dtype"]).removeprefix("torch."))
+    if subject.get("revision"):
+        parts.append(f"revision {str(subject['revision'])[:12]}")
+    return " · ".join(parts)
+
+
+def _size(count):
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)
+
+
+def band(identity, records):
+    """Sentences for the red band: missing evidence, crashed claims, failed controls."""
+    sentences = [f"Evidence is incomplete: {problem}." for problem in identity.get("problems", ())]
+    crashed = [title(entry) for entry in records if entry["outcome"] == "crashed"]
+    if crashed:
+        sentences.append(f"{plural(len(crashed), 'claim')} crashed before a verdict: {some(crashed)}.")
+    failed = [
+        f"{control['name']} ({title(entry)})"
+        for entry in records
+        for control in entry["controls"]
+        if not control["passed"] and control["kind"] != "info"
+    ]
+    if failed:
+        sentences.append(f"{plural(len(failed), 'control')} failed: {some(failed)}. The claims behind are invalid.")
+    return sentences
+
+
+def hypothesis_section(name, records):
+    groups = defaultdict(list)
+    for entry in records:
+        groups[entry["claim_id"]].append(entry)
+    cards = [card(group) for group in groups.values()]
+    confirmatory = [one for one in cards if one["tier"] == "confirmatory"]
+    return {
+        "name": name,
+        "title": HYPOTHESES.get(name, ""),
+        "sentence": hypothesis_sentence(name, confirmatory),
+        "confirmatory": confirmatory,
+        "exploratory": [one for one in cards if one["tier"] != "confirmatory"],
+    }
+
+
+def hypothesis_sentence(name, cards):
+    """``H1 holds``; or in parts: which claims hold, which do not, where, and what stays open."""
+    if not cards:
+        return f"{name} has exploratory claims only"
+    whole = {card_["verdict"] for card_ in cards}
+    if len(whole) == 1 and None not in whole:
+        return f"{name} {_ENTIRELY[whole.pop()]}"
+    parts = []
+    for verdict, phrase in _IN_PART.items():
+        names = [short_name(card_["id"]) for card_ in cards if card_["verdict"] == verdict]
+        if names:
+            parts.append(f"{listing(names)} {phrase[len(names) > 1]}")
+    parts += [mixed_sentence(card_) for card_ in cards if card_["verdict"] is None]
+    anywhere = any(row["verdict"] == "supported" for card_ in cards for row in card_["rows"])
+    return f"{name} {'holds in part' if anywhere else 'is not supported'}: {', '.join(parts)}"
+
+
+def mixed_sentence(card_):
+    """``necessity holds in 5 of 7 cases (count refuted, position undecided)``."""
+    holds = sum(row["verdict"] == "supported" for row in card_["rows"])
+    against = [
+        f"{listing(places)} {word}"
+        for verdict, word in (("refuted", "refuted"), ("inconclusive", "undecided"), ("invalid", "not testable"))
+        if (places := [row["where"] for row in card_["rows"] if row["verdict"] == verdict]) and len(places) <= 4
+    ]
+    shown = f" ({', '.join(against)})" if against else ""
+    return f"{short_name(card_['id'])} holds in {holds} of {len(card_['rows'])} cases{shown}"
+
+
+_ENTIRELY = {
+    "supported": "holds",
+    "refuted": "is refuted",
+    "inconclusive": "is undecided",
+    "invalid": "could not be tested",
+}
+_IN_PART = {
+    "supported": ("holds", "hold"),
+    "refuted": ("does not", "do not"),
+    "inconclusive": ("is undecided", "are undecided"),
+    "invalid": ("could not be tested", "could not be tested"),
+}
+
+
+def card(group):
+    """One claim with all its instances on one shared scale."""
+    first = group[0]
+    verdicts = {entry["verdict"] for entry in group}
+    scale = Scale.of(group)
+    return {
+        "id": first["claim_id"],
+        "short": short_name(first["claim_id"]),
+        "tier": first["tier"],
+        "sentence": first["sentence"],
+        "declaration": first["declaration"],
+        "test": first["test"]["description"],
+        "threshold": threshold_text(first),
+        "verdict": verdicts.pop() if len(verdicts) == 1 else None,
+        "counts": [
+            {"verdict": verdict, "count": count} for verdict in VERDICTS if (count := sum(entry["verdict"] == verdict for entry in group))
+        ],
+        "scale": scale,
+        "rows": [row(entry, scale) for entry in group],
+        "controls": controls(group),
+        "figures": figures(group),
+        "size": size_line(group),
+    }
+
+
+def size_line(group):
+    """``420 items in 140 scenes, 3 seeds; p < 0.001 (Holm 0.004); detects 0.04``, ranges over the instances."""
+    unit = group[0]["declaration"].get("unit", "cluster")
+    parts = [
+        f"{text} {noun}"
+        for name, noun in (("n_items", "items"), ("n_clusters", f"{unit}s"), ("n_seeds", "seeds"))
+        if (text := _span(group, name, lambda value: f"{value:,}")) and not (name == "n_seeds" and text == "0")
+    ]
+    line = ", ".join(parts)
+    raw, holm = _span(group, "p_value", p_value), _span(group, "p_holm", p_value)
+    if raw:
+        line += f"; p {raw}" + (f" (Holm {holm})" if holm else "")
+    if detects := _span(group, "mde", number):
+        line += f"; detects {detects} at 80 % power"
+    return line
+
+
+def _span(group, name, show):
+    values = [entry[name] for entry in group if entry[name] is not None]
+    if not values:
+        return ""
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def row(record, scale):
+    """One instance: its numbers, and where they sit on the card's scale (percent of its width)."""
+    where = ", ".join(str(value) for value in record["params"].values())
+    return {
+        **record,
+        "where": where or "overall",
+        "title": title(record),
+        "numbers": interval_numbers(record),
+        "drawn": scale.place(record) if record["estimate"] is not None else None,
+    }
+
+
+def controls(group):
+    """Controls of all instances, the same control once with every place it was made."""
+    merged = {}
+    for entry in group:
+        for control in entry["controls"]:
+            where = ", ".join(str(value) for value in entry["params"].values())
+            merged.setdefault(control["name"], []).append({**control, "where": where})
+    return [
+        {
+            "name": name,
+            "kind": found[0]["kind"],
+            "passed": all(control["passed"] for control in found),
+            "places": found,
+        }
+        for name, found in merged.items()
+    ]
+
+
+def figures(group):
+    """Figures of all instances; one that several instances left is shown once."""
+    shown = []
+    for entry in group:
+        shown += [figure for figure in entry["figures"] if figure not in shown]
+    return shown
+
+
+class Scale:
+    """A shared axis: data range, ticks, the threshold and the side that supports."""
+
+    def __init__(self, low, high, zone):
+        self.low, self.high, self.zone = low, high, zone
+
+    @classmethod
+    def of(cls, group):
+        values = [value for entry in group for value in (entry["estimate"], entry["lower"], entry["upper"]) if value is not None]
+        kind, threshold = test_kind(group[0]), group[0]["threshold"]
+        threshold = 0.0 if threshold is None and kind == "trend" else threshold
+        marks = [0.0] + ([] if threshold is None else [threshold])
+        if kind == "equivalence" and threshold is not None:
+            marks.append(-threshold)
+        low, high = min(values + marks), max(values + marks)
+        pad = (high - low or 1.0) * 0.08
+        low, high = low - pad, high + pad
+        zone = None
+        if threshold is not None:
+            zone = {"noninferiority": (low, threshold), "equivalence": (-threshold, threshold)}.get(kind, (threshold, high))
+        return cls(low, high, zone)
+
+    def at(self, value):
+        """Percent of the axis width."""
+        return round(100 * (min(max(value, self.low), self.high) - self.low) / (self.high - self.low), 2)
+
+    def place(self, record):
+        lower = record["lower"] if record["lower"] is not None else record["estimate"]
+        upper = record["upper"] if record["upper"] is not None else record["estimate"]
+        return {"at": self.at(record["estimate"]), "from": self.at(lower), "to": self.at(upper)}
+
+    @property
+    def zero(self):
+        return self.at(0.0)
+
+    @property
+    def supported(self):
+        """``(from, width)`` of the supporting side, in percent."""
+        if self.zone is None:
+            return None
+        return self.at(self.zone[0]), round(self.at(self.zone[1]) - self.at(self.zone[0]), 2)
+
+    @property
+    def edges(self):
+        """Thresholds strictly inside the axis, in percent."""
+        return [self.at(edge) for edge in self.zone or () if self.low < edge < self.high]
+
+    @property
+    def ticks(self):
+        """Round numbers along the axis: ``[(percent, text)]``."""
+        rough = (self.high - self.low) / 4
+        power = 10 ** math.floor(math.log10(rough))
+        step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+        first = math.ceil(self.low / step)
+        last = math.floor(self.high / step)
+        decimals = next(count for count in range(12) if math.isclose(step * 10**count, round(step * 10**count)))
+        return [
+            (self.at(index * step), f"{index * step:.{decimals}f}".replace("-", "−"))
+            for index in range(first, last + 1)
+            if 3 <= self.at(index * step) <= 97
+        ]
+
+
+def baseline(identity):
+    """Per-task accuracy beside its blind floor and chance, with the room above them."""
+    rows = []
+    for entry in identity.get("data", {}).get("baseline") or ():
+        floor = max(entry.get("blind") or 0.0, entry.get("chance") or 0.0, entry.get("majority") or 0.0)
+        rows.append({**entry, "floor": floor, "above": entry["accuracy"] - floor})
+    return rows
+
+
+def literature(records):
+    """Published claims beside what was measured here: one row a claim that names a source."""
+    rows, seen = [], set()
+    for entry in records:
+        source = entry["declaration"].get("source")
+        if not source or entry["claim_id"] in seen:
+            continue
+        seen.add(entry["claim_id"])
+        same = [other for other in records if other["claim_id"] == entry["claim_id"]]
+        measured = [other for other in same if other["estimate"] is not None]
+        published = next((o["details"]["literature"] for o in same if o["details"].get("literature")), {})
+        rows.append(
+            {
+                "id": entry["claim_id"],
+                "sentence": entry["sentence"],
+                "source": source,
+                "published": published.get("published", ""),
+                "where": published.get("where", ""),
+                "measured": _range([other["estimate"] for other in measured]),
+                "threshold": threshold_text(entry),
+                "counts": card(same)["counts"],
+            }
+        )
+    return rows
+
+
+def _range(values):
+    if not values:
+        return "not measured"
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def families(records):
+    """Confirmatory families: ``[(hypothesis, declared size, here)]``."""
+    sizes = defaultdict(lambda: [0, 0])
+    for entry in records:
+        if entry["tier"] == "confirmatory":
+            sizes[entry["hypothesis"]][0] = max(sizes[entry["hypothesis"]][0], entry["family_size"] or 0)
+            sizes[entry["hypothesis"]][1] += 1
+    return [(name, *size) for name, size in sorted(sizes.items())]

@@ -1,0 +1,349 @@
+"""A synthetic run with every verdict and every figure kind, for tests and for looking at the page.
+
+``write(folder)`` leaves ``run.json`` and ``evidence.json`` as a session would.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+
+import numpy as np
+
+from reports import record
+
+TASKS = ("color", "shape", "count", "relation", "binding", "position", "needle")
+
+_CLAIMS = {
+    "H1.necessity": (
+        "Removing the image from the top 10 % of heads costs at least 10 points of accuracy.",
+        "superiority",
+        0.10,
+        "Kim et al. 2025, arXiv:2509.17588",
+    ),
+    "H1.specificity": (
+        "It costs at least 5 points more than removing it from layer-matched random heads of the same number.",
+        "superiority",
+        0.05,
+        "Kim et al. 2025, arXiv:2509.17588",
+    ),
+    "H1.redundancy": (
+        "At least 80 % of single-head ablations change the answer logit by less than 5 %.",
+        "superiority",
+        0.80,
+        "Michel et al. 2019, arXiv:1905.10650",
+    ),
+    "H1.object_tokens": (
+        "Mean-ablating the object's tokens costs at least 40 points more than as many random tokens.",
+        "superiority",
+        0.40,
+        "Neo et al. 2024, arXiv:2410.07149",
+    ),
+    "H1.attention_is_not_attribution": (
+        "Image attention does not predict attribution (absolute Spearman correlation below 0.3).",
+        "equivalence",
+        0.3,
+        "Jain & Wallace 2019, arXiv:1902.10186",
+    ),
+    "H2.noninferior": (
+        "Dropping half of the visual tokens from mid-depth on costs less than 5 points.",
+        "non-inferiority",
+        0.05,
+        "Chen et al. 2024, arXiv:2403.06764",
+    ),
+    "H2.trend": (
+        "Sensitivity to dropping tokens falls with the layer at which they go.",
+        "trend",
+        None,
+        "Chen et al. 2024, arXiv:2403.06764",
+    ),
+    "H3.sft": (
+        "Training on the teacher's answers lifts the student at least 5 points over its own baseline.",
+        "superiority",
+        0.05,
+        "Shu et al. 2024, arXiv:2408.15881",
+    ),
+    "H3.uses_image": ("The gain vanishes when the image is another scene's.", "equivalence", 0.03, "Goyal et al. 2017, arXiv:1612.00837"),
+}
+
+
+def make(claim_id, verdict, estimate, half, *, params=None, controls=(), figures=(), reason=None, **extra):
+    """One schema-valid record."""
+    sentence, kind, threshold, source = _CLAIMS[claim_id]
+    params = params or {}
+    lower, upper = (None, None) if estimate is None else (round(estimate - half, 6), round(estimate + half, 6))
+    exploratory = claim_id == "H1.attention_is_not_attribution"
+    entry = {
+        "schema_version": 1,
+        "claim_id": claim_id,
+        "params": params,
+        "verdict": verdict,
+        "reason": reason or _reason(verdict, lower, upper, kind, threshold),
+        "hypothesis": claim_id.split(".")[0],
+        "tier": "exploratory" if exploratory else "confirmatory",
+        "sentence": sentence,
+        "declaration": {
+            "id": claim_id,
+            "effect": "accuracy(full) - accuracy(ablated), paired per item",
+            "source": source,
+            "unit": "scene",
+            "alpha": 0.05,
+            "hash": hashlib.sha256(claim_id.encode()).hexdigest()[:16],
+        },
+        "test": {"kind": kind, "description": f"{kind}" + (f" {threshold}" if threshold is not None else "")},
+        "estimate": estimate,
+        "lower": lower,
+        "upper": upper,
+        "threshold": threshold,
+        "alpha": 0.05,
+        "family_size": 17,
+        "confidence": 0.994,
+        "given_p_value": None,
+        "method": "BCa cluster bootstrap, 9999 resamples",
+        "p_value": None if verdict == "invalid" else 0.00004 if verdict == "supported" else 0.21,
+        "p_holm": None if verdict == "invalid" else 0.0008 if verdict == "supported" else 1.0,
+        "n_items": 420,
+        "n_clusters": 140,
+        "n_seeds": 3 if claim_id.startswith("H3") else None,
+        "mde": 0.0412,
+        "n_needed": 96.0,
+        "underpowered": verdict == "inconclusive",
+        "baseline": {"accuracy": 0.91, "blind": 0.31, "chance": 0.25},
+        "controls": list(controls),
+        "details": {},
+        "figures": list(figures),
+        "reproduce": f"python -m pytest -k 'test_{claim_id.split('.')[1]}[{'-'.join(map(str, params.values()))}]'",
+        "nodeid": f"hypotheses/test_{claim_id.split('.')[0].lower()}.py::test_{claim_id.split('.')[1]}",
+        "duration_s": 12.5,
+        "outcome": "decided",
+    }
+    return record.validate({**entry, **extra})
+
+
+def _reason(verdict, lower, upper, kind, threshold):
+    if lower is None:
+        return "the control 'other scene' failed: 0.34, expected below 0.30"
+    asked = "0" if threshold is None else f"the declared {threshold:.2f}"
+    place = {"supported": "lies on the side of", "refuted": "lies beyond", "inconclusive": "holds"}.get(verdict, "")
+    return f"the interval {lower:.2f} to {upper:.2f} {place} {asked}"
+
+
+def records():
+    rng = np.random.default_rng(0)
+    floor = {
+        "name": "layer-matched random heads",
+        "kind": "negative",
+        "passed": True,
+        "value": 0.021,
+        "expected": "below 0.05",
+        "detail": "200 draws",
+    }
+    positive = {"name": "all heads ablated", "kind": "ceiling", "passed": True, "value": 0.58, "expected": "at least 0.40", "detail": ""}
+    failed = {"name": "other scene's image", "kind": "negative", "passed": False, "value": 0.34, "expected": "below 0.30", "detail": ""}
+    entries = []
+    drops = (0.43, 0.38, 0.06, 0.31, 0.22, 0.115, 0.51)
+    verdicts = ("supported", "supported", "refuted", "supported", "supported", "inconclusive", "supported")
+    for task, drop, verdict in zip(TASKS, drops, verdicts, strict=True):
+        half = 0.025 if verdict == "refuted" else 0.06
+        figures = [overlay(rng, task)] if task in ("color", "relation") else []
+        if task == "color":
+            figures = [head_map(rng), bars(), *figures]
+        entries.append(make("H1.necessity", verdict, drop, half, params={"task": task}, controls=[floor, positive], figures=figures))
+    draws = [float(value) for value in rng.normal(0.02, 0.03, 200).round(4)]
+    entries += [
+        make(
+            "H1.specificity",
+            "supported",
+            0.29,
+            0.07,
+            controls=[positive],
+            figures=[
+                figure(
+                    "null_histogram",
+                    {"draws": draws, "observed": 0.31, "p_value": 1 / 201, "x_label": "drop of accuracy, random heads"},
+                    "Targeted heads against 200 random sets",
+                )
+            ],
+        ),
+        make("H1.redundancy", "inconclusive", 0.82, 0.05),
+        make("H1.object_tokens", "invalid", None, 0, controls=[failed]),
+        make("H1.attention_is_not_attribution", "refuted", 0.48, 0.11),
+        make(
+            "H2.noninferior",
+            "supported",
+            0.008,
+            0.021,
+            controls=[floor],
+            figures=[curves(rng), heatmap(rng)],
+            details={"literature": {"published": "loss of 0.6 points at 50 % kept", "where": "Table 1"}},
+        ),
+        make("H2.trend", "supported", 0.31, 0.12, figures=[trend(rng)]),
+        make("H3.sft", "supported", 0.117, 0.041, figures=[slopes(rng)]),
+        make("H3.uses_image", "inconclusive", 0.012, 0.035, outcome="expected"),
+    ]
+    return entries
+
+
+def figure(kind, data, title, caption="Intervals are 95 % cluster bootstrap over scenes."):
+    return {"kind": kind, "title": title, "caption": caption, "alt": f"{title}: {kind.replace('_', ' ')}", "data": record.to_builtins(data)}
+
+
+def head_map(rng):
+    values = rng.gamma(0.6, 0.05, (6, 8)).round(4)
+    values[3, 2], values[4, 5], values[4, 1] = 0.42, 0.36, 0.29
+    marks = [{"layer": 3, "head": 2, "label": "O"}, {"layer": 4, "head": 5, "label": "R"}, {"layer": 4, "head": 1}]
+    data = {"values": values, "marks": marks, "value_label": "attribution (share of logit)"}
+    return figure(
+        "head_map",
+        data,
+        "Few heads carry the image",
+        "Attribution per head; outlined heads were ablated. O: object heads, R: relation heads.",
+    )
+
+
+def bars():
+    rows = [
+        ("intact", 0.91, "baseline"),
+        ("targeted 10 %", 0.48, "targeted"),
+        ("random 10 %, same layers", 0.89, "random"),
+        ("blind", 0.31, "floor"),
+    ]
+    data = {
+        "bars": [{"label": n, "value": v, "lower": v - 0.03, "upper": v + 0.03, "role": r} for n, v, r in rows],
+        "chance": 0.25,
+    }
+    return figure("accuracy_bars", data, "Accuracy with heads ablated")
+
+
+def overlay(rng, task):
+    from matplotlib.figure import Figure
+
+    pixels = np.full((72, 72, 3), 0.93)
+    pixels[12:36, 36:60] = (0.85, 0.2, 0.15)
+    pixels[44:62, 10:28] = (0.15, 0.4, 0.8)
+    out = io.BytesIO()
+    canvas = Figure(figsize=(0.72, 0.72), dpi=100)
+    canvas.figimage(pixels)
+    canvas.savefig(out, format="png")
+    grid = rng.random((6, 6)) * 0.05
+    grid[1:3, 3:5] = 0.4
+    mask = np.zeros((6, 6), int)
+    mask[1:3, 3:5] = 1
+    data = {
+        "image": base64.b64encode(out.getvalue()).decode(),
+        "values": grid,
+        "mask": mask,
+        "prompt": "What colour is the square at the top right of the picture?",
+        "answer": "red",
+    }
+    return figure("attention_overlay", data, f"Where head 3.2 looks ({task})", "White outline: the object asked for.")
+
+
+def curves(rng):
+    series = []
+    for name, role, loss in (
+        ("attention", "targeted", 0.08),
+        ("similarity merge", "targeted", 0.1),
+        ("random", "random", 0.22),
+        ("uniform stride", "random", 0.2),
+    ):
+        points = []
+        for keep in (0.05, 0.1, 0.25, 0.5, 0.75, 1.0):
+            y = 0.91 - loss * (1 - keep) ** 2 - 0.01 * rng.random() * (keep < 1)
+            points.append({"x": keep, "y": round(y, 4), "lower": round(y - 0.02, 4), "upper": round(y + 0.02, 4)})
+        series.append({"name": name, "role": role, "points": points})
+    return figure("keep_curves", {"series": series, "reference": 0.91}, "Accuracy against tokens kept, from layer 3 on")
+
+
+def heatmap(rng):
+    keeps = [0.0, 0.1, 0.25, 0.5, 0.75]
+    values = [[round(max(0, 0.5 - 0.11 * layer) * (1 - keep) + 0.004 * rng.random(), 4) for keep in keeps] for layer in range(6)]
+    data = {"rows": list(range(6)), "columns": keeps, "values": values, "horizon": 4}
+    return figure("layer_heatmap", data, "Loss by layer and share kept")
+
+
+def trend(rng):
+    points = [
+        {"x": layer, "y": round(0.45 + 0.09 * layer, 3), "lower": round(0.41 + 0.09 * layer, 3), "upper": round(0.49 + 0.09 * layer, 3)}
+        for layer in range(6)
+    ]
+    data = {"points": points, "x_label": "layer from which all visual tokens are gone", "reference": 0.91, "reference_label": "intact"}
+    return figure("trend_line", data, "Accuracy by the layer at which tokens go")
+
+
+def slopes(rng):
+    series = []
+    for seed in range(3):
+        start = 0.62 + 0.02 * rng.random()
+        stages = (("baseline", 0), ("SFT", 0.11), ("SFT + preference", 0.125))
+        series.append(
+            {
+                "name": f"seed {seed}",
+                "points": [{"stage": stage, "value": round(start + gain + 0.01 * rng.random(), 3)} for stage, gain in stages],
+            }
+        )
+    return figure("slope", {"series": series}, "From baseline to student", "Same items, three training seeds.")
+
+
+def identity(**changes):
+    accuracy = (0.97, 0.95, 0.62, 0.88, 0.84, 0.41, 0.9)
+    facts = {
+        "schema_version": 1,
+        "name": "20260101T120000Z-vlm-a1b2c3",
+        "subject": {
+            "name": "vlm",
+            "source": "fixtures/embedded/vlm",
+            "family": "LLaVA",
+            "model_type": "llava",
+            "n_parameters": 1_834_112,
+            "n_layers": 6,
+            "n_heads": 8,
+            "dtype": "float32",
+            "device": "cpu",
+            "weights": "sha256:" + "9f" * 16,
+        },
+        "data": {
+            "baseline": [
+                {
+                    "task": task,
+                    "accuracy": a,
+                    "lower": a - 0.03,
+                    "upper": min(1, a + 0.03),
+                    "blind": 0.27 if task != "position" else 0.35,
+                    "chance": 0.25,
+                    "majority": 0.28,
+                    "n": 420,
+                }
+                for task, a in zip(TASKS, accuracy, strict=True)
+            ],
+            "splits": {"discovery": "sha256:1b2c3d4e5f60", "confirmation": "sha256:a0b1c2d3e4f5"},
+        },
+        "profile": "default",
+        "seed": 0,
+        "revision": None,
+        "command": "python -m pytest --claims-subject fixtures/embedded/vlm",
+        "commit": "0123456789abcdef0123456789abcdef01234567",
+        "versions": {"python": "3.12.8", "torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"},
+        "machine": {"platform": "Linux-6.1-x86_64", "processor": "x86_64", "cores": 8},
+        "started": "2026-01-01T12:00:00+00:00",
+        "duration_s": 412.3,
+        "peak_memory_mb": 1834.0,
+        "processes": 2,
+        "expectations": None,
+        "partial_families": False,
+        "counts": {},
+        "complete": True,
+        "problems": [],
+        "exit_code": 1,
+        "files": ["head-ablation.csv", "token-drop-curves.csv"],
+    }
+    return {**facts, **changes}
+
+
+def write(folder, entries=None, **changes):
+    """Write the run's JSON; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(record.dumps(identity(**changes), indent=2), encoding="utf-8")
+    (folder / "evidence.json").write_text(record.dumps(records() if entries is None else entries), encoding="utf-8")
+    return folder

@@ -1,0 +1,112 @@
+"""Options: one sentence and exit code 4 for what cannot be; the list of claims; expectations."""
+
+from __future__ import annotations
+
+import pytest
+
+from .suites import CRASHING, EXPLORATORY, INCONCLUSIVE, REFUTED, SUPPORTED
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--claims-profile=quick", "--claims-profile takes one of smoke, default, nightly, not 'quick'"),
+        ("--claims-inconclusive=maybe", "--claims-inconclusive takes one of fail, warn, not 'maybe'"),
+        ("--claims-seed=x", "--claims-seed takes a whole number, not 'x'"),
+        ("--claims-seed=-1", "--claims-seed takes a number from 0 on, not -1"),
+        ("--claims-subject=", "--claims-subject takes a path or a model id, not an empty string"),
+        ("--claims-expectations=gone.toml", "gone.toml was not found"),
+        ("--claims-out=hypotheses/test_claims.py/runs", "cannot be written: Not a directory"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_and_exit_code_4(suite, argument, sentence):
+    suite.write(SUPPORTED)
+    result = suite.run(argument)
+    assert result.ret == 4
+    (line,) = [line for line in result.stderr.lines if line.startswith("ERROR")]
+    assert sentence in line
+
+
+def test_the_seed_reaches_fixtures_as_a_number(suite):
+    suite.write("def test_seed(claims_options, pytestconfig): assert claims_options.seed == pytestconfig.getoption('claims_seed') == 5\n")
+    assert suite.run("--claims-seed=5").ret == 0
+
+
+def test_the_list_names_every_claim_and_runs_none(suite):
+    suite.write(SUPPORTED, REFUTED, INCONCLUSIVE, EXPLORATORY, "def test_plain(): raise SystemExit(9)\n")
+    result = suite.run("--claims-list", "-n", "2", "--claims-subject=/nowhere")
+    assert result.ret == 0 and not suite.runs.exists()
+    result.stdout.fnmatch_lines(
+        ["H1.one  confirmatory, superiority*declaration *", "*It costs ten points.", "H1.look  exploratory*", "4 claims, 4 instances"]
+    )
+
+
+def test_an_expected_refutation_passes_and_says_so(suite):
+    suite.write(SUPPORTED, REFUTED)
+    (suite.pytester.path / "known.toml").write_text('[[expected]]\nclaim = "H1.two"\nverdict = "refuted"\nreason = "small"\n')
+    result = suite.run("-v", "--claims-expectations=known.toml")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*REFUTED (expected)*", "✕ REFUTED *H1.two*expected"])
+    _, records = suite.latest()
+    assert [entry["outcome"] for entry in records] == ["decided", "expected"]
+
+
+def test_expectations_beside_the_subject_are_found(suite):
+    suite.write(REFUTED)
+    suite.pytester.mkdir("model")
+    (suite.pytester.path / "model" / "expectations.toml").write_text('[[expected]]\nclaim = "H1.two"\nreason = "small"\n')
+    assert suite.run("--claims-subject=model").ret == 0
+
+
+def test_unexpected_support_fails(suite):
+    suite.write(SUPPORTED)
+    (suite.pytester.path / "known.json").write_text('[{"claim": "H1.one", "verdict": "refuted", "reason": "was so"}]')
+    result = suite.run("-v", "--claims-expectations=known.json")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*SUPPORTED (not expected)*", "● SUPPORTED *not expected"])
+
+
+def test_an_expectation_swallows_neither_a_crash_nor_another_verdict(suite):
+    suite.write(CRASHING, INCONCLUSIVE)
+    (suite.pytester.path / "known.json").write_text(
+        '[{"claim": "H1.one", "params": {"part": "crash"}, "reason": "x"}, {"claim": "H2.three", "reason": "x"}]'
+    )
+    result = suite.run("--claims-expectations=known.json")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["E *no such layer"])
+    suite.write(INCONCLUSIVE)
+    assert suite.run("--claims-expectations=known.json").ret == 10
+
+
+def test_expectations_that_match_nothing_are_pointed_out(suite):
+    suite.write(SUPPORTED, EXPLORATORY)
+    (suite.pytester.path / "known.json").write_text('[{"claim": "H9.gone", "reason": "x"}, {"claim": "H1.look", "reason": "x"}]')
+    result = suite.run("--claims-expectations=known.json")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines_random(["*expectation for H9.gone*matches no claim*", "*H1.look is exploratory*"])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[[expected]\n", "cannot be read"),
+        ('[[expected]]\nclaim = "H1.one"\n', "entry 1 needs a reason"),
+        ('[[expected]]\nclaim = "H1.one"\nreason = "x"\nverdict = "supported"\n', "has verdict 'supported'"),
+        ('[[expected]]\nclaim = "H1.one"\nreason = "x"\nwhen = "always"\n', "unknown key 'when'"),
+    ],
+)
+def test_a_broken_expectations_file_is_one_sentence(suite, content, sentence):
+    suite.write(SUPPORTED)
+    (suite.pytester.path / "known.toml").write_text(content)
+    result = suite.run("--claims-expectations=known.toml")
+    assert result.ret == 4
+    assert any(sentence in line and "known.toml" in line for line in result.stderr.lines)
+
+
+def test_a_subject_of_the_checkout_is_found_from_any_folder(suite, monkeypatch):
+    suite.write("def test_path(claims_options):\n    from pathlib import Path\n    assert Path(claims_options.subject).is_dir()\n")
+    (suite.pytester.path / "fixtures" / "embedded" / "vlm").mkdir(parents=True)
+    monkeypatch.chdir(suite.pytester.path / "hypotheses")
+    assert suite.run("--rootdir", str(suite.pytester.path), "-c", str(suite.pytester.path / "tox.ini"), "test_claims.py").ret == 0

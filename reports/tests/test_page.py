@@ -1,0 +1,215 @@
+"""The page: from JSON alone, self-contained, accessible, escaped; every figure kind drawn."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from reports import figures, page, record, summary, wording
+from reports.__main__ import main
+
+from . import sample_run
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Reader(HTMLParser):
+    """Collects ids, local links, labels of drawings and badly nested elements of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.open, self.badly_nested, self.labels = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        self.links += [attrs[name][1:] for name in ("href", "xlink:href") if attrs.get(name, "").startswith("#")]
+        if attrs.get("role") == "img":
+            self.labels.append(attrs.get("aria-label", ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+        else:
+            self.badly_nested.append(tag)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = sample_run.write(tmp_path_factory.mktemp("run"))
+    return page.render(folder).read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_every_local_link_has_a_target(text):
+    read = Reader(text)
+    assert read.badly_nested == [] and read.open == []
+    assert len(read.ids) == len(set(read.ids))
+    assert set(read.links) <= set(read.ids)
+
+
+def test_the_page_needs_nothing_but_itself(text):
+    assert len(text.encode()) < 5_000_000
+    loaded = re.findall(r'(?:src|href)="([^"#][^"]*)"|url\(([^)#]+)\)|@import', text)
+    outside = [link for pair in loaded for link in pair if link and not link.startswith("data:")]
+    assert set(outside) == {"run.json", "evidence.json", "head-ablation.csv", "token-drop-curves.csv"}
+
+
+def test_every_drawing_has_a_text_alternative(text):
+    labels = Reader(text).labels
+    assert len(labels) > 30 and all(labels)
+
+
+def test_the_page_says_what_was_found(text):
+    assert (
+        "H1 holds in part: specificity holds, redundancy is undecided, object tokens could not be tested, "
+        "necessity holds in 5 of 7 cases (count refuted, position undecided); H2 holds; "
+        "H3 holds in part: sft holds, uses image is undecided." in text
+    )
+    for verdict, count in (("supported", 9), ("refuted", 1), ("inconclusive", 3), ("invalid", 1)):
+        assert re.search(rf"<b>{count}</b> <span>{verdict}</span>", text)
+    assert "1 control failed: other scene&#39;s image (H1.object_tokens)" in text
+    assert "loss of 0.6 points at 50 % kept" in text and "Table 1" in text
+
+
+def test_a_sound_run_has_no_band(tmp_path):
+    entries = [sample_run.make("H2.trend", "supported", 0.3, 0.1)]
+    assert 'class="band"' not in page.render(sample_run.write(tmp_path, entries)).read_text(encoding="utf-8")
+    text = page.render(sample_run.write(tmp_path, entries, problems=["a worker died"])).read_text(encoding="utf-8")
+    assert "Evidence is incomplete: a worker died." in text
+
+
+def test_text_from_a_record_is_escaped(tmp_path):
+    hostile = '<script>alert("x")</script>'
+    figure = sample_run.figure("null_histogram", {"draws": [0.1] * 9, "observed": 0.2, "x_label": hostile}, hostile)
+    entry = sample_run.make("H2.trend", "supported", 0.3, 0.1, reason=hostile, figures=[figure])
+    folder = sample_run.write(tmp_path, [entry], subject={"name": hostile, "source": hostile})
+    assert hostile not in page.render(folder).read_text(encoding="utf-8")
+
+
+def test_one_figure_of_several_instances_is_shown_once():
+    figure = sample_run.bars()
+    group = [sample_run.make("H1.necessity", "supported", 0.3, 0.1, params={"task": task}, figures=[figure]) for task in ("color", "shape")]
+    assert summary.figures(group) == [figure]
+
+
+def test_rendering_again_gives_the_same_page(tmp_path, capsys):
+    folder = sample_run.write(tmp_path)
+    first = page.render(folder).read_text(encoding="utf-8")
+    assert main(["render", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert (folder / "report.html").read_text(encoding="utf-8") == first
+    assert main(["render", str(tmp_path / "nowhere")]) == 1
+    assert "is not a run that can be rendered" in capsys.readouterr().err
+
+
+def test_the_sample_has_every_figure_kind():
+    kinds = {figure["kind"] for entry in sample_run.records() for figure in entry["figures"]}
+    assert kinds == set(figures.KINDS)
+
+
+def test_a_figure_keeps_real_text_and_follows_the_page_colours():
+    svg = figures.render(**_drawable(sample_run.bars()), prefix="a", label="bars & more")
+    assert ">targeted 10 %<" in svg and "DejaVu" not in svg
+    assert 'role="img" aria-label="bars &amp; more"' in svg
+    assert "var(--fig-targeted)" in svg and not any(colour in svg.lower() for colour in figures.COLOURS.values())
+
+
+def test_a_cell_of_a_head_map_tells_its_value():
+    import numpy as np
+
+    svg = figures.render(**_drawable(sample_run.head_map(np.random.default_rng(0))), prefix="a", label="map")
+    assert "<title>layer 3, head 2: 0.42</title>" in svg
+
+
+def _drawable(figure):
+    return {"kind": figure["kind"], "data": figure["data"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        ("pie", {}, "no figure kind 'pie'"),
+        ("head_map", {}, "needs 'values'"),
+        ("keep_curves", {"series": [{"name": "random"}]}, "needs 'points' in each of its series"),
+        ("accuracy_bars", [{"label": "a", "value": 1}], "takes a mapping with 'bars', not a list"),
+    ],
+)
+def test_data_that_cannot_be_drawn_is_refused(kind, data, message):
+    with pytest.raises(ValueError, match=message):
+        figures.check(kind, data)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        ("head_map", {"values": [[0.0, None], [-0.2, 0.1]]}),
+        ("layer_heatmap", {"rows": [0], "columns": [0.5], "values": [[None]]}),
+        ("keep_curves", {"series": [{"name": "one", "points": [{"x": 1.0, "y": 0.5}]}]}),
+        ("accuracy_bars", {"bars": [{"label": "none", "value": 0.0, "lower": None, "upper": None}]}),
+        ("null_histogram", {"draws": [0.0, 0.0, None], "observed": 0.0}),
+    ],
+    ids=lambda figure: figure[0],
+)
+def test_gaps_and_single_points_can_be_drawn(figure):
+    kind, data = figure
+    assert figures.render(kind, data, prefix="a", label="gaps").startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.8333333, "0.83"), (0.0421, "0.042"), (0.05, "0.05"), (-0.00001, "0.00"), (12.345, "12.3"), (1234.5, "1,234"), (None, "–")],
+)
+def test_numbers_have_sensible_digits(value, text):
+    assert wording.number(value) == text
+
+
+def test_an_interval_shares_its_decimals():
+    entry = sample_run.make("H2.noninferior", "supported", 0.008, 0.021)
+    assert wording.interval_numbers(entry) == ("0.008", "-0.013", "0.029")
+    assert wording.interval_numbers({"estimate": 0.5, "lower": 0.43, "upper": 0.57}) == ("0.50", "0.43", "0.57")
+
+
+def test_a_scale_holds_the_threshold_and_shades_the_supporting_side():
+    scale = summary.Scale.of([sample_run.make("H2.noninferior", "supported", 0.008, 0.021)])
+    (edge,) = scale.edges
+    assert scale.supported == (0.0, edge) and edge == scale.at(0.05)
+    above = summary.Scale.of([sample_run.make("H1.necessity", "supported", 0.4, 0.1)])
+    assert above.supported[0] == above.at(0.1) and sum(above.supported) == pytest.approx(100)
+    both = summary.Scale.of([sample_run.make("H3.uses_image", "inconclusive", 0.0, 0.1)])
+    assert both.edges == [both.at(-0.03), both.at(0.03)]
+    assert [text for _, text in above.ticks] == ["0.0", "0.2", "0.4"]
+
+
+def test_a_record_is_held_to_its_schema():
+    entry = sample_run.make("H2.trend", "supported", 0.3, 0.1)
+    for change, message in (
+        ({"verdict": "maybe"}, "verdict is 'maybe'"),
+        ({"estimate": "0.3"}, "estimate is str"),
+        ({"estimate": float("nan")}, "estimate is float"),
+        ({"n_items": True}, "n_items is bool"),
+        ({"surprise": 1}, "surprise is not a field"),
+        ({"controls": [{"name": "x", "kind": "floor"}]}, r"controls\[0\] lacks passed"),
+    ):
+        with pytest.raises(record.RecordError, match=message):
+            record.validate({**entry, **change})
+    del entry["reason"]
+    with pytest.raises(record.RecordError, match="lacks reason"):
+        record.validate(entry)
+
+
+def test_only_what_json_can_hold_becomes_a_record():
+    with pytest.raises(TypeError, match=r"details\.model is a object"):
+        record.to_builtins({"model": object()}, "details")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.dumps({"a": float("nan")})

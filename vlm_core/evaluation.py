@@ -1,0 +1,190 @@
+"""How well a subject answers, item by item.
+
+``evaluate(subject, items)``    one row per item, by candidates or by greedy generation, sighted or blind
+``accuracy_table(results)``     accuracy per task with its interval
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from vlm_core.interventions import Intervention
+from vlm_core.items import item_field, item_number, take
+from vlm_core.stats import interval
+from vlm_core.subject import Subject
+from vlm_core.sweeps import sweep
+
+__all__ = ["accuracy_table", "evaluate"]
+
+COLUMNS = ("item", "cluster", "task", "prompt", "image", "output", "answer", "correct", "score")
+
+
+def evaluate(
+    subject: Subject,
+    items: Sequence,
+    *,
+    plan: Intervention | tuple[Intervention, ...] | None = None,
+    blind: str | None = None,
+    mode: str = "candidates",
+    out: str | Path | None = None,
+    batch_rows: int | None = None,
+    max_new_tokens: int = 16,
+) -> pd.DataFrame:
+    """Answer every item.
+
+    Parameters
+    ----------
+    plan : optional
+        An intervention (or a tuple of them) in force throughout.
+    blind : {None, "mean", "swap"}
+        ``"mean"``: every image is the mean over the items' images; ``"swap"``: every image is another scene's (the
+        next item of the same task with a different ``scene_id``). What is answered then needs no look at the image.
+    mode : {"candidates", "greedy"}
+        ``"candidates"``: the best-scoring candidate; ``"greedy"``: generated text, right if it equals the answer
+        ignoring case, punctuation and spacing.
+    out : path, optional
+        Also write the rows there as JSON lines.
+
+    Returns
+    -------
+    DataFrame
+        ``item, cluster, task, prompt, image, output, answer, correct, score``. ``image`` names the scene that was shown
+        (``"mean"`` for the mean image); ``score`` is the margin in ``"candidates"`` mode, NaN in ``"greedy"``.
+    """
+    if mode not in ("candidates", "greedy"):
+        raise ValueError(f"mode must be 'candidates' or 'greedy', got '{mode}'")
+    shown, names = _shown_items(items, blind)
+    if mode == "candidates":
+        outputs, correct, score = _by_candidates(subject, shown, plan, batch_rows)
+    else:
+        outputs = _generate(subject, shown, plan, batch_rows, max_new_tokens)
+        answers = [str(item_field(item, "answer")) for item in shown]
+        correct = [_plain(output) == _plain(answer) for output, answer in zip(outputs, answers, strict=True)]
+        score = [np.nan] * len(outputs)
+    results = pd.DataFrame(
+        {
+            "item": [str(item_field(item, "id")) for item in shown],
+            "cluster": [str(item_field(item, "scene_id")) for item in shown],
+            "task": [str(item_field(item, "task")) for item in shown],
+            "prompt": [str(item_field(item, "prompt")) for item in shown],
+            "image": names,
+            "output": outputs,
+            "answer": [str(item_field(item, "answer")) for item in shown],
+            "correct": np.array(correct, dtype=bool),
+            "score": np.array(score, dtype=float),
+        },
+        columns=list(COLUMNS),
+    )
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        results.to_json(out, orient="records", lines=True, force_ascii=False)
+    return results
+
+
+def accuracy_table(results: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Accuracy per task from ``evaluate``, with a cluster-bootstrap interval.
+
+    Returns
+    -------
+    DataFrame
+        ``task, n, clusters, accuracy, lower, upper``.
+    """
+    rows = []
+    for task, group in results.groupby("task", sort=True):
+        correct = group["correct"].to_numpy(float)
+        found = interval(correct, group["cluster"].to_numpy(), confidence=confidence, bounds=(0.0, 1.0))
+        rows.append((task, len(group), group["cluster"].nunique(), correct.mean(), found.lower, found.upper))
+    return pd.DataFrame(rows, columns=["task", "n", "clusters", "accuracy", "lower", "upper"])
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _fields(item, **changes) -> dict:
+    names = ("id", "scene_id", "task", "image", "prompt", "answer", "candidates")
+    return {**{name: item_field(item, name) for name in names}, **changes}
+
+
+def _shown_items(items: Sequence, blind: str | None) -> tuple[list, list[str]]:
+    shown = take(items, range(len(items)))
+    if blind is None:
+        return shown, [str(item_field(item, "scene_id")) for item in shown]
+    if blind == "mean":
+        mean = _mean_image([item_field(item, "image") for item in shown])
+        return [
+            _fields(item, image=mean.resize(item_field(item, "image").size)) for item in shown
+        ], ["mean"] * len(shown)
+    if blind == "swap":
+        partners = _partners(shown)
+        return [
+            _fields(item, image=item_field(partner, "image")) for item, partner in zip(shown, partners, strict=True)
+        ], [str(item_field(partner, "scene_id")) for partner in partners]
+    raise ValueError(f"blind must be None, 'mean' or 'swap', got '{blind}'")
+
+
+def _mean_image(images: Sequence[Image.Image]) -> Image.Image:
+    size = images[0].size
+    total = np.zeros((size[1], size[0], 3))
+    for image in images:
+        total += np.asarray(image.convert("RGB").resize(size), dtype=float)
+    return Image.fromarray(np.round(total / len(images)).astype(np.uint8))
+
+
+def _partners(items: Sequence) -> list:
+    partners = []
+    for index, item in enumerate(items):
+        rotated = [*items[index + 1 :], *items[:index]]
+        partner = next(
+            (
+                other
+                for other in rotated
+                if item_field(other, "task") == item_field(item, "task")
+                and item_field(other, "scene_id") != item_field(item, "scene_id")
+            ),
+            None,
+        )
+        if partner is None:
+            raise ValueError(
+                f"item {item_field(item, 'id')!r} has no partner for blind='swap': its task "
+                f"{item_field(item, 'task')!r} needs items of at least two scenes"
+            )
+        partners.append(partner)
+    return partners
+
+
+def _by_candidates(subject, items, plan, batch_rows) -> tuple[list[str], np.ndarray, np.ndarray]:
+    table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=("correct", "margin", "choice"))
+    values = table["value"].to_numpy().reshape(len(items), 3)
+    outputs = [
+        item_field(item, "candidates")[int(choice)] for item, choice in zip(items, values[:, 2], strict=True)
+    ]
+    return outputs, values[:, 0] == 1.0, values[:, 1]
+
+
+def _generate(subject, items, plan, batch_rows, max_new_tokens) -> list[str]:
+    outputs: list[str] = []
+    size = batch_rows or subject.batch_rows
+    for start in range(0, len(items), size):
+        chunk = items[start : start + size]
+        batch = subject.encode_items(chunk)
+        n_prompt = batch.image.shape[1]
+        numbers = [item_number(item) for item in chunk]
+        with torch.inference_mode(), subject.intervene(plan, batch, items=numbers):
+            tokens = subject.model.generate(
+                **batch.inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=subject.tokenizer.pad_token_id,
+            )
+        outputs.extend(
+            text.strip() for text in subject.tokenizer.batch_decode(tokens[:, n_prompt:], skip_special_tokens=True)
+        )
+    return outputs

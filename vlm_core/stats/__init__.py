@@ -1,0 +1,42 @@
+"""How a claim gets its verdict: declarations, intervals, power, and the one function that decides.
+
+NumPy, SciPy and pandas only: a report can be rendered, and a verdict re-read, without a model or a test runner.
+
+>>> claim = Claim("H1.necessity", "Removing ten heads costs 10 points.", "paired drop", Superiority(0.10), "here")
+>>> decision = decide(claim, effect=[1.0, 0.0] * 40, clusters=range(80))
+>>> decision.verdict.value
+'supported'
+"""
+
+from .claims import Claim, ClaimTest, Equivalence, NonInferiority, Superiority, Trend
+from .descriptive import Interval, accuracy_interval, interval, wilson
+from .intervals import Estimate, estimate_mean
+from .multiplicity import holm
+from .permutation import monte_carlo_p, sign_flip_p
+from .trend import linear_contrast, page_p
+from .verdict import Baseline, Control, Decision, Verdict, decide
+
+__all__ = [
+    "Baseline",
+    "Claim",
+    "ClaimTest",
+    "Control",
+    "Decision",
+    "Equivalence",
+    "Estimate",
+    "Interval",
+    "NonInferiority",
+    "Superiority",
+    "Trend",
+    "Verdict",
+    "accuracy_interval",
+    "decide",
+    "estimate_mean",
+    "holm",
+    "interval",
+    "linear_contrast",
+    "monte_carlo_p",
+    "page_p",
+    "sign_flip_p",
+    "wilson",
+]

@@ -1,0 +1,418 @@
+"""The seam changes nothing by itself, and exactly what it says otherwise. One test per trap of transformers."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+import vlm_core.checks
+import vlm_core.run
+from vlm_core import (
+    DropTokens,
+    HeadMeans,
+    HiddenStates,
+    ImageAttention,
+    ImageKVMeans,
+    KnockOut,
+    MeanHeads,
+    ReplaceImageKV,
+    Subject,
+    SubjectError,
+    ZeroHeads,
+    observe,
+    selfcheck,
+)
+from vlm_core.seam import ATTENTION_NAMES, _original, current_run
+from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
+
+NO_OPS = {
+    "none": None,
+    "empty tuple": (),
+    "no heads": ZeroHeads(()),
+    "keep all": DropTokens(1, 1.0),
+    "no layers": KnockOut("text", "image", ()),
+}
+
+
+def logits(subject, batch):
+    with torch.inference_mode():
+        return subject.model(**batch.inputs).logits
+
+
+def text_logits(subject, batch):
+    return logits(subject, batch)[~batch.image & batch.valid]
+
+
+@pytest.fixture(scope="module")
+def batch(subject):
+    return subject.encode_items(make_items(4))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("no_op", NO_OPS)
+def test_a_no_op_is_bit_identical_to_the_model_without_seam(attention, no_op):
+    model, processor = tiny_llava(attention=attention)
+    subject = Subject(model, processor)
+    batch = subject.encode_items(make_items(4))
+    with subject.intervene(NO_OPS[no_op], batch):
+        seen = logits(subject, batch)
+    subject.seam.remove()
+    assert model.config.text_config._attn_implementation == attention
+    assert torch.equal(seen, logits(subject, batch))
+
+
+def test_a_no_op_observed_is_bit_identical(subject, batch):
+    plain = logits(subject, batch)
+    with subject.intervene(None, batch, observers=[ImageAttention(), HiddenStates()]) as run:
+        assert torch.equal(logits(subject, batch), plain)
+    assert len(run.records[0]) == subject.anatomy.n_layers
+
+
+def o_proj_oracle(subject, batch, layer, head, vector):
+    size = subject.anatomy.head_dim
+
+    def overwrite(module, args):
+        hidden = args[0].clone()
+        hidden[..., head * size : (head + 1) * size] = vector
+        return (hidden,)
+
+    handle = subject.anatomy.output_projection(layer).register_forward_pre_hook(overwrite)
+    try:
+        return logits(subject, batch)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("fixture", ["subject", "gqa_subject", "eager_subject"])
+@pytest.mark.parametrize("head", [(0, 0), (1, 3), (2, 2)])
+def test_zeroing_a_head_equals_an_output_projection_hook(request, fixture, head):
+    subject = request.getfixturevalue(fixture)
+    batch = subject.encode_items(make_items(4))
+    with subject.intervene(ZeroHeads([head]), batch):
+        seen = logits(subject, batch)
+    assert torch.equal(seen, o_proj_oracle(subject, batch, *head, 0.0))
+    assert not torch.equal(seen, logits(subject, batch))
+
+
+def test_mean_heads_equals_an_output_projection_hook(subject, batch):
+    values = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    with subject.intervene(MeanHeads([(1, 2)], HeadMeans(values)), batch):
+        seen = logits(subject, batch)
+    assert torch.equal(seen, o_proj_oracle(subject, batch, 1, 2, values[1, 2]))
+
+
+def replaced_keys_and_values(monkeypatch, subject, batch, layer, head, means):
+    """Oracle without the seam: overwrite image keys after rotary embedding and image values after v_proj."""
+    import transformers.models.llama.modeling_llama as modelling
+
+    rotate, calls, size = modelling.apply_rotary_pos_emb, [], subject.anatomy.head_dim
+
+    def rotate_and_replace(query, key, cos, sin, *args, **kwargs):
+        query, key = rotate(query, key, cos, sin, *args, **kwargs)
+        if len(calls) == layer:
+            key = key.clone()
+            key[:, head] = torch.where(batch.image[:, :, None], means.keys[layer, head], key[:, head])
+        calls.append(layer)
+        return query, key
+
+    def replace_values(module, args, output):
+        output = output.clone()
+        columns = slice(head * size, (head + 1) * size)
+        output[..., columns] = torch.where(batch.image[:, :, None], means.values[layer, head], output[..., columns])
+        return output
+
+    monkeypatch.setattr(modelling, "apply_rotary_pos_emb", rotate_and_replace)
+    handle = subject.anatomy.attentions[layer].v_proj.register_forward_hook(replace_values)
+    try:
+        return logits(subject, batch)
+    finally:
+        handle.remove()
+        monkeypatch.undo()
+
+
+def test_replacing_image_keys_and_values_equals_overwriting_them_by_hand(monkeypatch, subject, batch, means):
+    with subject.intervene(ReplaceImageKV([(1, 2)], means), batch):
+        seen = logits(subject, batch)
+    expected = replaced_keys_and_values(monkeypatch, subject, batch, 1, 2, means)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+    assert (seen - logits(subject, batch)).abs().max() > 1e-3
+
+
+def test_replacing_under_grouped_queries_touches_one_query_head_only():
+    grouped, processor = tiny_llava(kv_heads=2, seed=1)
+    full, _ = tiny_llava(kv_heads=4, seed=1)
+    state = grouped.state_dict()
+    for name in list(state):
+        if name.endswith(("k_proj.weight", "v_proj.weight")) and "language_model" in name:
+            state[name] = state[name].view(2, 1, 8, -1).expand(2, 2, 8, -1).reshape(32, -1)
+    full.load_state_dict(state)
+    grouped, full = Subject(grouped, processor), Subject(full, processor)
+    batch = grouped.encode_items(make_items(4))
+    generator = torch.Generator().manual_seed(0)
+    means = ImageKVMeans(torch.randn(3, 4, 8, generator=generator), torch.randn(3, 4, 8, generator=generator))
+    for heads in ([(1, 1)], [(0, 2), (2, 3)]):
+        with grouped.intervene(ReplaceImageKV(heads, means), batch):
+            seen = logits(grouped, batch)
+        with full.intervene(ReplaceImageKV(heads, means), batch):
+            expected = logits(full, batch)
+        torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+        assert (seen - logits(grouped, batch)).abs().max() > 1e-3
+
+
+def masked_layers_oracle(subject, batch, allowed_in):
+    """Oracle without the seam: hand every decoder layer its own boolean mask ``[batch, 1, query, key]``."""
+
+    def give_mask(layer):
+        def hook(module, args, kwargs):
+            return args, {**kwargs, "attention_mask": allowed_in(layer)}
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(give_mask(layer), with_kwargs=True)
+        for layer, module in enumerate(subject.anatomy.layers)
+    ]
+    try:
+        return text_logits(subject, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def causal(batch):
+    n = batch.valid.shape[1]
+    return torch.ones(n, n, dtype=torch.bool).tril() & batch.valid[:, None, None, :]
+
+
+@pytest.mark.parametrize("fixture", ["subject", "gqa_subject", "eager_subject"])
+def test_knocking_out_edges_equals_an_explicit_mask(request, fixture):
+    """Trap 2: sdpa may pass no mask at all, and an eager mask is additive."""
+    subject = request.getfixturevalue(fixture)
+    batch = subject.encode_items(make_items(6)[1:3])
+    assert bool(batch.valid.all()), "without padding, sdpa_mask gives None"
+    oracle = request.getfixturevalue("gqa_subject" if fixture == "gqa_subject" else "subject")
+    cut = (~batch.image)[:, None, :, None] & batch.image[:, None, None, :]
+    expected = masked_layers_oracle(
+        oracle, batch, lambda layer: causal(batch) & ~cut if layer in (1, 2) else causal(batch)
+    )
+    with subject.intervene(KnockOut("text", "image", (1, 2)), batch):
+        seen = logits(subject, batch)[~batch.image & batch.valid]
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_survives_a_knock_out(subject):
+    items = make_items(6)
+    both = subject.encode_items(items)
+    assert not bool(both.valid.all())
+    with subject.intervene(KnockOut("last", "image", (0, 1, 2)), both):
+        together = logits(subject, both)[:, -1]
+    for row, item in enumerate(items):
+        one = subject.encode_items([item])
+        with subject.intervene(KnockOut("last", "image", (0, 1, 2)), one):
+            torch.testing.assert_close(together[row], logits(subject, one)[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_unmasked_name_leaks_and_ours_do_not(subject, batch):
+    """Trap 1: an attention name without a mask function silently gets no causal mask under eager attention."""
+    for name in ATTENTION_NAMES.values():
+        assert name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    model, processor = tiny_llava(attention="eager")
+    AttentionInterface.register("test_unmasked", _eager_by_module)
+    leaking = Subject(model, processor)
+    leaking.seam.remove()
+    model.set_attn_implementation({"text_config": "test_unmasked"})
+    changed = {**batch.inputs, "input_ids": batch.inputs["input_ids"].clone()}
+    changed["input_ids"][:, -1] = 7
+    with torch.inference_mode():
+        leak = (model(**batch.inputs).logits - model(**changed).logits)[:, :-1].abs().max()
+        sound = (subject.model(**batch.inputs).logits - subject.model(**changed).logits)[:, :-1].abs().max()
+    assert leak > 0.1
+    assert sound < 1e-5
+    AttentionMaskInterface._global_mapping.pop("test_unmasked", None)
+    AttentionInterface._global_mapping.pop("test_unmasked")
+
+
+def _eager_by_module(module, *args, **kwargs):
+    return _original(module, "eager")(module, *args, **kwargs)
+
+
+def test_names_avoid_substring_dispatch():
+    """Trap 3."""
+    for name in ATTENTION_NAMES.values():
+        assert not any(part in name for part in ("sdpa", "flash", "flex_attention", "paged"))
+
+
+@pytest.mark.parametrize("fixture", ["subject", "eager_subject"])
+def test_attention_read_at_the_seam_equals_eager_output_attentions(request, fixture):
+    """Trap 4: under sdpa, ``output_attentions`` gives nothing; the seam reads the same numbers there."""
+    model, processor = tiny_llava(attention="eager")
+    plain = Subject(model, processor)
+    plain.seam.remove()
+    items = make_items(6)
+    seen = observe(request.getfixturevalue(fixture), items, ImageAttention("last"))
+    for row, item in enumerate(items):
+        batch = plain.encode_items([item])
+        with torch.inference_mode():
+            attentions = model(**batch.inputs, output_attentions=True).attentions
+        expected = torch.stack([layer[0, :, -1][:, batch.image[0]] for layer in attentions])
+        torch.testing.assert_close(torch.from_numpy(seen[row]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_are_before_the_final_norm_and_after_edits(subject):
+    """Traps 5 and 6: transformers' last hidden state is normed, and its hooks may run before an edit."""
+    items = make_items(2)
+    batch = subject.encode_items(items[:1])
+    seen = torch.from_numpy(observe(subject, items[:1], HiddenStates(positions="last")))[0]
+    with torch.inference_mode():
+        outputs = subject.model(**batch.inputs, output_hidden_states=True)
+    own = torch.stack([state[0, -1] for state in outputs.hidden_states])
+    torch.testing.assert_close(seen[:-1], own[:-1], rtol=1e-4, atol=1e-5)
+    assert (seen[-1] - own[-1]).abs().max() > 1e-3
+    with torch.inference_mode():
+        torch.testing.assert_close(subject.anatomy.norm(seen[-1]), own[-1], rtol=1e-4, atol=1e-5)
+    edited = torch.from_numpy(observe(subject, items[:1], HiddenStates(), ZeroHeads([(1, 0)])))[0]
+    torch.testing.assert_close(edited[:2], seen[:2], rtol=1e-4, atol=1e-5)
+    assert (edited[2] - seen[2]).abs().max() > 1e-3
+
+
+def test_the_vision_tower_is_left_alone(subject, batch):
+    """Trap 8: a vision tower calls the same interface; only the language model's attentions are in a run."""
+    assert subject.model.config.vision_config._attn_implementation == "sdpa"
+    with torch.inference_mode():
+        plain = subject.model.get_image_features(batch.inputs["pixel_values"]).pooler_output
+        with subject.intervene(ZeroHeads(subject.heads), batch):
+            seen = subject.model.get_image_features(batch.inputs["pixel_values"]).pooler_output
+    assert all(torch.equal(one, other) for one, other in zip(plain, seen, strict=True))
+
+
+def test_another_subject_inside_a_run_is_left_alone(subject, gqa_subject, batch):
+    expected = logits(gqa_subject, batch)
+    with subject.intervene(ZeroHeads(subject.heads), batch):
+        assert torch.equal(logits(gqa_subject, batch), expected)
+
+
+def test_a_run_ends_with_its_context_even_after_an_error(subject, batch):
+    plain = logits(subject, batch)
+    hooks = [len(module._forward_pre_hooks) for module in subject.model.modules()]
+    with pytest.raises(RuntimeError, match="broken"), subject.intervene(ZeroHeads([(0, 0)]), batch):
+        raise RuntimeError("broken")
+    assert current_run() is None
+    assert torch.equal(logits(subject, batch), plain)
+    assert hooks == [len(module._forward_pre_hooks) for module in subject.model.modules()]
+
+
+def test_two_plans_in_two_threads(subject, batch):
+    plans = {"zero": ZeroHeads([(0, 1)]), "drop": DropTokens(1, 0.25), "none": None}
+    expected = {}
+    for name, plan in plans.items():
+        with subject.intervene(plan, batch):
+            expected[name] = logits(subject, batch)
+    seen, together = {}, threading.Barrier(len(plans))
+
+    def work(name):
+        with subject.intervene(plans[name], batch):
+            together.wait(10)
+            seen[name] = [logits(subject, batch) for _ in range(5)]
+            together.wait(10)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in plans]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in plans:
+        assert all(torch.equal(one, expected[name]) for one in seen[name])
+
+
+def test_a_different_intervention_per_row(subject, batch, means):
+    rows = [ZeroHeads([(0, 1)]), None, ReplaceImageKV([(1, 0), (2, 2)], means), (ZeroHeads([(2, 0)]),)]
+    with subject.intervene(rows, batch):
+        together = logits(subject, batch)
+    for row, intervention in enumerate(rows):
+        with subject.intervene(intervention, batch):
+            alone = logits(subject, batch)
+        torch.testing.assert_close(together[row], alone[row], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_another_shape_is_refused(subject, batch):
+    other = subject.encode_items(make_items(2))
+    with subject.intervene(None, batch), pytest.raises(ValueError, match="was made for"):
+        logits(subject, other)
+
+
+@pytest.mark.parametrize(
+    ("intervention", "message"),
+    [
+        (ZeroHeads([(9, 0)]), "outside this model's 3 layers x 4 heads"),
+        (DropTokens(3, 0.5), "outside this model's 3 layers"),
+        (KnockOut("text", "image", (3,)), "outside this model's 3 layers"),
+        ((DropTokens(1, 0.5), DropTokens(1, 0.2)), "at most once per layer"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(subject, batch, intervention, message):
+    with pytest.raises(ValueError, match=message), subject.intervene(intervention, batch):
+        pass
+
+
+def test_selfcheck_passes_and_names_what_fails():
+    subject = tiny_subject()
+    selfcheck(subject)
+    subject.model.set_attn_implementation({"text_config": "sdpa"})
+    with pytest.raises(SubjectError, match=r"self-check 'no-op'"):
+        selfcheck(subject)
+
+
+def test_a_subject_can_be_forgotten():
+    subject = tiny_subject()
+    model = weakref.ref(subject.model)
+    del subject
+    gc.collect()
+    assert model() is None
+
+
+def break_causality(monkeypatch, subject):
+    for name in ("eager", "vlm_core_eager"):
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, lambda *args, **kwargs: None)
+    # Knock-outs build their own causal mask, and so notice a missing one first.
+    monkeypatch.setattr(vlm_core.checks, "_check_knock_out", lambda *args: None)
+
+
+def break_one_mask(monkeypatch, subject):
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "vlm_core_eager", lambda *args, **kwargs: None)
+
+
+def break_zero_head(monkeypatch, subject):
+    object.__setattr__(subject.anatomy, "head_dim", 4)
+
+
+def break_knock_out(monkeypatch, subject):
+    cut = vlm_core.run._block
+    monkeypatch.setattr(vlm_core.run, "_block", lambda mask, edges: cut(mask, edges | (torch.rand(edges.shape) < 0.1)))
+
+
+def break_readout(monkeypatch, subject):
+    object.__setattr__(subject.anatomy, "head", torch.nn.Linear(32, subject.anatomy.vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it"),
+    [
+        ("no-op", break_one_mask),
+        ("zero head", break_zero_head),
+        ("knock-out of nothing", break_knock_out),
+        ("causality", break_causality),
+        ("readout", break_readout),
+    ],
+)
+def test_selfcheck_names_the_check_that_fails(monkeypatch, name, break_it):
+    subject = tiny_subject(attention="eager")
+    selfcheck(subject)
+    break_it(monkeypatch, subject)
+    with pytest.raises(SubjectError, match=f"failed the self-check '{name}'"):
+        selfcheck(subject)

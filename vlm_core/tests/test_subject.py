@@ -1,0 +1,245 @@
+"""Loading a subject, and the sentence for everything that keeps it from being measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+
+from vlm_core import Subject, SubjectError, ZeroHeads, load_subject, precheck_subject, sweep
+from vlm_core.checkpoint import inspect_checkpoint
+from vlm_core.seam import _before_layer
+from vlm_core.tests.tiny import CHAT_TEMPLATE, make_items, tiny_llava, tiny_subject
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-vlm"
+    model, processor = tiny_llava()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    file.write_text(json.dumps(config))
+
+
+def test_a_saved_checkpoint_loads_and_gives_the_same_numbers(saved, subject):
+    loaded = load_subject(saved)
+    items = make_items(3)
+    interventions = [None, ZeroHeads([(1, 1)])]
+    assert sweep(loaded, items, interventions).equals(sweep(subject, items, interventions))
+    assert loaded.name == "tiny-vlm"
+    assert loaded.model.config.text_config._attn_implementation == "vlm_core"
+
+
+def test_a_subject_with_the_seam_saves_a_checkpoint_that_loads(tmp_path):
+    subject = tiny_subject()
+    subject.model.save_pretrained(tmp_path)
+    subject.processor.save_pretrained(tmp_path)
+    assert load_subject(tmp_path).heads == subject.heads
+
+
+def test_identity_names_the_weights(saved, tmp_path):
+    identity = load_subject(saved).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity["family"] == "llava"
+    assert (identity["n_layers"], identity["n_heads"], identity["dtype"]) == (3, 4, "float32")
+    assert identity["weights"] == inspect_checkpoint(saved).sha256()
+    model, processor = tiny_llava(seed=3)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert load_subject(tmp_path).identity()["weights"] != identity["weights"]
+    assert Subject(model, processor).identity()["weights"] != tiny_subject().identity()["weights"]
+
+
+def test_half_precision_checkpoints_compute_in_float32_on_a_cpu(tmp_path):
+    model, processor = tiny_llava()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).dtype == "bfloat16"
+    assert load_subject(tmp_path, device="cpu").model.dtype == torch.float32
+    assert load_subject(tmp_path, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_an_unknown_path_is_not_found(tmp_path):
+    for path in (tmp_path / "nowhere", "no spaces/in ids"):
+        with pytest.raises(SubjectError, match="was not found: it is no local directory"):
+            precheck_subject(path)
+
+
+def test_an_empty_directory_has_no_config(tmp_path):
+    with pytest.raises(SubjectError, match=r"a directory without config\.json"):
+        precheck_subject(tmp_path)
+
+
+def test_a_broken_config_is_named(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(SubjectError, match=r"unreadable config\.json"):
+        precheck_subject(copy)
+
+
+def test_a_text_only_checkpoint_is_named(copy):
+    edit_config(copy, model_type="llama", vision_config=None)
+    with pytest.raises(SubjectError, match=r"text-only checkpoint \(model_type 'llama'"):
+        load_subject(copy)
+
+
+def test_an_undeclared_family_is_named(copy):
+    edit_config(copy, model_type="chameleon")
+    with pytest.raises(SubjectError, match="model_type 'chameleon', which is not declared"):
+        precheck_subject(copy)
+
+
+def corrupt_truncated(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def corrupt_empty(file):
+    file.write_bytes(b"\0\0")
+
+
+def corrupt_header_length(file):
+    file.write_bytes(struct.pack("<Q", 2**40) + file.read_bytes()[8:])
+
+
+def corrupt_header(file):
+    data = file.read_bytes()
+    file.write_bytes(data[:8] + b"\xff" * 20 + data[28:])
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        (corrupt_truncated, "where its header announces"),
+        (corrupt_empty, "too few for a safetensors header"),
+        (corrupt_header_length, "longer than the file"),
+        (corrupt_header, "unreadable header"),
+    ],
+)
+def test_corrupted_weights_are_named(copy, corrupt, message):
+    corrupt(copy / "model.safetensors")
+    with pytest.raises(SubjectError, match=rf"is corrupted: model\.safetensors.*{message}"):
+        precheck_subject(copy)
+
+
+def test_a_missing_shard_is_named(copy):
+    names = list(load_file(copy / "model.safetensors"))
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+    index = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(SubjectError, match=r"lacks 1 of 2 weight files \(first: model-00002-of-00002"):
+        precheck_subject(copy)
+
+
+def test_weights_without_safetensors_are_named(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(SubjectError, match="no safetensors weights"):
+        precheck_subject(copy)
+
+
+def test_missing_tensors_are_named(copy):
+    weights = load_file(copy / "model.safetensors")
+    dropped = next(name for name in weights if "q_proj" in name and "language_model" in name)
+    save_file({name: value for name, value in weights.items() if name != dropped}, copy / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(SubjectError, match=r"lacks 1 tensor.*q_proj"):
+        load_subject(copy)
+
+
+def test_too_little_memory_is_told_before_loading(monkeypatch, saved):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    with pytest.raises(SubjectError, match=r"needs about .* GiB on cpu .* only 0\.0 GiB are free"):
+        load_subject(saved, device="cpu")
+
+
+def test_precheck_does_not_import_torch(saved):
+    code = (
+        "import sys; from vlm_core import precheck_subject; "
+        f"precheck_subject({str(saved)!r}); assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_chat_template_decides_the_text():
+    subject = tiny_subject()
+    assert subject.render("what is ?") == "USER : <image> what is ? ASSISTANT :"
+    assert subject.render("what is ?", "red") == "USER : <image> what is ? ASSISTANT : red"
+    assert tiny_subject(chat_template=None).render("what is ?", "red") == "<image> what is ? red"
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one():
+    subject = tiny_subject(chat_template="<s>" + CHAT_TEMPLATE)
+    subject.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", subject.tokenizer.bos_token_id)]
+    )
+    ids = subject.encode_items(make_items(1)).inputs["input_ids"][0].tolist()
+    assert ids.count(subject.tokenizer.bos_token_id) == 1
+    plain = tiny_subject()
+    plain.tokenizer.backend_tokenizer.post_processor = subject.tokenizer.backend_tokenizer.post_processor
+    assert plain.encode_items(make_items(1)).inputs["input_ids"][0].tolist() == ids
+
+
+def test_grey_images_and_tokenizers_without_padding_are_taken():
+    subject = tiny_subject()
+    subject.processor.image_processor.do_convert_rgb = False
+    subject.tokenizer.pad_token = None
+    items = [{**item, "image": item["image"].convert("L")} for item in make_items(2)]
+    batch = subject.encode_items(items)
+    assert batch.inputs["pixel_values"].shape[:2] == (2, 3)
+    assert batch.inputs["input_ids"][0][~batch.valid[0]].tolist() in ([], [subject.tokenizer.eos_token_id] * 3)
+    assert not bool(batch.valid.all())
+
+
+def test_the_image_grid_is_read_off_the_encoded_image(subject):
+    # One CLS token beside 4 x 4 patches is no grid; the patches alone are.
+    item = make_items(1)[0]
+    assert subject.image_grid(item["image"]) is None
+    plain = tiny_subject()
+    plain.processor.num_additional_image_tokens = 0
+    assert plain.image_grid(item["image"]) == (4, 4)
+
+
+def test_a_prompt_without_image_token_is_refused():
+    subject = tiny_subject(chat_template=CHAT_TEMPLATE.replace("<image>", "the"))
+    with pytest.raises((SubjectError, ValueError), match="image"):
+        subject.encode_items(make_items(1))
+
+
+def test_a_copy_of_the_model_is_not_touched_by_the_original(subject):
+    import copy as copying
+
+    clone = copying.deepcopy(subject.model)
+    batch = subject.encode_items(make_items(2))
+    with torch.inference_mode():
+        expected = clone(**batch.inputs).logits
+        with subject.intervene(ZeroHeads(subject.heads), batch):
+            assert torch.equal(clone(**batch.inputs).logits, expected)
+    other = Subject(clone, subject.processor)
+    with torch.inference_mode(), other.intervene(ZeroHeads(subject.heads), batch):
+        assert not torch.equal(clone(**batch.inputs).logits, expected)
+    for layer in other.anatomy.layers:
+        assert list(layer._forward_pre_hooks.values()).count(_before_layer) == 1

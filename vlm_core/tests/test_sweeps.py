@@ -1,0 +1,160 @@
+"""Sweeps give the numbers that the whole model gives, in a tidy table, and resume."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import vlm_core.sweeps
+from vlm_core import DropTokens, ReplaceImageKV, SubjectError, ZeroHeads, sweep
+from vlm_core.items import item_number
+from vlm_core.tests.tiny import make_items, tiny_subject
+
+METRICS = ("correct", "logit", "logprob", "margin", "choice")
+
+
+def by_hand(subject, item, intervention):
+    """Scores of one item through the whole model, one candidate at a time."""
+    sums, logit = [], None
+    for candidate in item["candidates"]:
+        batch = subject.encode([item["image"]], [item["prompt"]], answers=[candidate])
+        n_prompt = subject.encode_items([item]).image.shape[1]
+        with subject.intervene(intervention, batch, items=[item_number(item)]) as run, torch.inference_mode():
+            logits = subject.model(**batch.inputs).logits[0]
+        dropped = batch.image.shape[1] - logits.shape[0]
+        assert dropped == 0 or run.tokens.index is not None
+        tokens = subject.continuation(candidate)
+        steps = logits[n_prompt - dropped - 1 :][: len(tokens)]
+        index = torch.arange(len(tokens)), torch.tensor(tokens)
+        sums.append(float(steps.log_softmax(-1)[index].sum()))
+        if candidate == item["answer"]:
+            logit = float(steps[index][0]) if len(tokens) == 1 else sums[-1]
+    right = item["candidates"].index(item["answer"])
+    margin = sums[right] - max(value for number, value in enumerate(sums) if number != right)
+    return {
+        "correct": float(margin > 0), "logit": logit, "logprob": sums[right], "margin": margin,
+        "choice": float(np.argmax(sums)),
+    }
+
+
+@pytest.mark.parametrize("multi_token", [False, True])
+@pytest.mark.parametrize("batch_rows", [5, 64])
+def test_values_equal_scoring_by_hand(subject, means, multi_token, batch_rows):
+    items = make_items(6, multi_token=multi_token)
+    interventions = {
+        "none": None,
+        "zero": ZeroHeads([(0, 0), (2, 1)]),
+        "kv": ReplaceImageKV([(1, 0), (1, 1)], means),
+        "drop": DropTokens(1, 0.4),
+    }
+    table = sweep(subject, items, interventions, batch_rows=batch_rows, metrics=METRICS)
+    assert list(table.columns) == ["item", "cluster", "task", "intervention", "metric", "value"]
+    assert len(table) == 6 * 4 * len(METRICS)
+    values = table.set_index(["item", "intervention", "metric"])["value"]
+    for item in items:
+        for name, intervention in interventions.items():
+            for metric, expected in by_hand(subject, item, intervention).items():
+                assert values[item["id"], name, metric] == pytest.approx(expected, abs=2e-3), (item["id"], name, metric)
+
+
+def test_multi_token_candidates_share_rows(subject):
+    item = make_items(1, multi_token=True)[0]
+    one = vlm_core.sweeps.candidate_set(subject, item)
+    dark = subject.continuation("dark red")[0]
+    assert one.prefixes == ((dark,),)
+    assert one.reads == ((0, 0), (0, 1))
+
+
+def test_rows_of_a_sequence_of_interventions_are_labelled(subject):
+    table = sweep(subject, make_items(2), [None, ZeroHeads([(0, 1)])], metrics=("margin",))
+    assert table["intervention"].tolist() == ["none", "zero(L0.H1)"] * 2
+    assert table["cluster"].tolist() == ["scene-0"] * 4
+    with pytest.raises(ValueError, match="same description"):
+        sweep(subject, make_items(2), [None, None])
+
+
+def test_assignments_run_only_the_rows_asked_for(subject):
+    items = make_items(4)
+    interventions = {"a": ZeroHeads([(0, 1)]), "b": ZeroHeads([(1, 1)])}
+    table = sweep(subject, items, interventions, assignments=[(2, "b"), (0, "a"), (0, "b")], metrics=("margin",))
+    assert list(zip(table["item"], table["intervention"], strict=True)) == [
+        ("item-0", "a"), ("item-0", "b"), ("item-2", "b"),
+    ]
+    full = sweep(subject, items, interventions, metrics=("margin",)).set_index(["item", "intervention"])["value"]
+    assert table["value"].tolist() == pytest.approx([full["item-0", "a"], full["item-0", "b"], full["item-2", "b"]])
+    with pytest.raises(ValueError, match="not among the interventions"):
+        sweep(subject, items, interventions, assignments=[(0, "c")])
+
+
+def test_repeated_assignments_each_get_their_value(subject):
+    table = sweep(
+        subject, make_items(2, multi_token=True), {"a": None}, assignments=[(1, "a"), (1, "a")], metrics=METRICS
+    )
+    assert len(table) == 2 * len(METRICS)
+    assert np.array_equal(table["value"][: len(METRICS)], table["value"][len(METRICS) :])
+
+
+def test_ties_are_wrong(subject):
+    scores = np.array([[-1.0, -1.0], [-1.0, -2.0]])
+    sets = [SimpleNamespace(answer=0)] * 2
+    assert vlm_core.sweeps.score_candidates(sets, scores, np.zeros(2))["correct"].tolist() == [0.0, 1.0]
+
+
+def test_items_may_be_objects(subject):
+    items = make_items(2)
+    as_objects = [SimpleNamespace(**item) for item in items]
+    pd.testing.assert_frame_equal(sweep(subject, as_objects, [None]), sweep(subject, items, [None]))
+
+
+def test_a_killed_sweep_resumes(monkeypatch, tmp_path, subject):
+    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
+    items, interventions = make_items(6), {"none": None, "zero": ZeroHeads([(0, 1)])}
+    expected = sweep(subject, items, interventions)
+    work, calls = vlm_core.sweeps._sweep_block, []
+
+    def dies_in_the_third_block(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return work(*args)
+
+    monkeypatch.setattr(vlm_core.sweeps, "_sweep_block", dies_in_the_third_block)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(subject, items, interventions, store=tmp_path)
+    assert len(list(tmp_path.glob("*.parquet"))) == 2
+    seen = []
+    resumed = sweep(subject, items, interventions, store=tmp_path, progress=lambda done, n: seen.append((done, n)))
+    assert len(calls) == 4
+    assert seen == [(4, 12), (8, 12), (12, 12)]
+    pd.testing.assert_frame_equal(resumed, expected)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_store_is_not_taken_for_another_subject_image_or_intervention(tmp_path, subject):
+    items = make_items(2)
+    sweep(subject, items, {"x": None}, store=tmp_path)
+    sweep(subject, items, {"x": ZeroHeads([(0, 1)])}, store=tmp_path)
+    sweep(tiny_subject(seed=5), items, {"x": None}, store=tmp_path)
+    flipped = [{**item, "image": item["image"].rotate(180)} for item in items]
+    sweep(subject, flipped, {"x": None}, store=tmp_path)
+    assert len(list(tmp_path.glob("*.parquet"))) == 4
+
+
+def test_what_cannot_be_scored_is_refused(subject):
+    item = make_items(1)[0]
+    with pytest.raises(ValueError, match="not among its candidates"):
+        sweep(subject, [{**item, "answer": "circle"}], [None])
+    with pytest.raises(SubjectError, match="cannot write the answer 'mauve'"):
+        sweep(subject, [{**item, "candidates": [*item["candidates"], "mauve"]}], [None])
+    with pytest.raises(ValueError, match="unknown metrics"):
+        sweep(subject, [item], [None], metrics=("accuracy",))
+    with pytest.raises(KeyError, match="has no field 'candidates'"):
+        sweep(subject, [{name: value for name, value in item.items() if name != "candidates"}], [None])
+
+
+def test_an_empty_sweep_is_an_empty_table(subject):
+    assert list(sweep(subject, [], [None]).columns) == list(vlm_core.sweeps.COLUMNS)
