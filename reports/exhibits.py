@@ -17,8 +17,8 @@ REFERENCE_POLICIES = ("random", "stride")  # drawn in grey: what an informed pol
 
 
 def mean_with_interval(values, clusters) -> dict:
-    """``{value, lower, upper}``: mean over items and its 95 % cluster interval."""
-    found = interval(np.asarray(values, dtype=float), np.asarray(clusters))
+    """``{value, lower, upper}``: accuracy over items and its 95 % cluster interval."""
+    found = interval(np.asarray(values, dtype=float), np.asarray(clusters), bounds=(0.0, 1.0))
     return {"value": found.estimate, "lower": found.lower, "upper": found.upper}
 
 

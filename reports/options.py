@@ -31,16 +31,16 @@ class Options:
         return Path(self.subject.rstrip("/")).name or "subject"
 
     def as_arguments(self):
-        """The command-line arguments that differ from the defaults."""
+        """The command-line arguments that differ from the defaults, with ``=``: pytest takes a separate existing path for a test folder."""
         arguments = []
         if self.subject != DEFAULT_SUBJECT:
-            arguments += ["--claims-subject", self.subject]
+            arguments += [f"--claims-subject={self.subject}"]
         if self.revision:
-            arguments += ["--claims-revision", self.revision]
+            arguments += [f"--claims-revision={self.revision}"]
         if self.profile != "default":
-            arguments += ["--claims-profile", self.profile]
+            arguments += [f"--claims-profile={self.profile}"]
         if self.seed:
-            arguments += ["--claims-seed", str(self.seed)]
+            arguments += [f"--claims-seed={self.seed}"]
         return arguments
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,7 @@ def sft(student: str | Path, data: datasets.Dataset, budget: SFTBudget, out: str
     Raises
     ------
     SubjectError
-        If the model has no vision tower this function knows how to freeze, or training diverged (loss not finite).
+        If the model has no vision tower this function knows how to freeze, or training diverged (a loss or weight not finite).
     """
     from trl import SFTConfig, SFTTrainer
 
@@ -136,6 +137,7 @@ def sft(student: str | Path, data: datasets.Dataset, budget: SFTBudget, out: str
         save_strategy="no",
         logging_steps=max(1, budget.steps // 10),
         logging_strategy="steps",
+        logging_nan_inf_filter=False,  # else the trainer logs a loss of 0 in place of NaN, and divergence goes unseen
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,
@@ -152,12 +154,12 @@ def sft(student: str | Path, data: datasets.Dataset, budget: SFTBudget, out: str
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not all(torch.isfinite(torch.tensor(float(loss))) for loss in losses):
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in model.parameters())):
         raise SubjectError(f"training of '{student}' diverged (loss {losses[-1]}): lower the learning rate {budget.learning_rate}")
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    log = {"budget": asdict(budget), "seed": seed, "losses": [float(x) for x in losses], "seconds": time.monotonic() - began}
+    log = {"budget": asdict(budget), "seed": seed, "losses": losses, "seconds": time.monotonic() - began}
     (out / "training.json").write_text(json.dumps(log))
     return out
 

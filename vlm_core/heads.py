@@ -190,16 +190,15 @@ def assign_draws(labels: Sequence[str], n_items: int, items_per_draw: int, seed:
     """
     if items_per_draw < 1:
         raise ValueError(f"items_per_draw is {items_per_draw}: a random draw needs at least one item")
+    if n_items < 1:
+        raise ValueError("there are no items: a random draw needs at least one")
     rng, order, assignments = np.random.default_rng(seed), [], []
     for label in labels:
         mine: list[int] = []
         while len(mine) < min(items_per_draw, n_items):
             if not order:
                 order = rng.permutation(n_items).tolist()
-            item = next((i for i in order if i not in mine), None)
-            if item is None:
-                order = rng.permutation(n_items).tolist()
-                continue
+            item = next(i for i in order if i not in mine)
             order.remove(item)
             mine.append(item)
         assignments += [(item, label) for item in mine]

@@ -28,8 +28,8 @@ def mid_depth(subject: Subject) -> tuple[int, ...]:
     Later layers would make "from mid-depth on" true by definition: fewer and fewer layers are left that could need the tokens.
     """
     n = subject.anatomy.n_layers
-    first, last = -(-n // 2), max(-(-n // 2), (2 * n) // 3)
-    return spread_between(first, last, 4)
+    first = min(-(-n // 2), n - 1)
+    return spread_between(first, max(first, (2 * n) // 3), 4)
 
 
 def spread(subject: Subject, most: int = 8) -> tuple[int, ...]:

@@ -1,0 +1,238 @@
+"""Tables and figure data against hand computations, and every figure can be drawn."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from reports import exhibits, figures
+from reports.evidence import Evidence
+from vlm_core import HeadId
+from vlm_core.stats import interval
+
+
+@pytest.fixture
+def evidence():
+    """What a test leaves, outside any claim; a figure is drawn where it is left."""
+    return Evidence(None)
+
+
+def left(evidence):
+    """The tables by name and the figures, of which each is checked and drawn again from what was stored."""
+    payload = evidence.payload()
+    for number, figure in enumerate(payload["figures"]):
+        figures.check(figure["kind"], figure["data"])
+        svg = figures.render(figure["kind"], figure["data"], prefix=f"f{number}", label=figure["alt"])
+        assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>")
+    tables = {table["name"]: pd.DataFrame(table["rows"], columns=table["columns"]) for table in payload["tables"]}
+    return tables, payload["figures"]
+
+
+def one_figure(evidence):
+    tables, (figure,) = left(evidence)
+    return tables, figure
+
+
+def test_an_interval_of_an_accuracy_is_one():
+    found = exhibits.mean_with_interval(pd.Series([1, 0, 1, 1, 0, 1, 1, 1] * 5), np.repeat(np.arange(20), 2))
+    expected = interval(np.array([1, 0, 1, 1, 0, 1, 1, 1] * 5, dtype=float), np.repeat(np.arange(20), 2), bounds=(0.0, 1.0))
+    assert found == {"value": 0.75, "lower": expected.lower, "upper": expected.upper}
+    for constant in (0.0, 1.0):
+        found = exhibits.mean_with_interval(np.full(5, constant), np.arange(5))
+        assert 0.0 <= found["lower"] <= found["value"] == constant <= found["upper"] <= 1.0
+        assert found["lower"] < found["upper"]
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_head_ablation_rows_and_bars(evidence):
+    full, cut, blind = (pd.Series(values, dtype=float) for values in ([1, 1, 1, 0] * 5, [1, 0, 0, 0] * 5, [0, 1, 0, 0] * 5))
+    conditions = {"full": ("baseline", full), "top 2": ("targeted", cut), "other image": ("floor", blind)}
+    exhibits.head_ablation(evidence, "color", conditions, np.arange(20) // 2, [HeadId(1, 2), HeadId(0, 3)], 0.25)
+    tables, figure = one_figure(evidence)
+    rows = tables["head-ablation.csv"]
+    assert rows["task"].unique().tolist() == ["color"]
+    assert rows["condition"].tolist() == ["full", "top 2", "other image"]
+    assert rows["accuracy"].tolist() == [0.75, 0.25, 0.25]
+    assert rows["drop"].tolist() == [0.0, 0.5, 0.5]
+    assert rows["heads_removed"].iloc[1] == 2 and rows["heads_removed"].iloc[[0, 2]].isna().all()
+    assert ((rows["lower"] < rows["accuracy"]) & (rows["accuracy"] < rows["upper"])).all()
+    assert figure["kind"] == "accuracy_bars" and figure["data"]["chance"] == 0.25
+    assert [(bar["label"], bar["role"], bar["value"]) for bar in figure["data"]["bars"]] == [
+        ("full", "baseline", 0.75), ("top 2", "targeted", 0.25), ("other image", "floor", 0.25),
+    ]  # fmt: skip
+    assert "L1.H2, L0.H3" in figure["caption"]
+
+
+def test_head_map_marks_the_targeted_heads(evidence):
+    coefficients = np.array([[0.1, -0.2, 0.5], [0.0, 0.9, 0.3]])
+    exhibits.head_map(evidence, "count", coefficients, [HeadId(1, 1), HeadId(0, 2)], 0.834)
+    tables, figure = one_figure(evidence)
+    rows = tables["head-features.csv"]
+    assert list(zip(rows["layer"], rows["head"], strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert rows["attribution"].tolist() == coefficients.ravel().tolist()
+    assert rows["targeted"].tolist() == [False, False, True, False, True, False]
+    assert figure["data"]["values"] == coefficients.tolist()
+    assert [(mark["layer"], mark["head"]) for mark in figure["data"]["marks"]] == [(0, 2), (1, 1)]
+    assert "R² on unseen masks 0.83" in figure["caption"] and "0.2, 1.1" in figure["alt"]
+
+
+def test_null_draws_keep_every_draw(evidence):
+    exhibits.null_draws(evidence, "shape", np.array([0.0, 0.05, -0.025, 0.1]), np.float64(0.3), 0.2)
+    _, figure = one_figure(evidence)
+    assert figure["data"] == {"draws": [0.0, 0.05, -0.025, 0.1], "observed": 0.3, "p_value": 0.2, "x_label": "accuracy lost"}
+    assert "against 4 layer-matched" in figure["title"] and "lose 0.30" in figure["alt"]
+
+
+def test_attention_lies_on_the_image_row_by_row(evidence):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    mask = np.array([[True, False, False], [False, False, True]])
+    exhibits.attention_overlay(evidence, {"image": image, "prompt": "what ?"}, np.arange(6.0), (2, 3), mask, "red", "where it looks")
+    _, figure = one_figure(evidence)
+    data = figure["data"]
+    assert data["values"] == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert data["mask"] == [[1, 0, 0], [0, 0, 1]] and (data["prompt"], data["answer"]) == ("what ?", "red")
+    shown = Image.open(io.BytesIO(base64.b64decode(data["image"])))
+    assert shown.size == (256, 256)
+    assert shown.getpixel((0, 0)) == image.getpixel((0, 0)) and shown.getpixel((255, 255)) == image.getpixel((7, 7))
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def grid(cells, n=10):
+    """A `drop_table`: ``{(layer, keep, policy): right answers of n}``."""
+    rows = [
+        (f"item-{i}", f"scene-{i // 2}", "color", layer, keep, policy, float(i < right))
+        for (layer, keep, policy), right in cells.items()
+        for i in range(n)
+    ]
+    return pd.DataFrame(rows, columns=["item", "cluster", "task", "layer", "keep", "policy", "correct"])
+
+
+def test_curves_are_means_of_the_layers_cells(evidence):
+    table = grid(
+        {
+            (3, 1.0, "random"): 9, (3, 0.5, "random"): 6, (3, 0.25, "random"): 4, (3, 0.0, "random"): 1,
+            (3, 1.0, "attention"): 9, (3, 0.5, "attention"): 8, (3, 0.25, "attention"): 7, (3, 0.0, "attention"): 1,
+            (4, 0.5, "random"): 2, (4, 0.5, "attention"): 3,
+        }
+    )  # fmt: skip
+    exhibits.drop_curves(evidence, table, "color", 3)
+    tables, figure = one_figure(evidence)
+    lines = {series["name"]: series for series in figure["data"]["series"]}
+    assert {name: [(p["x"], p["y"]) for p in line["points"]] for name, line in lines.items()} == {
+        "random": [(0.25, 0.4), (0.5, 0.6), (1.0, 0.9)],
+        "attention": [(0.25, 0.7), (0.5, 0.8), (1.0, 0.9)],
+    }
+    assert {name: line["role"] for name, line in lines.items()} == {"random": "random", "attention": "targeted"}
+    rows = tables["token-drop-curves.csv"]
+    assert rows["layer"].unique().tolist() == [3] and rows["items"].unique().tolist() == [10]
+    assert rows[rows["policy"] == "attention"]["accuracy"].tolist() == [0.7, 0.8, 0.9]
+    point = lines["random"]["points"][1]
+    expected = interval(np.array([1.0] * 6 + [0.0] * 4), np.arange(10) // 2, bounds=(0.0, 1.0))
+    assert (point["lower"], point["upper"]) == (expected.lower, expected.upper)
+
+
+def sensitivity(without, full=9):
+    """Every token dropped from each layer, and half of them; ``without`` holds right answers of ten with none kept."""
+    cells = {(layer, 0.0, "stride"): right for layer, right in enumerate(without)}
+    cells |= {(layer, 0.5, "stride"): full - 1 for layer in range(len(without))}
+    cells |= {(layer, 0.5, "random"): 0 for layer in range(len(without))}  # another policy's cell: not shown
+    cells |= {(layer, 1.0, policy): full for layer in range(len(without)) for policy in ("stride", "random")}
+    return grid(cells)
+
+
+@pytest.mark.parametrize(
+    ("without", "horizon"),
+    [
+        ((2, 5, 9, 9), 2),
+        ((2, 9, 5, 9), 3),  # a layer that could spare them does not count while a later one could not
+        ((9, 9, 9, 9), 0),
+        ((2, 5, 9, 7), None),
+        ((2, 5, 8, 9), 3),  # a loss of 0.1 is not less than 0.1
+        ((2, 10, 10, 10), 1),  # nor is a gain a loss
+    ],
+)
+def test_the_horizon_is_where_all_tokens_can_go_for_good(evidence, without, horizon):
+    exhibits.layer_sensitivity(evidence, sensitivity(without), "color", "stride", 0.1 - 1e-9)
+    tables, figure = one_figure(evidence)
+    data = figure["data"]
+    assert data["horizon"] == horizon
+    assert (f"horizon at layer {horizon}" if horizon is not None else "no horizon") in figure["alt"]
+    assert data["rows"] == [0, 1, 2, 3] and data["columns"] == [0.0, 0.5]
+    np.testing.assert_allclose(data["values"], [[(9 - right) / 10, 0.1] for right in without], atol=1e-12)
+    rows = tables["layer-sensitivity.csv"]
+    assert list(rows.columns) == ["task", "policy", "layer", "keep", "accuracy_lost"]
+    assert len(rows) == 8 and rows["policy"].unique().tolist() == ["stride"]
+    np.testing.assert_allclose(rows[rows["keep"] == 0]["accuracy_lost"], [(9 - right) / 10 for right in without], atol=1e-12)
+
+
+def test_a_cell_that_was_not_measured_is_shown_as_such(evidence):
+    table = sensitivity((2, 5, 9))
+    exhibits.layer_sensitivity(evidence, table[~((table["layer"] == 1) & (table["keep"] == 0.5))], "color", "stride", 0.05)
+    tables, figure = one_figure(evidence)
+    assert figure["data"]["values"][1][1] is None
+    assert len(tables["layer-sensitivity.csv"].dropna()) == 5
+
+
+def test_without_a_column_for_no_tokens_there_is_no_horizon(evidence):
+    table = sensitivity((9, 9))
+    exhibits.layer_sensitivity(evidence, table[table["keep"] > 0], "color", "stride", 0.05)
+    _, figure = one_figure(evidence)
+    assert figure["data"]["horizon"] is None and figure["data"]["columns"] == [0.5]
+
+
+def test_trend_points_are_accuracies_by_layer(evidence):
+    accuracies = pd.DataFrame({0: [0, 0, 0, 1.0] * 3, 2: [0, 1, 0, 1.0] * 3, 5: [1, 1, 0, 1.0] * 3})
+    exhibits.layer_trend(evidence, "color", accuracies, np.arange(12) // 2, 0.9)
+    _, figure = one_figure(evidence)
+    assert [(point["x"], point["y"]) for point in figure["data"]["points"]] == [(0, 0.25), (2, 0.5), (5, 0.75)]
+    assert figure["data"]["reference"] == 0.9
+    assert all(point["lower"] < point["y"] < point["upper"] for point in figure["data"]["points"])
+
+
+# -- students ---------------------------------------------------------------------------------------------------------
+
+
+def answers(color, needle):
+    """One `evaluate` frame: right answers of four questions on each of two tasks."""
+    rows = [(task, i < right) for task, right in (("color", color), ("needle", needle)) for i in range(4)]
+    return pd.DataFrame(rows, columns=["task", "correct"])
+
+
+def test_students_by_arm_seed_and_task(evidence):
+    before, seeds = answers(2, 0), [answers(4, 1), answers(3, 0)]
+    exhibits.students(evidence, {"before": [before], "teacher": seeds})
+    tables, figure = one_figure(evidence)
+    rows = tables["student-metrics.csv"]
+    assert list(rows[["arm", "seed", "task", "accuracy", "items"]].itertuples(index=False, name=None)) == [
+        ("before", 0, "color", 0.5, 4), ("before", 0, "needle", 0.0, 4),
+        ("teacher", 0, "color", 1.0, 4), ("teacher", 0, "needle", 0.25, 4),
+        ("teacher", 1, "color", 0.75, 4), ("teacher", 1, "needle", 0.0, 4),
+    ]  # fmt: skip
+    lines = {series["name"]: [(p["stage"], p["value"]) for p in series["points"]] for series in figure["data"]["series"]}
+    assert lines == {  # every seed starts from the same student
+        "seed 0": [("before", 0.25), ("teacher", 0.625)],
+        "seed 1": [("before", 0.25), ("teacher", 0.375)],
+    }
+    assert "before 0.25; teacher 0.50" in figure["alt"]
+
+
+def test_every_kind_of_figure_has_an_exhibit(evidence):
+    exhibits.head_ablation(evidence, "t", {"full": ("baseline", pd.Series([1.0, 0.0]))}, [0, 1], [HeadId(0, 0)], 0.5)
+    exhibits.head_map(evidence, "t", [[0.1]], [HeadId(0, 0)], 0.5)
+    exhibits.null_draws(evidence, "t", [0.1, 0.2], 0.3, 0.5)
+    exhibits.attention_overlay(evidence, {"image": Image.new("RGB", (4, 4)), "prompt": "p"}, [1.0], (1, 1), [[1]], "a", "t")
+    exhibits.drop_curves(evidence, grid({(0, 0.5, "stride"): 4, (0, 1.0, "stride"): 5}), "t", 0)
+    exhibits.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
+    exhibits.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
+    exhibits.students(evidence, {"before": [answers(1, 1)], "after": [answers(2, 2)]})
+    _, drawn = left(evidence)
+    assert {figure["kind"] for figure in drawn} == figures.KINDS.keys()

@@ -1,0 +1,171 @@
+"""Instruction sets, and what one training run changes, keeps, supervises and leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trl
+from safetensors.torch import load_file
+
+import vlm_core.distill
+from vlm_core import SubjectError, evaluate, load_subject
+from vlm_core.distill import SFTBudget, instruction_set, sft, teacher_answers
+from vlm_core.tests.tiny import make_items, tiny_llava
+
+TEMPLATE = (
+    "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for c in content %}"
+    "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER : {{ body(m['content']) }} ASSISTANT :"
+    "{% else %}{% generation %} {{ body(m['content']) }} </s> {% endgeneration %}{% endif %}{% endfor %}"
+)
+BUDGET = SFTBudget(steps=2, batch_size=3, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A tiny checkpoint on disk."""
+    folder = tmp_path_factory.mktemp("student")
+    model, processor = tiny_llava(layers=2, chat_template=TEMPLATE)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """Twelve questions on six scenes, with answers of one and two words."""
+    items = make_items(12)
+    return items, instruction_set(items, [f"dark {item['answer']}" if i % 3 == 0 else item["answer"] for i, item in enumerate(items)])
+
+
+@pytest.fixture(scope="module")
+def run(student, taught, tmp_path_factory):
+    """One training run: where it was saved, what it trained on and what it reported."""
+    batches, seen, before = [], [], digest(student)
+
+    class Recording(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            batches.append({name: inputs[name].clone() for name in ("input_ids", "labels")})
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    out = tmp_path_factory.mktemp("trained") / "student"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trl, "SFTTrainer", Recording)
+        path = sft(student, taught[1], BUDGET, out, seed=5, progress=lambda done, n: seen.append((done, n)))
+    assert path == out
+    return SimpleNamespace(path=path, batches=batches, seen=seen, student_before=before)
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_instruction_set_has_one_row_a_scene_and_its_turns_in_order():
+    items = make_items(4)
+    items = [items[0], items[2], items[1], items[3]]  # scenes 0, 1, 0, 1
+    data = instruction_set(items, ["red", "green", "big red", "blue"])
+    assert data.column_names == ["images", "messages"]
+    assert len(data) == 2
+    for row, mine, answers in zip(data, ((0, 2), (1, 3)), (("red", "big red"), ("green", "blue")), strict=True):
+        (image,) = row["images"]
+        assert image.tobytes() == items[mine[0]]["image"].tobytes()
+        turns = [(message["role"], message["content"]) for message in row["messages"]]
+        expected = [[("user", items[i]["prompt"]), ("assistant", answer)] for i, answer in zip(mine, answers, strict=True)]
+        assert turns == [turn for pair in expected for turn in pair]
+
+
+def test_an_instruction_set_needs_an_answer_an_item():
+    with pytest.raises(ValueError, match="4 items but 3 answers: an instruction set needs one answer an item"):
+        instruction_set(make_items(4), ["red"] * 3)
+
+
+def test_the_teachers_answers_are_what_it_says(subject, items):
+    said = teacher_answers(subject, items[:4], mode="candidates")
+    assert said == evaluate(subject, items[:4])["output"].tolist()
+    assert all(answer in item["candidates"] for answer, item in zip(said, items[:4], strict=True))
+    assert teacher_answers(subject, items[:2]) == evaluate(subject, items[:2], mode="greedy")["output"].tolist()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_on_the_answers_only(run, taught, student):
+    subject = load_subject(student, check=False)
+    expected = {}
+    for row in taught[1]:
+        prompts = [message["content"] for message in row["messages"] if message["role"] == "user"]
+        answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        prompts[0] = f"<image> {prompts[0]}"
+        text = " ".join(f"USER : {prompt} ASSISTANT : {answer} </s>" for prompt, answer in zip(prompts, answers, strict=True))
+        ids = subject.processor(images=row["images"], text=text, return_tensors="pt")["input_ids"][0].tolist()
+        expected[tuple(ids)] = subject.tokenizer(" ".join(f"{a} </s>" for a in answers))["input_ids"]
+    assert len(run.batches) == BUDGET.steps
+    for batch in run.batches:
+        assert len(batch["labels"]) == BUDGET.batch_size
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            supervised = labels != -100
+            assert labels[supervised].tolist() == ids[supervised].tolist()
+            sequence = tuple(i for i in ids.tolist() if i != subject.tokenizer.pad_token_id)
+            assert labels[supervised].tolist() == expected[sequence]
+
+
+def test_the_tower_is_frozen_and_the_rest_learns(run, student):
+    before, after = weights(student), weights(run.path)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if "vision_tower" in name:
+            assert torch.equal(tensor, after[name]), name
+        elif tensor.ndim >= 2 and "embed_tokens" not in name:
+            assert not torch.equal(tensor, after[name]), name
+    assert any("vision_tower" in name for name in before)
+
+
+def test_the_checkpoint_it_started_from_is_not_changed(run, student):
+    assert digest(student) == run.student_before
+
+
+def test_the_result_is_a_subject_with_a_log(run):
+    results = evaluate(load_subject(run.path), make_items(4))
+    assert len(results) == 4
+    log = json.loads((run.path / "training.json").read_text())
+    assert log["budget"] == {"steps": 2, "batch_size": 3, "learning_rate": 1e-3}
+    assert log["seed"] == 5 and log["seconds"] > 0
+    assert log["losses"] and all(math.isfinite(loss) and loss > 0 for loss in log["losses"])
+
+
+def test_progress_is_told_step_by_step(run):
+    assert run.seen == [(1, 2), (2, 2)]
+
+
+def test_the_seed_decides_the_weights(run, student, taught, tmp_path):
+    again = weights(sft(student, taught[1], BUDGET, tmp_path / "again", seed=5))
+    other = weights(sft(student, taught[1], BUDGET, tmp_path / "other", seed=6))
+    first = weights(run.path)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(("steps", "loss"), [(2, r"[\d.]+"), (6, "nan")])  # of two, one warms up, and no loss shows what the other did
+def test_diverged_training_is_an_error_and_leaves_no_checkpoint(steps, loss, student, taught, tmp_path):
+    out = tmp_path / "diverged"
+    with pytest.raises(SubjectError, match=rf"training of '.*' diverged \(loss {loss}\): lower the learning rate"):
+        sft(student, taught[1], SFTBudget(steps=steps, batch_size=3, learning_rate=1e40), out)
+    assert not (out / "model.safetensors").exists() and not (out / "training.json").exists()
+
+
+def test_a_model_without_a_tower_to_freeze_is_refused(student, taught, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlm_core.distill, "_TOWER_NAMES", ("eye",))
+    with pytest.raises(SubjectError, match="has no vision tower under any of the names eye"):
+        sft(student, taught[1], BUDGET, tmp_path / "never")

@@ -1,0 +1,300 @@
+"""Attribution finds the heads that carry the image, and its linear model and random controls are what they say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import vlm_core.heads
+from vlm_core import HeadId, ReplaceImageKV, Subject, image_kv_means
+from vlm_core.heads import HeadAttribution, assign_draws, attribute_heads, draw_means, layer_free, layer_matched
+from vlm_core.tests.tiny import WORDS, make_items, tiny_llava
+
+IMAGE_FIRST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image> {% else %}USER : {{ c['text'] }} {% endif %}{% endfor %}"
+    "{% else %}ASSISTANT : {{ m['content'][0]['text'] }} </s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+)
+
+
+# -- planted heads ----------------------------------------------------------------------------------------------------
+
+
+def planted_subject(planted, seed=0):
+    """A LLaVA in which exactly the ``planted`` heads can see the image.
+
+    The residual stream falls into three parts that never mix: what the image writes, what text writes, and what planted heads write for
+    the unembedding alone.  Planted heads read the image part; all other heads and the MLPs read and write the text part, where image
+    tokens (which come first) hold zeros.
+    """
+    model, processor = tiny_llava(hidden=32, heads=4, layers=3, seed=seed, chat_template=IMAGE_FIRST)
+    image, text, told = slice(0, 10), slice(10, 22), slice(22, 32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, image] = 0
+        model.get_input_embeddings().weight[:, told] = 0
+        projected = model.model.multi_modal_projector.linear_2
+        projected.weight[text.start :] = 0
+        projected.bias[text.start :] = 0
+        for index, layer in enumerate(model.model.language_model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            for part in (image, told):
+                attention.q_proj.weight[:, part] = 0
+                mlp.gate_proj.weight[:, part] = 0
+                mlp.up_proj.weight[:, part] = 0
+                mlp.down_proj.weight[part] = 0
+            for head in range(4):
+                rows = slice(8 * head, 8 * head + 8)
+                reads, writes = (image, told) if (index, head) in planted else (text, text)
+                for part in (image, text, told):
+                    if part != reads:
+                        attention.k_proj.weight[rows, part] = 0
+                        attention.v_proj.weight[rows, part] = 0
+                    if part != writes:
+                        attention.o_proj.weight[part, rows] = 0
+    return Subject(model, processor, name="planted")
+
+
+def next_token_logits(subject, item, intervention):
+    """Logits of every word after the prompt, through the whole model."""
+    batch = subject.encode_items([item])
+    with subject.intervene(intervention, batch), torch.inference_mode():
+        return subject.model(**batch.inputs).logits[0, -1]
+
+
+def with_answers_the_image_raises(subject, items, planted, means):
+    """Each item's answer is the word that every planted head alone raises most by seeing the image."""
+    words = [word for word in WORDS if word not in (":", "?")]
+    ids = subject.tokenizer.convert_tokens_to_ids(words)
+    answered = []
+    for item in items:
+        full = next_token_logits(subject, item, None)
+        raised = torch.stack([full - next_token_logits(subject, item, ReplaceImageKV([head], means)) for head in planted])
+        best = int(raised.amin(0)[ids].argmax())
+        answered.append({**item, "answer": words[best], "candidates": words})
+    return answered
+
+
+@pytest.mark.parametrize("planted", [[(0, 1), (2, 3)], [(1, 0), (1, 2)], [(2, 2)]])
+def test_planted_heads_are_found_by_id(planted):
+    subject, items = planted_subject(planted), make_items(12)
+    means = image_kv_means(subject, items)
+    others = ReplaceImageKV([head for head in subject.heads if head not in planted], means)
+    for item in items[:3]:  # the surgery did what it says, and did not blind the model
+        full = next_token_logits(subject, item, None)
+        torch.testing.assert_close(next_token_logits(subject, item, others), full)
+        assert (next_token_logits(subject, item, ReplaceImageKV(planted, means)) - full).abs().max() > 0.1
+    items = with_answers_the_image_raises(subject, items, planted, means)
+    found = attribute_heads(subject, items, means, masks_per_item=20, seed=1)
+    assert found.coefficients.shape == (3, 4)
+    assert (found.n_items, found.n_masks) == (12, 240)
+    assert set(found.ranking()[: len(planted)]) == set(planted)
+    assert set(found.top(len(planted) / 12)) == set(planted)
+    weakest = min(found.coefficients[head] for head in planted)
+    assert max(abs(found.coefficients[head]) for head in subject.heads if head not in planted) < weakest / 3
+    assert found.r2 > 0.3
+
+
+# -- the linear model -------------------------------------------------------------------------------------------------
+
+
+class SimulatedSweep:
+    """Stands in for ``sweep``: the answer's logit is ``answer(item, mask number, kept heads)``; remembers the masks."""
+
+    def __init__(self, answer, heads):
+        self.answer, self.heads, self.kept = answer, heads, {}
+
+    def __call__(self, subject, items, table, *, metrics, assignments, progress):
+        assert metrics == ("logit",)
+        rows = []
+        for index, label in assignments:
+            removed = set() if table[label] is None else set(table[label].heads)
+            kept = np.array([head not in removed for head in self.heads], dtype=float)
+            number = len(self.kept.setdefault(index, []))
+            self.kept[index].append(kept)
+            rows.append((items[index], label, "logit", self.answer(index, number, kept)))
+        return pd.DataFrame(rows, columns=["item", "intervention", "metric", "value"])
+
+
+def simulate(monkeypatch, answer, *, n_layers=3, n_heads=4, n_items=6, masks_per_item=20, **options):
+    heads = [HeadId(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    subject = SimpleNamespace(heads=heads, anatomy=SimpleNamespace(n_layers=n_layers, n_heads=n_heads))
+    swept = SimulatedSweep(answer, heads)
+    monkeypatch.setattr(vlm_core.heads, "sweep", swept)
+    found = attribute_heads(subject, [f"item-{i}" for i in range(n_items)], None, masks_per_item=masks_per_item, **options)
+    return found, swept
+
+
+def linear(seed=3, n_items=6, n_heads=12):
+    rng = np.random.default_rng(seed)
+    effect, intercept = rng.normal(size=n_heads), 100 * rng.normal(size=n_items)
+    return effect, lambda item, mask, kept: intercept[item] + float(kept @ effect)
+
+
+def test_a_linear_model_with_item_intercepts_is_recovered(monkeypatch):
+    effect, answer = linear()
+    found, _ = simulate(monkeypatch, answer)
+    np.testing.assert_allclose(found.coefficients, effect.reshape(3, 4), atol=5e-3)
+    assert found.r2 == pytest.approx(1.0, abs=1e-3)
+    order = np.argsort(-effect)
+    assert found.ranking() == [HeadId(*divmod(int(k), 4)) for k in order]
+
+
+def test_coefficients_are_least_squares_of_the_logit_on_mask_and_item(monkeypatch):
+    effect, exact = linear()
+    noise = np.random.default_rng(5).normal(scale=0.3, size=(6, 40))
+    found, swept = simulate(monkeypatch, lambda item, mask, kept: exact(item, mask, kept) + noise[item, mask], masks_per_item=40)
+    kept = np.array([swept.kept[item] for item in range(6)])[:, 8:]  # the first fifth is held out
+    design = np.concatenate([kept.reshape(-1, 12), np.kron(np.eye(6), np.ones((32, 1)))], axis=1)
+    logit = np.array([[exact(i, k, swept.kept[i][k]) + noise[i, k] for k in range(8, 40)] for i in range(6)])
+    oracle = np.linalg.lstsq(design, logit.ravel(), rcond=None)[0][:12]
+    np.testing.assert_allclose(found.coefficients.ravel(), oracle, atol=0.04)  # ridge shrinks a little
+    assert 0.5 < found.r2 < 1.0
+
+
+def test_pure_noise_is_not_explained(monkeypatch):
+    noise = np.random.default_rng(7).normal(size=(6, 20))
+    found, _ = simulate(monkeypatch, lambda item, mask, kept: noise[item, mask])
+    assert found.r2 < 0.1
+    assert np.abs(found.coefficients).max() < 0.2
+
+
+def test_a_constant_logit_gives_nothing(monkeypatch):
+    found, _ = simulate(monkeypatch, lambda item, mask, kept: 4.0)
+    assert found.r2 == 0.0
+    assert not found.coefficients.any()
+
+
+def test_a_fifth_of_the_masks_is_never_fitted_to(monkeypatch):
+    effect, exact = linear()
+    clean, _ = simulate(monkeypatch, exact, masks_per_item=10)
+    untouched = []
+    for poisoned in range(10):
+        shift = np.outer(np.arange(6) % 2, np.arange(10) == poisoned) * 25.0
+        found, _ = simulate(monkeypatch, lambda i, k, kept: exact(i, k, kept) + shift[i, k], masks_per_item=10)
+        if np.array_equal(found.coefficients, clean.coefficients):
+            untouched.append(poisoned)
+            assert found.r2 < clean.r2  # what is not fitted is what is scored
+    assert len(untouched) == 2
+
+
+def test_masks_follow_seed_and_keep_probability(monkeypatch):
+    _, answer = linear(n_items=30)
+    for probability in (0.5, 0.9):
+        _, swept = simulate(monkeypatch, answer, n_items=30, keep_probability=probability)
+        masks = np.array([swept.kept[item] for item in range(30)])
+        assert masks.mean() == pytest.approx(probability, abs=0.02)
+        assert len({masks[i].tobytes() for i in range(30)}) == 30  # every item has its own
+    first, again, other = (simulate(monkeypatch, answer, n_items=30, seed=seed)[1].kept for seed in (1, 1, 2))
+    assert np.array_equal(first[0], again[0])
+    assert not np.array_equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"masks_per_item": 4}, "masks_per_item is 4: attribution needs at least 5"),
+        ({"keep_probability": 0.0}, "keep_probability is 0.0: expected a number between 0 and 1, both excluded"),
+        ({"keep_probability": 1.0}, "keep_probability is 1.0"),
+    ],
+)
+def test_attribution_that_cannot_be_fitted_is_refused(subject, items, means, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        attribute_heads(subject, items, means, **options)
+
+
+def test_top_rounds_and_is_never_empty_and_ties_keep_head_order():
+    coefficients = np.array([[0.0, 3.0, 0.0, 1.0], [0.0, 3.0, -1.0, 2.0]])
+    ranked = HeadAttribution(coefficients, 1.0, 1, 5)
+    assert ranked.ranking() == [(0, 1), (1, 1), (1, 3), (0, 3), (0, 0), (0, 2), (1, 0), (1, 2)]
+    assert ranked.top(0.01) == ((0, 1),)
+    assert ranked.top(0.25) == ((0, 1), (1, 1))
+    assert ranked.top(0.30) == ((0, 1), (1, 1))  # 2.4 heads
+    assert ranked.top(0.32) == ((0, 1), (1, 1), (1, 3))  # 2.56 heads
+    assert len(ranked.top(1.0)) == 8
+    assert all(isinstance(head, HeadId) and type(head.layer) is int for head in ranked.top(0.5))
+
+
+# -- random heads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid():
+    """A subject of 4 layers and 5 heads, as far as drawing heads needs one."""
+    heads = tuple(HeadId(layer, head) for layer in range(4) for head in range(5))
+    return SimpleNamespace(heads=heads, anatomy=SimpleNamespace(n_layers=4, n_heads=5))
+
+
+TARGETED = (HeadId(1, 0), HeadId(1, 4), HeadId(3, 2))
+
+
+def test_matched_draws_have_as_many_heads_in_each_layer_and_are_never_the_targeted_set(grid):
+    draws = layer_matched(TARGETED, grid, 400, seed=3)
+    assert len(draws) == 400
+    for draw in draws:
+        assert Counter(layer for layer, _ in draw) == {1: 2, 3: 1}
+        assert len(set(draw)) == 3
+        assert set(draw) != set(TARGETED)
+    assert {head for draw in draws for head in draw} == {HeadId(layer, head) for layer in (1, 3) for head in range(5)}
+    assert len({frozenset(draw) for draw in draws}) == 10 * 5 - 1  # every other set there is
+    assert layer_matched(TARGETED, grid, 9, seed=3) == draws[:9]
+    assert layer_matched(TARGETED, grid, 9, seed=4) != draws[:9]
+
+
+def test_a_filled_layer_stays_filled_and_filled_layers_alone_are_refused(grid):
+    whole = [HeadId(0, head) for head in range(5)]
+    assert all(set(whole) < set(draw) for draw in layer_matched([*whole, HeadId(2, 2)], grid, 8))
+    with pytest.raises(ValueError, match="fill their layers: no other set matches them"):
+        layer_matched(whole, grid, 8)
+
+
+def test_free_draws_have_the_number_and_come_from_anywhere(grid):
+    draws = layer_free(TARGETED, grid, 300, seed=1)
+    assert len(draws) == 300
+    assert all(len(set(draw)) == 3 and set(draw) != set(TARGETED) for draw in draws)
+    assert {head for draw in draws for head in draw} == set(grid.heads)
+    assert any(Counter(layer for layer, _ in draw) != {1: 2, 3: 1} for draw in draws)
+    one_short = grid.heads[1:]
+    assert all(set(draw) != set(one_short) for draw in layer_free(one_short, grid, 100))
+    with pytest.raises(ValueError, match="the heads are all there are"):
+        layer_free(grid.heads, grid, 1)
+
+
+@pytest.mark.parametrize(("draws", "items", "each"), [(40, 36, 8), (7, 10, 3), (5, 4, 4), (3, 4, 9), (11, 7, 5)])
+def test_draws_get_as_many_distinct_items_and_items_as_many_draws(draws, items, each):
+    labels = [f"matched/{i}" for i in range(draws)]
+    plan = assign_draws(labels, items, each, seed=2)
+    mine = {label: [item for item, name in plan if name == label] for label in labels}
+    assert [name for name in dict.fromkeys(name for _, name in plan)] == labels
+    assert all(len(given) == len(set(given)) == min(each, items) for given in mine.values())
+    counts = np.bincount([item for item, _ in plan], minlength=items)
+    assert len(counts) == items and counts.max() - counts.min() <= 1
+    assert plan == assign_draws(labels, items, each, seed=2)
+
+
+def test_draws_without_items_are_refused():
+    with pytest.raises(ValueError, match="items_per_draw is 0: a random draw needs at least one item"):
+        assign_draws(["matched/0"], 4, 0)
+    with pytest.raises(ValueError, match="there are no items"):
+        assign_draws(["matched/0"], 0, 3)
+
+
+def test_draw_means_by_hand():
+    rows = [
+        ("b", "matched/0", 1.0), ("a", "matched/0", 0.0), ("b", "matched/10", 0.0), ("c", "matched/10", 1.0),
+        ("a", "anywhere/0", 1.0), ("b", "matched/2", 1.0), ("c", "matched-2/0", 0.0),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["item", "intervention", "value"])
+    full = pd.Series({"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0})
+    per_item, per_draw = draw_means(table, "matched", full)
+    assert per_item.index.tolist() == ["a", "b", "c", "d"]
+    np.testing.assert_allclose(per_item, [0.0, 2 / 3, 1.0, np.nan])
+    np.testing.assert_allclose(per_draw, [(0 + 1) / 2, (1 - 1) / 2, 0.0])
+    free, lost = draw_means(table, "anywhere", full)
+    assert free["a"] == 1.0 and free.drop("a").isna().all()
+    np.testing.assert_allclose(lost, [0.0])
