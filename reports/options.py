@@ -48,7 +48,7 @@ def declare(parser):
     """Add the options to pytest's parser; values are checked in `read`, with one sentence each."""
     group = parser.getgroup("claims", "research claims about a vision-language model")
     add = group.addoption
-    add("--claims-subject", metavar="PATH_OR_ID", default=DEFAULT_SUBJECT, help="model to test (default: %(default)s)")
+    add("--claims-subject", metavar="PATH_OR_ID", default=DEFAULT_SUBJECT, help="model to test, written with = (default: %(default)s)")
     add("--claims-revision", metavar="REV", default=None, help="revision of a hub model")
     add("--claims-profile", metavar="|".join(PROFILES), default="default", help="how much to measure (default: default)")
     add("--claims-seed", metavar="INT", default="0", help="seed of data draws and resampling (default: 0)")

@@ -126,7 +126,7 @@ def pytest_runtest_makereport(item, call):
     instance = item.stash.get(_INSTANCE, None)
     if instance is not None:
         error = call.excinfo.value if call.excinfo else None
-        if error is not None and _is_subject_error(error):
+        if error is not None and _is_subject_error(error) and call.when == "setup":
             report.claims_stop = report.longrepr = str(error)
             item.session.shouldstop = "there is no subject to measure"
         _note_end(item, report, error)

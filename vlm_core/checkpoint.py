@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from vlm_core.errors import SubjectError
 __all__ = ["Checkpoint", "inspect_checkpoint", "precheck_subject"]
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_HASHED_WHOLE = 2**31
+
+
+@lru_cache(maxsize=16)
+def _hash_files(files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -48,21 +59,10 @@ class Checkpoint:
         return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
 
     def sha256(self) -> str | None:
-        """Hash of the weight files; of names, sizes and headers where they exceed 2 GiB; None where not local."""
+        """Hash of the weight files, read whole and once; None where they are not local."""
         if not self.files:
             return None
-        digest = hashlib.sha256()
-        whole = sum(file.stat().st_size for file in self.files) <= _HASHED_WHOLE
-        for file in self.files:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                if whole:
-                    while chunk := stream.read(2**22):
-                        digest.update(chunk)
-                else:
-                    digest.update(str(file.stat().st_size).encode())
-                    digest.update(stream.read(8 + struct.unpack("<Q", stream.read(8))[0]))
-        return digest.hexdigest()
+        return _hash_files(self.files)
 
     def require_memory(self, device: str, dtype: Any) -> None:
         """Raise ``SubjectError`` if the weights do not fit the free memory of ``device``."""

@@ -1,6 +1,5 @@
 """Distillation into a small VLM on TRL: data from a teacher's answers, then supervised fine-tuning.
 
-``teacher_answers``     what the teacher says about items, and whether it is right
 ``instruction_set``     a TRL conversational data set (an image, its questions and answers)
 ``SFTBudget``, ``sft``  steps, batch and rate, declared; one run of ``trl.SFTTrainer``, saved as a checkpoint
 """
@@ -21,29 +20,26 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, set_seed
 
 from vlm_core.errors import SubjectError
-from vlm_core.evaluation import evaluate
-from vlm_core.subject import Subject
 
-__all__ = ["SFTBudget", "instruction_set", "sft", "teacher_answers"]
+__all__ = ["SFTBudget", "TrainingDiverged", "instruction_set", "sft"]
 
 _TOWER_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder")
+
+
+class TrainingDiverged(Exception):
+    """Training ended without a usable model."""
 
 
 @dataclass(frozen=True)
 class SFTBudget:
     """What one training run may spend; equal budgets make arms comparable.
 
-    ``steps`` are optimiser steps of ``batch_size`` items; the rate warms up over a tenth of the steps and falls linearly.
+    ``steps`` are optimiser steps of ``batch_size`` images with all their turns; the rate warms up over a tenth of the steps and falls linearly.
     """
 
     steps: int
     batch_size: int = 16
     learning_rate: float = 1e-3
-
-
-def teacher_answers(teacher: Subject, items: Sequence, mode: str = "greedy") -> list[str]:
-    """The teacher's own answer to every item, in order (see ``vlm_core.evaluate`` for the modes)."""
-    return evaluate(teacher, items, mode=mode)["output"].tolist()
 
 
 def instruction_set(items: Sequence, answers: Sequence[str]) -> datasets.Dataset:
@@ -156,7 +152,7 @@ def sft(student: str | Path, data: datasets.Dataset, budget: SFTBudget, out: str
         trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in model.parameters())):
-        raise SubjectError(f"training of '{student}' diverged (loss {losses[-1]}): lower the learning rate {budget.learning_rate}")
+        raise TrainingDiverged(f"training of '{student}' diverged: lower the learning rate {budget.learning_rate}")
     model.save_pretrained(out)
     processor.save_pretrained(out)
     log = {"budget": asdict(budget), "seed": seed, "losses": losses, "seconds": time.monotonic() - began}

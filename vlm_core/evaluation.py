@@ -18,6 +18,7 @@ from PIL import Image
 from vlm_core.interventions import Intervention
 from vlm_core.items import item_field, item_number, take
 from vlm_core.stats import interval
+from vlm_core.scoring import candidate_metric
 from vlm_core.subject import Subject
 from vlm_core.sweeps import sweep
 
@@ -34,6 +35,7 @@ def evaluate(
     blind: str | None = None,
     mode: str = "candidates",
     out: str | Path | None = None,
+    logits: bool = False,
     batch_rows: int | None = None,
     max_new_tokens: int = 16,
 ) -> pd.DataFrame:
@@ -51,6 +53,8 @@ def evaluate(
         ignoring case, punctuation and spacing.
     out : path, optional
         Also write the rows there as JSON lines.
+    logits : bool
+        Also give, in column ``logits``, every candidate's summed log-probability as ``{candidate: value}``. Candidates mode only.
 
     Returns
     -------
@@ -60,6 +64,8 @@ def evaluate(
     """
     if mode not in ("candidates", "greedy"):
         raise ValueError(f"mode must be 'candidates' or 'greedy', got '{mode}'")
+    if logits and mode == "greedy":
+        raise ValueError("logits are those of the candidates: ask for them in mode 'candidates'")
     shown, names = _shown_items(items, blind)
     if mode == "candidates":
         outputs, correct, score = _by_candidates(subject, shown, plan, batch_rows)
@@ -82,6 +88,8 @@ def evaluate(
         },
         columns=list(COLUMNS),
     )
+    if logits:
+        results["logits"] = _candidate_scores(subject, shown, plan, batch_rows)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         results.to_json(out, orient="records", lines=True, force_ascii=False)
@@ -167,6 +175,14 @@ def _by_candidates(subject, items, plan, batch_rows) -> tuple[list[str], np.ndar
         item_field(item, "candidates")[int(choice)] for item, choice in zip(items, values[:, 2], strict=True)
     ]
     return outputs, values[:, 0] == 1.0, values[:, 1]
+
+
+def _candidate_scores(subject, items, plan, batch_rows) -> list[dict[str, float]]:
+    candidates = [list(item_field(item, "candidates")) for item in items]
+    metrics = [candidate_metric(k) for k in range(max(map(len, candidates)))]
+    table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=metrics)
+    values = table["value"].to_numpy().reshape(len(items), len(metrics))
+    return [dict(zip(names, row.tolist(), strict=False)) for names, row in zip(candidates, values, strict=True)]
 
 
 def _generate(subject, items, plan, batch_rows, max_new_tokens) -> list[str]:

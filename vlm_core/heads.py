@@ -205,7 +205,7 @@ def assign_draws(labels: Sequence[str], n_items: int, items_per_draw: int, seed:
     return assignments
 
 
-def draw_means(table: pd.DataFrame, group: str, full: pd.Series) -> tuple[pd.Series, np.ndarray]:
+def draw_means(table: pd.DataFrame, group: str, full: pd.Series, targeted: pd.Series) -> tuple[pd.Series, pd.DataFrame]:
     """Summaries of a sweep over random draws labelled ``group/0, group/1, ...``.
 
     Parameters
@@ -213,18 +213,18 @@ def draw_means(table: pd.DataFrame, group: str, full: pd.Series) -> tuple[pd.Ser
     table : DataFrame
         From ``vlm_core.sweep``, metric ``correct``.
     group : str
-    full : Series
-        Correctness of the untouched subject, indexed by item.
+    full, targeted : Series
+        Correctness of the untouched subject and under the targeted intervention, indexed by item.
 
     Returns
     -------
     Series
         Mean correctness per item over the draws it was run on, in the order of ``full``.
-    ndarray
-        Per draw, the mean accuracy it cost on its items.
+    DataFrame
+        One row a draw, ``random`` and ``targeted``: the mean accuracy each cost on that draw's own items.
     """
     rows = table[table["intervention"].str.startswith(f"{group}/")]
     per_item = rows.groupby("item")["value"].mean().reindex(full.index)
-    lost = rows["item"].map(full).to_numpy() - rows["value"].to_numpy()
-    per_draw = pd.Series(lost).groupby(rows["intervention"].to_numpy(), sort=False).mean().to_numpy()
-    return per_item, per_draw
+    whole = rows["item"].map(full).to_numpy(float)
+    lost = pd.DataFrame({"random": whole - rows["value"].to_numpy(float), "targeted": whole - rows["item"].map(targeted).to_numpy(float)})
+    return per_item, lost.groupby(rows["intervention"].to_numpy(), sort=False).mean()

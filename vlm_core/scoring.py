@@ -105,4 +105,10 @@ def score_candidates(
         "logprob": right.astype(float),
         "margin": margin.astype(float),
         "choice": candidate_scores.argmax(1).astype(float),
+        **{candidate_metric(k): candidate_scores[:, k].astype(float) for k in range(candidate_scores.shape[1])},
     }
+
+
+def candidate_metric(number: int) -> str:
+    """Name of the metric that holds one candidate's summed log-probability (``-inf`` where an item has fewer candidates)."""
+    return f"candidate {number}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def sweep(
     batch_rows : int, optional
         Rows per forward pass. Default: ``subject.batch_rows``.
     metrics : sequence of str
-        Of ``correct, logit, logprob, margin, choice``; see ``vlm_core.scoring.score_candidates``. Candidates are
+        Of ``correct, logit, logprob, margin, choice, candidate 0, candidate 1, ...``; see ``vlm_core.scoring.score_candidates``. Candidates are
         compared by summed log-probability. ``logit`` is the raw logit of a one-token answer (what attribution by
         logits needs), the summed log-probability of a longer one.
     progress : callable, optional
@@ -74,7 +75,7 @@ def sweep(
         Columns ``item, cluster, task, intervention, metric, value``, in the order of items, then rows, then metrics.
     """
     table = _labelled(interventions)
-    unknown = set(metrics) - set(METRICS)
+    unknown = {metric for metric in metrics if metric not in METRICS and not re.fullmatch(r"candidate \d+", metric)}
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
     by_item = _rows_by_item(len(items), table, assignments)

@@ -119,7 +119,7 @@ def test_the_command_in_a_record_reproduces_the_claim(suite):
     suite.run("--claims-seed=7")
     _, whole = suite.latest()
     command = whole[0]["reproduce"].split()
-    assert command == ["python", "-m", "pytest", "-k", "test_supported", "--claims-seed", "7"]
+    assert command == ["python", "-m", "pytest", "-k", "test_supported", "--claims-seed=7"]
     suite.run(*command[3:])
     _, alone = suite.latest()
     assert {**alone[0], "duration_s": 0} == {**whole[0], "duration_s": 0}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import vlm_core.distill
 from vlm_core import SubjectError, evaluate, load_subject
-from vlm_core.distill import SFTBudget, instruction_set, sft, teacher_answers
+from vlm_core.distill import SFTBudget, TrainingDiverged, instruction_set, sft
 from vlm_core.tests.tiny import make_items, tiny_llava
 
 TEMPLATE = (
@@ -91,13 +91,6 @@ def test_an_instruction_set_needs_an_answer_an_item():
         instruction_set(make_items(4), ["red"] * 3)
 
 
-def test_the_teachers_answers_are_what_it_says(subject, items):
-    said = teacher_answers(subject, items[:4], mode="candidates")
-    assert said == evaluate(subject, items[:4])["output"].tolist()
-    assert all(answer in item["candidates"] for answer, item in zip(said, items[:4], strict=True))
-    assert teacher_answers(subject, items[:2]) == evaluate(subject, items[:2], mode="greedy")["output"].tolist()
-
-
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,10 +150,10 @@ def test_the_seed_decides_the_weights(run, student, taught, tmp_path):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize(("steps", "loss"), [(2, r"[\d.]+"), (6, "nan")])  # of two, one warms up, and no loss shows what the other did
-def test_diverged_training_is_an_error_and_leaves_no_checkpoint(steps, loss, student, taught, tmp_path):
+@pytest.mark.parametrize("steps", [2, 6])  # of two, one warms up, and no loss shows what the other did
+def test_diverged_training_is_an_error_and_leaves_no_checkpoint(steps, student, taught, tmp_path):
     out = tmp_path / "diverged"
-    with pytest.raises(SubjectError, match=rf"training of '.*' diverged \(loss {loss}\): lower the learning rate"):
+    with pytest.raises(TrainingDiverged, match="training of '.*' diverged: lower the learning rate"):
         sft(student, taught[1], SFTBudget(steps=steps, batch_size=3, learning_rate=1e40), out)
     assert not (out / "model.safetensors").exists() and not (out / "training.json").exists()
 

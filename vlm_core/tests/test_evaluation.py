@@ -86,3 +86,22 @@ def test_accuracy_table_gives_an_interval_per_task(subject, items):
     assert table["task"].tolist() == ["color", "shape"]
     assert table["n"].tolist() == [6, 6]
     assert ((table["lower"] <= table["accuracy"]) & (table["accuracy"] <= table["upper"])).all()
+
+
+def test_logits_on_request_are_every_candidates_log_probability(subject, items):
+    results = evaluate(subject, items, logits=True)
+    assert "logits" not in evaluate(subject, items[:2])
+    for item, row in zip(items, results.itertuples(), strict=True):
+        assert list(row.logits) == list(item["candidates"])
+        assert max(row.logits, key=row.logits.get) == row.output
+        wrong = [value for name, value in row.logits.items() if name != item["answer"]]
+        assert row.logits[item["answer"]] - max(wrong) == pytest.approx(row.score)
+        batch = subject.encode([item["image"]], [item["prompt"]], [item["answer"]])  # against the plain model
+        with torch.inference_mode():
+            logits = subject.model(**batch.inputs).logits[0].log_softmax(-1)
+        at = (batch.labels[0] != -100).nonzero()[:, 0]
+        tokens = subject.continuation(item["answer"])
+        plain = sum(logits[at[0] - 1 + k, token].item() for k, token in enumerate(tokens))
+        assert row.logits[item["answer"]] == pytest.approx(plain, abs=1e-4)
+    with pytest.raises(ValueError, match="ask for them in mode 'candidates'"):
+        evaluate(subject, items, logits=True, mode="greedy")

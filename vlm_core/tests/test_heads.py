@@ -291,10 +291,12 @@ def test_draw_means_by_hand():
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["item", "intervention", "value"])
     full = pd.Series({"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0})
-    per_item, per_draw = draw_means(table, "matched", full)
+    targeted = pd.Series({"a": 0.0, "b": 0.0, "c": 0.0, "d": 1.0})
+    per_item, lost = draw_means(table, "matched", full, targeted)
     assert per_item.index.tolist() == ["a", "b", "c", "d"]
     np.testing.assert_allclose(per_item, [0.0, 2 / 3, 1.0, np.nan])
-    np.testing.assert_allclose(per_draw, [(0 + 1) / 2, (1 - 1) / 2, 0.0])
-    free, lost = draw_means(table, "anywhere", full)
+    np.testing.assert_allclose(lost["random"], [(0 + 1) / 2, (1 - 1) / 2, 0.0])
+    np.testing.assert_allclose(lost["targeted"], [1.0, 0.5, 1.0])  # on each draw's own items
+    free, lost = draw_means(table, "anywhere", full, targeted)
     assert free["a"] == 1.0 and free.drop("a").isna().all()
-    np.testing.assert_allclose(lost, [0.0])
+    np.testing.assert_allclose(lost["random"], [0.0])
