@@ -65,7 +65,7 @@ def test_few_heads_carry_the_image(task, subject, probes, floors, attribution, r
 def test_random_heads_do_not(task, subject, probes, profile, seed, floors, image_means, attribution, removal, evidence, progress):
     heads, items, measured = attribution(task).top(TOP_HEADS), probes.confirmation[task], removal(task)
     matched = layer_matched(heads, subject, profile.random_draws, seed)
-    anywhere = layer_free(heads, subject, profile.random_draws // 4, seed)
+    anywhere = layer_free(heads, subject, profile.random_draws // 8, seed)
     conditions = {f"matched/{i}": ReplaceImageKV(h, image_means) for i, h in enumerate(matched)}
     conditions |= {f"anywhere/{i}": ReplaceImageKV(h, image_means) for i, h in enumerate(anywhere)}
     plan = assign_draws(list(conditions), len(items), profile.items_per_draw, seed)

@@ -199,7 +199,7 @@ def size_line(group):
     parts = [
         f"{text} {noun}"
         for name, noun in (("n_items", "items"), ("n_clusters", f"{unit}s"), ("n_seeds", "seeds"))
-        if (text := _span(group, name, lambda value: f"{value:,}")) and not (name == "n_seeds" and text == "0")
+        if (text := _span(group, name, lambda value: f"{value:,}")) and not (name == "n_seeds" and text in ("0", "1"))
     ]
     line = ", ".join(parts)
     raw, holm = _span(group, "p_value", p_value), _span(group, "p_holm", p_value)
