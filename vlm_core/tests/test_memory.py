@@ -11,8 +11,8 @@ from vlm_core.memory import keep_freed_memory
 torch.set_num_threads(1)
 if {keep}:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
-for _ in range(3):
-    torch.empty(2**22).fill_(1.0)
+for _ in range(100):  # until every place an aligned block can start at has been visited
+    torch.empty(2**24).fill_(1.0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.empty(2**24).fill_(1.0)
