@@ -119,6 +119,65 @@ def argument_paths(config):
     return [base / argument.split("::")[0] for argument in config.args]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A part of the declared suite that pytest was pointed at: a path, and names inside it where a node id was given."""
+
+    argument: str
+    path: Path
+    names: str
+
+    def includes(self, item):
+        if item.path != self.path and self.path not in item.path.parents:
+            return False
+        inside = item.nodeid.partition("::")[2]
+        return not self.names or inside == self.names or inside.startswith((f"{self.names}[", f"{self.names}::"))
+
+
+def widen(config):
+    """Have the whole declared suite collected where a part of it is pointed at, and say which part that was.
+
+    A family is what was declared, not what was asked for: ``pytest FILE::test[x]`` must not make its threshold easier. The rest of the
+    suite is collected, counted and deselected.
+
+    Returns
+    -------
+    list of Wanted, or None
+        None where nothing needs deselecting.
+    """
+    roots = [(config.rootpath / name).resolve() for name in config.getini("testpaths")]
+    wanted, arguments, whole = [], [], True
+    for argument in config.args:
+        location, bracket, rest = argument.partition("[")
+        file, _, names = location.partition("::")
+        path = (config.invocation_params.dir / file).resolve()
+        root = next((root for root in roots if path == root or root in path.parents), None)
+        if root is None or not path.exists() or not declares_claims([root]):
+            return None
+        wanted.append(Wanted(argument, path, names + bracket + rest if names else ""))
+        arguments.append(str(root))
+        whole = whole and path == root and not names
+    if whole:
+        return None
+    config.args[:] = list(dict.fromkeys(arguments))
+    return wanted
+
+
+def select(items, wanted):
+    """Split items into those that were asked for and the others.
+
+    Raises
+    ------
+    pytest.UsageError
+        Where an argument names nothing.
+    """
+    for part in wanted:
+        if not any(part.includes(item) for item in items):
+            raise pytest.UsageError(f"not found: {part.argument}")
+    kept = [item for item in items if any(part.includes(item) for part in wanted)]
+    return kept, [item for item in items if item not in set(kept)]
+
+
 def is_partial(config):
     """Whether less than the declared suite (``testpaths``) was pointed at, so families are not whole."""
     if any("::" in argument for argument in config.args):

@@ -21,6 +21,7 @@ _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
 _ONLY_LOOKING = ("collectonly", "claims_list", "help", "markers", "showfixtures", "show_fixtures_per_test")
 _OPTIONS = pytest.StashKey[options.Options]()
 _FAMILIES = pytest.StashKey[dict]()
+_WANTED = pytest.StashKey[list]()
 _INSTANCE = pytest.StashKey[claims.ClaimInstance]()
 _EVIDENCE = pytest.StashKey[Evidence]()
 _ENDED = pytest.StashKey[tuple]()
@@ -68,6 +69,16 @@ def _is_subject_error(error):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    config = session.config
+    config.stash[_WANTED] = claims.widen(config)
+    # --lf leaves tests out while it collects; its own deselection, after families are counted, is enough.
+    plugin = config.pluginmanager.getplugin("lfplugin-collwrapper")
+    if plugin is not None and claims.declares_claims(claims.argument_paths(config)):
+        config.pluginmanager.unregister(plugin)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     found = claims.instances(items)
     for item, instance in found.items():
@@ -77,6 +88,9 @@ def pytest_collection_modifyitems(config, items):
     if found and chosen.expectations:
         entries = expectations.load(chosen.expectations)
         expectations.apply(entries, found, whole_suite=not claims.is_partial(config))
+    if config.stash.get(_WANTED, None):
+        items[:], others = claims.select(items, config.stash[_WANTED])
+        config.hook.pytest_deselected(items=others)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -92,7 +92,56 @@ def test_families_are_counted_before_deselection(suite):
     assert [(entry["claim_id"], entry["family_size"]) for entry in records] == [("H1.one", 3)]
     assert not run["partial_families"]
     assert records[0]["p_holm"] == pytest.approx(min(1.0, 3 * records[0]["p_value"]))
-    suite.run("hypotheses/test_claims.py::test_supported")
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["serial", "workers"])
+def test_a_node_id_does_not_make_its_family_smaller(suite, workers):
+    suite.write(SUPPORTED, REFUTED, INVALID, INCONCLUSIVE, EXPLORATORY)
+    suite.run("hypotheses/test_claims.py::test_supported", *workers)
+    run, records = suite.latest()
+    assert not run["partial_families"] and run["complete"]
+    assert [(entry["claim_id"], entry["family_size"]) for entry in records] == [("H1.one", 3)]
+
+
+def test_last_failed_does_not_make_its_family_smaller(suite):
+    suite.write(SUPPORTED, REFUTED, INVALID)
+    suite.run("-p", "cacheprovider")
+    suite.run("-p", "cacheprovider", "--lf")
+    _, records = suite.latest()
+    assert {entry["verdict"] for entry in records} == {"refuted", "invalid"}
+    assert {entry["family_size"] for entry in records} == {3}
+
+
+def test_node_ids_select_as_pytest_does(suite):
+    suite.write(
+        """
+@pytest.mark.claim(ONE)
+@pytest.mark.parametrize("task", ["color", "shape::x"])
+def test_supported(evidence, task):
+    evidence.decide(ONE, effects(0.5), clusters=clusters())
+""",
+        SUPPORTED.replace("test_supported", "test_supported_too").replace("ONE", "THREE"),
+    )
+    path = "hypotheses/test_claims.py"
+
+    def selected(*arguments):
+        assert suite.run(*arguments).ret == 0
+        _, records = suite.latest()
+        return [(entry["claim_id"], entry["params"].get("task")) for entry in records]
+
+    assert selected(f"{path}::test_supported") == [("H1.one", "color"), ("H1.one", "shape::x")]
+    assert selected(f"{path}::test_supported[shape::x]") == [("H1.one", "shape::x")]
+    assert selected(path, f"{path}::test_supported_too")[-1] == ("H2.three", None)
+    missing = suite.run(f"{path}::test_nothing")
+    assert missing.ret == 4
+    missing.stderr.fnmatch_lines(["*not found: *test_nothing*"])
+
+
+def test_a_file_outside_the_declared_suite_is_a_partial_run(suite):
+    suite.write(SUPPORTED, REFUTED)
+    elsewhere = suite.pytester.mkdir("elsewhere")
+    (elsewhere / "test_more.py").write_text((suite.pytester.path / "hypotheses" / "test_claims.py").read_text(encoding="utf-8"), encoding="utf-8")
+    suite.run("elsewhere/test_more.py::test_supported")
     run, records = suite.latest()
     assert run["partial_families"] and records[0]["family_size"] == 1
     assert "Partial run" in (suite.runs / "latest" / "report.html").read_text(encoding="utf-8")
