@@ -114,7 +114,7 @@ def show_attention(evidence, task, subject, items, floors, heads) -> None:
         return
     maps = attention_map(subject, item)
     attention = sum(maps[head] for head in heads)
-    grid = subject.anatomy.grid(len(attention), subject.encode_items([item]).inputs)
+    grid = subject.image_grid(item["image"])
     if grid is not None:
         mask = patch_mask(target_mask(item), grid)
         exhibits.attention_overlay(evidence, item, attention, grid, mask, item["answer"], f"{task}: where the targeted heads look")

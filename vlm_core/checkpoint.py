@@ -128,7 +128,7 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
             f"subject '{source}' is a text-only checkpoint (model_type '{model_type}', no vision_config): choose a "
             f"vision-language model."
         )
-    find_family(model_type, source)
+    find_family(model_type, source, str((config.get("text_config") or {}).get("model_type", "")))
     files, n_parameters = _weight_files(source, directory, complete=local.is_dir())
     return Checkpoint(name, source, revision, directory, config, files, n_parameters)
 

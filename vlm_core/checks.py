@@ -1,10 +1,13 @@
-"""Does the seam tell the truth on this model? Checked at load time, loudly.
+"""Does the seam tell the truth on this model? The cheap part of the conformance suite, run at load time, loudly.
 
 1. *no-op*: with the seam and an empty plan, logits are bit-identical to the model with its original attention
-2. *zero head*: zeroing one head equals an ``o_proj`` pre-hook that zeroes its slice, and changes the logits
-3. *knock-out of nothing*: cutting no edge is the identity
-4. *causality*: changing the last token leaves all earlier logits alone
-5. *readout*: the row engine's logits equal the model's own
+2. *attention*: what every head gives to the keys it sees sums to 1
+3. *zero head*: zeroing one head equals an ``o_proj`` pre-hook that zeroes its slice, and changes the logits
+4. *image keys*: replacing a head's image keys and values touches no other position and no other head
+5. *knock-out of nothing*: cutting no edge is the identity
+6. *causality*: changing the last token leaves all earlier logits alone (as an answer token, where a prompt sees itself both ways)
+7. *readout*: the row engine's logits equal the model's own
+8. *restored*: after all of it the model is what it was
 """
 
 from __future__ import annotations
@@ -15,16 +18,29 @@ from PIL import Image
 
 from vlm_core.embed import capture
 from vlm_core.errors import SubjectError
-from vlm_core.interventions import KnockOut, ZeroHeads
+from vlm_core.interventions import ImageKVMeans, KnockOut, ReplaceImageKV, ZeroHeads
 from vlm_core.rows import forward_rows, read_logits
 from vlm_core.seam import ATTENTION_NAMES
 from vlm_core.subject import Batch, Subject
+from vlm_core.views import AttentionView
 
 __all__ = ["selfcheck"]
 
 
+class _Views:
+    """Keeps the attention of some layers as the seam saw it."""
+
+    def __init__(self, *layers: int) -> None:
+        self.layers = layers
+        self.seen: dict[int, AttentionView] = {}
+
+    def attention(self, view: AttentionView) -> None:
+        if view.layer in self.layers:
+            self.seen[view.layer] = view
+
+
 def selfcheck(subject: Subject, batch: Batch | None = None) -> None:
-    """Check the seam on ``subject``.
+    """Check the seam on ``subject`` (a dozen forward passes of one short prompt).
 
     Parameters
     ----------
@@ -37,13 +53,19 @@ def selfcheck(subject: Subject, batch: Batch | None = None) -> None:
         Naming the check that failed and by how much.
     """
     batch = _probe(subject) if batch is None else batch
+    layer = subject.anatomy.image_layers[-1]
     with torch.inference_mode():
         plain = _without_seam(subject, batch)
-        _check_noop(subject, batch, plain)
+        views = _Views(layer)
+        _check_noop(subject, batch, plain, views)
+        _check_attention(subject, views.seen[layer])
         _check_zero_head(subject, batch, plain)
+        _check_image_keys(subject, batch, views.seen[layer])
         _check_knock_out(subject, batch, plain)
         _check_causality(subject, batch)
         _check_readout(subject, batch, plain)
+        if not torch.equal(_logits(subject, batch.inputs), plain):
+            raise _fail(subject, "restored", "after the checks the model computes other logits than before")
 
 
 def _probe(subject: Subject) -> Batch:
@@ -70,14 +92,23 @@ def _without_seam(subject: Subject, batch: Batch) -> torch.Tensor:
         text_config._attn_implementation_internal = named
 
 
-def _check_noop(subject: Subject, batch: Batch, plain: torch.Tensor) -> None:
+def _check_noop(subject: Subject, batch: Batch, plain: torch.Tensor, views: _Views) -> None:
     if subject.model.config.get_text_config()._attn_implementation not in ATTENTION_NAMES.values():
         raise _fail(subject, "no-op", "the seam is not on the language model any more")
-    with subject.intervene(None, batch):
+    with subject.intervene(None, batch, observers=[views]):
         seen = _logits(subject, batch.inputs)
     if not torch.equal(seen, plain):
         gap = (seen - plain).abs().max().item()
         raise _fail(subject, "no-op", f"an empty plan changes the logits by {gap:.2g}, expected exactly 0")
+    if not views.seen:
+        raise _fail(subject, "no-op", f"attention never passed the seam in layer {views.layers[0]}")
+
+
+def _check_attention(subject: Subject, view: AttentionView) -> None:
+    mass = view.probabilities(view.tokens.last[:, None]) @ view.keys_of("all").float()[:, None, :, None]
+    gap = (mass - 1.0).abs().max().item()
+    if not gap < 1e-3:
+        raise _fail(subject, "attention", f"in layer {view.layer} the attention of a head sums to 1 only within {gap:.2g}")
 
 
 def _check_zero_head(subject: Subject, batch: Batch, plain: torch.Tensor) -> None:
@@ -101,6 +132,22 @@ def _check_zero_head(subject: Subject, batch: Batch, plain: torch.Tensor) -> Non
         raise _fail(subject, "zero head", f"it differs from an output-projection hook by {gap:.2g}, expected exactly 0")
     if torch.equal(seam, plain):
         raise _fail(subject, "zero head", f"zeroing head L{layer}.H{head} does not change the logits")
+
+
+def _check_image_keys(subject: Subject, batch: Batch, before: AttentionView) -> None:
+    anatomy, layer, head = subject.anatomy, before.layer, 0
+    zeros = torch.zeros(anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
+    views = _Views(layer)
+    with subject.intervene(ReplaceImageKV([(layer, head)], ImageKVMeans(zeros, zeros)), batch, observers=[views]):
+        _logits(subject, batch.inputs)
+    after, image = views.seen[layer], before.keys_of("image")
+    for name, old, new in (("keys", before.key, after.key), ("values", before.value, after.value)):
+        changed = (new != old.repeat_interleave(new.shape[1] // old.shape[1], dim=1)).any(-1)
+        if not bool(changed[:, head][image].all()):
+            raise _fail(subject, "image keys", f"not all image {name} of head L{layer}.H{head} are replaced")
+        changed[:, head] &= ~image
+        if bool(changed.any()):
+            raise _fail(subject, "image keys", f"replacing those of head L{layer}.H{head} changes {name} elsewhere")
 
 
 def _check_knock_out(subject: Subject, batch: Batch, plain: torch.Tensor) -> None:
@@ -132,8 +179,7 @@ def _check_causality(subject: Subject, batch: Batch) -> None:
 
 
 def _check_readout(subject: Subject, batch: Batch, plain: torch.Tensor) -> None:
-    single = {name: value for name, value in batch.inputs.items()}
-    (sequence, *_) = capture(subject, single)
+    (sequence, *_) = capture(subject, dict(batch.inputs))
     hidden, _ = forward_rows(
         subject, [sequence], np.array([0]), [None], [0], (np.array([0]), np.array([sequence.n_prompt - 1]))
     )

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback, set_seed
 
 from vlm_core.errors import SubjectError
+from vlm_core.processing import load_processor
 
 __all__ = ["SFTBudget", "TrainingDiverged", "instruction_set", "sft"]
 
@@ -113,7 +114,7 @@ def sft(student: str | Path, data: datasets.Dataset, budget: SFTBudget, out: str
     out = Path(out)
     set_seed(seed)
     model = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.float32, attn_implementation="eager")
-    processor = AutoProcessor.from_pretrained(student)
+    processor = load_processor(student)
     _freeze_tower(model, student)
     arguments = SFTConfig(
         output_dir=str(out),

@@ -2,21 +2,22 @@
 
 ``encode_items(subject, items)``   processor, vision tower and projector; the call to the language model is captured
 ``Encoded.extended(...)``          the same prompt with answer tokens appended
-``batch_sequences(...)``           right-padded inputs for a batch of sequences
+``batch_sequences(...)``           right-padded inputs for a batch of sequences; ``batch_groups`` their token groups
 
 Whatever a family does to merge image and text happens in its own code: the model runs until just before its language
 model, and the embeddings, positions and per-token inputs found there are kept per item without padding. Sequences are
 right-padded later. Under a causal mask no real token sees that padding, so no padding mask is needed and attention
-keeps its fast causal path.
+keeps its fast causal path. Where the image stays outside the sequence (Mllama), its states and masks are kept beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_core.errors import SubjectError
@@ -26,7 +27,20 @@ from vlm_core.seam import Captured, active, capturing, current_run
 if TYPE_CHECKING:
     from vlm_core.subject import Subject
 
-__all__ = ["Encoded", "batch_sequences", "capture", "encode_items"]
+__all__ = ["CrossStates", "Encoded", "batch_groups", "batch_sequences", "capture", "encode_items"]
+
+
+@dataclass(frozen=True, eq=False)
+class CrossStates:
+    """The image of one prompt where it stays outside the token sequence.
+
+    ``states`` ``[image token, hidden]``; ``mask`` ``[token, image token]``, additive; ``rows`` ``[token]``, 0 where a
+    token precedes every image.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +53,7 @@ class Encoded:
     embeds : Tensor ``[token, hidden]``
         Text embeddings with the image features merged in.
     image : BoolTensor ``[token]``
+        Image tokens, of all images of the prompt.
     positions : LongTensor ``[axis, token]`` or None
         Explicit position ids (3 axes under M-RoPE); None where the model counts from 0.
     types : dict of str to LongTensor ``[token]``
@@ -47,6 +62,10 @@ class Encoded:
         Visual features added again after the first layers (Qwen3-VL), else empty.
     n_prompt : int
         Tokens of the prompt; later ones belong to the answer.
+    groups : dict of str to BoolTensor ``[token]``
+        Token groups of this prompt beyond the usual ones ("object", "background").
+    cross : CrossStates or None
+        The image, where cross-attention layers read it (Mllama).
     """
 
     ids: torch.Tensor
@@ -56,6 +75,8 @@ class Encoded:
     types: dict[str, torch.Tensor]
     deepstack: tuple[torch.Tensor, ...]
     n_prompt: int
+    groups: dict[str, torch.Tensor] = field(default_factory=dict)
+    cross: CrossStates | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -72,20 +93,33 @@ class Encoded:
             after = positions.max() + 1 + torch.arange(n, device=positions.device)
             positions = torch.cat([positions, after.expand(positions.shape[0], n)], dim=1)
         causal = dict(subject.anatomy.family.token_types)
+        cross = self.cross
+        if cross is not None:
+            # An answer sees of the image what the last prompt token sees.
+            mask, rows = (torch.cat([part, part[-1:].expand(n, *part.shape[1:])]) for part in (cross.mask, cross.rows))
+            cross = replace(cross, mask=mask, rows=rows)
         return replace(
             self,
             ids=torch.cat([self.ids, ids]),
             embeds=torch.cat([self.embeds, embeds]),
-            image=torch.nn.functional.pad(self.image, (0, n)),
+            image=pad(self.image, (0, n)),
             positions=positions,
-            types={
-                name: torch.nn.functional.pad(value, (0, n), value=causal[name]) for name, value in self.types.items()
-            },
+            types={name: pad(value, (0, n), value=causal[name]) for name, value in self.types.items()},
+            groups={name: pad(members, (0, n)) for name, members in self.groups.items()},
+            cross=cross,
         )
 
 
 def capture(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[Encoded]:
-    """Run everything before the language model on right-padded processor outputs; one ``Encoded`` per sequence."""
+    """Run everything before the language model on right-padded processor outputs; one ``Encoded`` per sequence.
+
+    Raises
+    ------
+    SubjectError
+        Where the model never calls the language model that its family names.
+    ValueError
+        Where a sequence is not padded on the right.
+    """
     if current_run() is not None:
         raise RuntimeError("items cannot be encoded inside an active run: encode first, then intervene")
     with capturing():
@@ -108,7 +142,7 @@ def capture(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[Encoded]:
     deepstack = received.get("deepstack_visual_embeds") or ()
     n_image = image.sum(1).tolist()
     deepstack = [torch.split(features, n_image) for features in deepstack]
-    embeds = received["inputs_embeds"].detach()
+    embeds = _merged(subject, received, ids)
     encoded = []
     for row, n in enumerate(lengths):
         if not bool(valid[row, :n].all()):
@@ -122,9 +156,30 @@ def capture(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[Encoded]:
                 types={name: inputs[name][row, :n] for name, _ in subject.anatomy.family.token_types if name in inputs},
                 deepstack=tuple(features[row] for features in deepstack),
                 n_prompt=n,
+                cross=_crossed(received, row, n_image, n),
             )
         )
     return encoded
+
+
+def _merged(subject: Subject, received: dict, ids: torch.Tensor) -> torch.Tensor:
+    embeds = received.get("inputs_embeds")
+    return subject.anatomy.embedding(ids).detach() if embeds is None else embeds.detach()
+
+
+def _crossed(received: dict, row: int, n_images: list[int], n: int) -> CrossStates | None:
+    states = received.get("cross_attention_states")
+    if states is None:
+        return None
+    mask, rows = received["cross_attention_mask"], received["full_text_row_masked_out_mask"]
+    states = states.reshape(len(n_images), -1, states.shape[-1])
+    # Only its own images: tokens before the first one weigh all keys alike, those of padding images too.
+    own = states.shape[1] // max(n_images) * n_images[row]
+    return CrossStates(
+        states=states[row, :own].detach().clone(),
+        mask=mask[row, 0, :n, :own].clone(),
+        rows=rows[row, 0, :n, 0].clone(),
+    )
 
 
 def encode_items(subject: Subject, items: Sequence, images: Sequence | None = None, batch: int = 32) -> list[Encoded]:
@@ -177,7 +232,23 @@ def batch_sequences(subject: Subject, sequences: Sequence[Encoded]) -> tuple[dic
         inputs["deepstack_visual_embeds"] = [
             torch.cat(features) for features in zip(*(sequence.deepstack for sequence in sequences), strict=True)
         ]
+    if sequences[0].cross is not None:
+        inputs.update(_pad_cross([sequence.cross for sequence in sequences], longest))
     return inputs, image, valid
+
+
+def batch_groups(sequences: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Named token groups of a batch as ``batch_sequences`` lays it out: ``{name: BoolTensor [sequence, token]}``.
+
+    A sequence that does not know a name has no member of it.
+    """
+    names = sorted({name for sequence in sequences for name in sequence.groups})
+    return {
+        name: pad_sequence(
+            [sequence.groups.get(name, torch.zeros_like(sequence.image)) for sequence in sequences], batch_first=True
+        )
+        for name in names
+    }
 
 
 def _pad_positions(sequences: Sequence[Encoded], longest: int) -> torch.Tensor:
@@ -190,3 +261,20 @@ def _pad_positions(sequences: Sequence[Encoded], longest: int) -> torch.Tensor:
         rows.append(torch.cat([positions, after.expand(positions.shape[0], extra)], dim=1))
     stacked = torch.stack(rows, dim=1)
     return stacked[0] if stacked.shape[0] == 1 else stacked
+
+
+def _pad_cross(crosses: Sequence[CrossStates], longest: int) -> dict:
+    most = max(cross.states.shape[0] for cross in crosses)
+    blocked = torch.finfo(crosses[0].mask.dtype).min
+    masks = []
+    for cross in crosses:
+        mask = pad(cross.mask, (0, most - cross.mask.shape[1]), value=blocked)
+        # A token before every image weighs all keys alike, as the model does; padding keys stay out.
+        masks.append(pad(mask, (0, 0, 0, longest - mask.shape[0])))
+    return {
+        "cross_attention_states": pad_sequence([cross.states for cross in crosses], batch_first=True),
+        "cross_attention_mask": torch.stack(masks)[:, None],
+        "full_text_row_masked_out_mask": pad_sequence(
+            [cross.rows for cross in crosses], batch_first=True, padding_value=1.0
+        )[:, None, :, None],
+    }

@@ -1,228 +1,92 @@
 """What can be done to a forward pass, as small frozen declarations.
 
-``ZeroHeads``, ``MeanHeads``         gate heads: their output becomes zero, or its mean
-``ReplaceImageKV``                   image keys and values of a head become their mean (HeAr, Kim et al. 2509.17588)
-``DropTokens``                       image tokens leave the sequence from a layer on (FastV and its baselines)
-``KnockOut``                         attention edges from one token group to another are cut
+``ZeroHeads``, ``MeanHeads``, ``ResampleHeads``    the output of heads becomes zero, its mean, or another run's
+``ReplaceImageKV``     image keys and values of a head become their mean (HeAr, Kim et al. 2509.17588) or another image's
+``KnockOut``           attention edges from one token group to another are cut
+``Patch``              activations become another run's (denoising, noising), or get Gaussian noise
+``Steer``              a direction is added to the residual stream
+``ReplaceTokens``      tokens are replaced in embedding space (Neo et al.)
+``DropTokens``         image tokens leave the sequence from a layer on (FastV and its baselines)
+``MergeTokens``        image tokens are merged into their like from a layer on (ToMe)
 
-A row's intervention is ``None``, one of these, or a tuple of them applied together. Nothing here touches a model:
-``vlm_core.plan`` compiles the declarations of a whole batch into tensors and ``vlm_core.seam`` applies them.
+A row's intervention is ``None``, one of these, or a tuple of them applied together. Each compares and hashes by its
+``digest``, the same in every process; ``vlm_core.stored`` writes them to JSON and back. Nothing here touches a model:
+``vlm_core.plan`` compiles the declarations of a whole batch into tensors and ``vlm_core.run`` applies them.
+
+Order of a tuple
+----------------
+What a row's parts do follows the forward pass, not their place in the tuple. On entering a layer: ``ReplaceTokens``
+(first layer only), then ``DropTokens`` or ``MergeTokens``, then ``Patch("residual")``, then ``Steer``. Inside the attention:
+``ReplaceImageKV``, then ``KnockOut``, then the heads' outputs: ``MeanHeads``, then ``ResampleHeads`` and ``Patch("head")``, then
+``ZeroHeads``. Then ``Patch("attention")``, then ``Patch("mlp")``. Within one kind, of two that overlap the later in the
+tuple holds, directions of ``Steer`` add up, and two means for one head are refused.
+
+Positions
+---------
+``queries`` and ``positions`` restrict an intervention to tokens: a group name (see ``vlm_core.views.GROUPS``, or a group that the
+batch names), or a tuple of positions in the prompt, padding not counted, negative from the prompt's end. In groups, generated
+tokens count as ``text`` and ``question``, and each as ``last`` while it is the newest.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-
-import torch
-
-from vlm_core.anatomy import HeadId
+from vlm_core.declaration import Positions, Touch
+from vlm_core.head_interventions import KnockOut, MeanHeads, ReplaceImageKV, ResampleHeads, ZeroHeads
+from vlm_core.sources import Activations, GaussianNoise, HeadMeans, ImageKV, ImageKVMeans, Vector
+from vlm_core.stream_interventions import Patch, ReplaceTokens, Steer
+from vlm_core.token_interventions import DropTokens, MergeTokens
 
 __all__ = [
-    "TOKEN_GROUPS",
+    "Activations",
     "DropTokens",
+    "GaussianNoise",
     "HeadMeans",
+    "ImageKV",
     "ImageKVMeans",
     "Intervention",
     "KnockOut",
     "MeanHeads",
+    "MergeTokens",
+    "Patch",
+    "Positions",
     "ReplaceImageKV",
+    "ReplaceTokens",
+    "ResampleHeads",
+    "Row",
+    "Steer",
+    "Touch",
+    "Vector",
     "ZeroHeads",
     "describe",
+    "parts",
+    "touches",
 ]
 
-TOKEN_GROUPS = ("image", "text", "last", "bos", "all")
-DROP_POLICIES = ("random", "stride", "attention")
+Intervention = (
+    ZeroHeads | MeanHeads | ResampleHeads | ReplaceImageKV | KnockOut | Patch | Steer | ReplaceTokens | DropTokens | MergeTokens
+)
 
 
-def _digest(*tensors: torch.Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+Row = Intervention | tuple[Intervention, ...] | None
+"""What is done to one row of a batch."""
 
 
-@dataclass(frozen=True, eq=False)
-class HeadMeans:
-    """Mean output of every head: ``values`` ``[layer, head, head_dim]``."""
-
-    values: torch.Tensor
-    count: int = 0
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", _digest(self.values))
+def parts(intervention: Row) -> tuple[Intervention, ...]:
+    """The interventions of one row as a tuple."""
+    if intervention is None:
+        return ()
+    return intervention if isinstance(intervention, tuple) else (intervention,)
 
 
-@dataclass(frozen=True, eq=False)
-class ImageKVMeans:
-    """Mean image key and value of every query head: ``keys``, ``values`` ``[layer, head, head_dim]``.
-
-    Keys are taken as the seam sees them, after rotary embedding, and averaged over image positions and items. The mean
-    of rotated keys is not the rotation of a mean key: high-frequency components average towards zero. It is the same
-    constant at every image position, which is what makes the replaced tokens indistinguishable.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    count: int = 0
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", _digest(self.keys, self.values))
-
-
-def _as_heads(heads: Iterable) -> tuple[HeadId, ...]:
-    return tuple(sorted({HeadId(int(layer), int(head)) for layer, head in heads}))
-
-
-def _name(kind: str, heads: tuple[HeadId, ...], *rest: str) -> str:
-    shown = " ".join(map(str, heads)) if len(heads) <= 4 else f"{len(heads)} heads {_heads_digest(heads)}"
-    return f"{kind}({', '.join((shown, *rest))})"
-
-
-def _heads_digest(heads: tuple[HeadId, ...]) -> str:
-    return hashlib.sha256(repr([tuple(head) for head in heads]).encode()).hexdigest()[:8]
-
-
-@dataclass(frozen=True)
-class ZeroHeads:
-    """The outputs of ``heads`` (before the output projection) become zero at every position."""
-
-    heads: tuple[HeadId, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", _as_heads(self.heads))
-
-    def describe(self) -> str:
-        """A short unique label."""
-        return _name("zero", self.heads)
-
-
-@dataclass(frozen=True)
-class MeanHeads:
-    """The outputs of ``heads`` become their ``means`` at every position."""
-
-    heads: tuple[HeadId, ...]
-    means: HeadMeans
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", _as_heads(self.heads))
-
-    def describe(self) -> str:
-        """A short unique label."""
-        return _name("mean", self.heads, self.means.digest)
-
-
-@dataclass(frozen=True)
-class ReplaceImageKV:
-    """In ``heads``, the keys and values of all image tokens become their ``means``.
-
-    The head keeps working on text; it can no longer tell one image from another. Under grouped-query attention the
-    replacement is per *query* head: the other query heads of the group still see the original keys and values.
-
-    Notes
-    -----
-    Kim et al. 2025, arXiv:2509.17588. All queries are affected, those of image tokens included.
-    """
-
-    heads: tuple[HeadId, ...]
-    means: ImageKVMeans
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", _as_heads(self.heads))
-
-    def describe(self) -> str:
-        """A short unique label."""
-        return _name("image-kv", self.heads, self.means.digest)
-
-
-@dataclass(frozen=True)
-class DropTokens:
-    """From ``layer`` on, only a fraction ``keep`` of the image tokens stays in the sequence.
-
-    Parameters
-    ----------
-    layer : int
-        First layer that no longer sees the dropped tokens. 0 drops them before the first layer.
-    keep : float
-        Fraction of the *original* image tokens that stays, in [0, 1]. ``round(keep * n)`` tokens stay, at least one
-        where ``keep > 0``. 1 is the identity; 0 removes every image token.
-    policy : {"random", "stride", "attention"}
-        ``random``: a uniform subset, drawn from ``seed`` and the item, so an item loses the same tokens in every batch.
-        ``stride``: evenly spaced tokens in sequence order. ``attention``: the tokens with the highest attention in
-        the layer before, averaged over heads, from the last query (FastV, Chen et al. 2024, code reading).
-    seed : int
-        For ``random`` only.
-
-    Notes
-    -----
-    The drop is physical: later layers run on a shorter sequence and their KV caches are shorter. Kept tokens keep their
-    positions.
-    """
-
-    layer: int
-    keep: float
-    policy: str = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.keep <= 1.0:
-            raise ValueError(f"keep must be a fraction between 0 and 1, got {self.keep}")
-        if self.policy not in DROP_POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(DROP_POLICIES)}, got '{self.policy}'")
-        if self.layer < 0:
-            raise ValueError(f"layer must be 0 or more, got {self.layer}")
-        if self.policy == "attention" and self.layer == 0 and 0.0 < self.keep < 1.0:
-            raise ValueError("policy 'attention' needs a layer before the drop to read attention from: use layer >= 1")
-
-    def count(self, n_image: int) -> int:
-        """How many of ``n_image`` tokens stay."""
-        return 0 if self.keep == 0.0 else max(1, min(n_image, round(self.keep * n_image)))
-
-    def describe(self) -> str:
-        """A short unique label."""
-        seed = f", seed {self.seed}" if self.policy == "random" and 0.0 < self.keep < 1.0 else ""
-        return f"drop(layer {self.layer}, keep {self.keep:g}, {self.policy}{seed})"
-
-
-@dataclass(frozen=True)
-class KnockOut:
-    """Queries of one token group can no longer attend to keys of another, in ``layers``.
-
-    Parameters
-    ----------
-    queries, keys : {"image", "text", "last", "bos", "all"}
-        Token groups. ``text`` is every token that is not an image token; ``last`` is the last token of the prompt
-        (every new token while generating). A token's attention to itself is never cut.
-    layers : tuple of int
-        Layers in which the edges are cut.
-    """
-
-    queries: str
-    keys: str
-    layers: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        for group in (self.queries, self.keys):
-            if group not in TOKEN_GROUPS:
-                raise ValueError(f"token group must be one of {', '.join(TOKEN_GROUPS)}, got '{group}'")
-        object.__setattr__(self, "layers", tuple(sorted({int(layer) for layer in self.layers})))
-
-    def describe(self) -> str:
-        """A short unique label."""
-        layers = ",".join(map(str, self.layers))
-        return f"knockout({self.queries}->{self.keys}, layers {layers})"
-
-
-Intervention = ZeroHeads | MeanHeads | ReplaceImageKV | DropTokens | KnockOut
-
-
-def describe(intervention: Intervention | tuple[Intervention, ...] | None) -> str:
+def describe(intervention: Row) -> str:
     """A label for what is done to a row: ``"none"``, one label, or labels joined by ``" + "``."""
     if intervention is None:
         return "none"
-    if isinstance(intervention, tuple):
-        return " + ".join(part.describe() for part in intervention) or "none"
-    return intervention.describe()
+    return " + ".join(part.describe() for part in parts(intervention)) or "none"
+
+
+def touches(intervention: Row, n_layers: int, contiguous: bool = True) -> Touch:
+    """Where a row's interventions begin to matter, all taken together; see ``Touch``."""
+    all_touches = [part.touches(n_layers, contiguous) for part in parts(intervention)]
+    scopes = {touch.scope for touch in all_touches if touch.layer < n_layers}
+    return Touch(min((touch.layer for touch in all_touches), default=n_layers), "all" if "all" in scopes else "question")

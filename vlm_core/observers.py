@@ -1,48 +1,52 @@
-"""What can be read from a forward pass, reduced inside the layer.
+"""What can be read inside a forward pass, as small frozen declarations, reduced inside the layer.
 
 ``AttentionMass``      share of attention per head on token groups
+``AttentionEntropy``   how widely a head spreads, over all keys or within a group
 ``ImageAttention``     attention on every image token
-``HeadOutputs``        per-head outputs before the output projection
+``MaskIoU``            overlap of the binarised attention with an object's mask (Head Impact)
+``TopTokens``          the most attended tokens and their weights
+``FullAttention``      the whole map: the one observer that keeps ``head x query x key``, for who asks for it by name
+``HeadOutputs``        per-head outputs before the output projection, or their norms
 ``HiddenStates``       the residual stream
-``observe(...)``       run observers over items, one array each
-``attention_map``, ``image_kv_means``, ``head_means``   the common questions, asked
+``At``                 any of them in some layers and heads only
+
+``vlm_core.observing.observe`` runs them. Sinks are in ``vlm_core.sinks``, what needs the unembedding in ``vlm_core.lens``.
+
+An observer has ``attention(view)`` or ``layer(view)``, which returns a tensor (or a dict of them) with one entry per
+element, or None for "not this layer". ``axes`` names what follows item and layer, for observers small enough to be rows
+of a table; ``ragged`` names the axes (counted from the end) that are as long as a token group is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
-from vlm_core.embed import encode_items
-from vlm_core.interventions import HeadMeans, ImageKVMeans, Intervention
-from vlm_core.items import item_number, take
-from vlm_core.rows import forward_rows
-from vlm_core.subject import Subject
 from vlm_core.views import AttentionView, LayerView, Tokens
 
 __all__ = [
+    "At",
+    "AttentionEntropy",
     "AttentionMass",
+    "FullAttention",
     "HeadOutputs",
     "HiddenStates",
     "ImageAttention",
-    "attention_map",
-    "head_means",
-    "image_kv_means",
-    "observe",
+    "MaskIoU",
+    "TopTokens",
 ]
 
+_HEAD = ("head", None)
 
-def _queries(tokens: Tokens, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions ``[element, n]`` of a group's members, and which of them are real."""
-    if group == "last":
-        return tokens.last[:, None], torch.ones_like(tokens.last[:, None], dtype=torch.bool)
-    members = tokens.group(group)
-    n = int(members.sum(1).max())
-    order = (~members).int().argsort(dim=1, stable=True)[:, :n]
-    return order, members.gather(1, order)
+
+def freeze(observer: Any, *names: str) -> None:
+    # Lists (from a file) become tuples, so that declarations stay hashable.
+    for name in names:
+        value = getattr(observer, name)
+        if isinstance(value, list | range):
+            object.__setattr__(observer, name, tuple(value))
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,76 @@ class AttentionMass:
     """Share of attention that each head gives to token groups, averaged over a group of queries.
 
     Observed as ``[item, layer, head, group]``. Groups may overlap (``last`` is a text token); ``image`` and ``text``
-    partition the sequence and sum to 1.
+    partition the sequence and sum to 1, as do ``image``, ``preamble`` and ``question`` where there is one image.
 
     Parameters
     ----------
-    queries : {"last", "text", "image", "all"}
-    groups : tuple of {"image", "text", "last", "bos"}
+    queries : str
+        A token group (``vlm_core.views.GROUPS`` or a named one): whose attention.
+    groups : tuple of str
+        Token groups: attention on what.
     """
 
     queries: str = "last"
     groups: tuple[str, ...] = ("image", "text", "last", "bos")
 
+    def __post_init__(self) -> None:
+        freeze(self, "groups")
+
+    @property
+    def axes(self) -> tuple:
+        """Head and group."""
+        return (_HEAD, ("group", self.groups))
+
     def attention(self, view: AttentionView) -> torch.Tensor:
         """``[element, head, group]`` of one layer."""
-        positions, real = _queries(view.tokens, self.queries)
-        groups = torch.stack([view.tokens.group(group) for group in self.groups], dim=2).float()
-        mass = view.probabilities(positions) @ groups[:, None]
-        weight = real[:, None, :, None].float()
-        return (mass * weight).sum(2) / weight.sum(2).clamp(min=1.0)
+        def stacked() -> torch.Tensor:
+            return torch.stack([view.keys_of(group) for group in self.groups], dim=2).float()
+
+        key = ("keys", self.groups, view.crossed, view.key.shape[2])
+        return view.mean(self.queries) @ view.tokens.kept(key, stacked)
+
+
+@dataclass(frozen=True)
+class AttentionEntropy:
+    """Entropy of each head's attention in nats, averaged over a group of queries.
+
+    Observed as ``[item, layer, head, group]``. Within a group the attention is renormalised to sum to 1; ``all`` is the
+    plain entropy. Queries that give a group no attention at all (text before the image, in a causal order) have no
+    entropy there and are left out of the mean; NaN where none is left.
+
+    Parameters
+    ----------
+    queries : str
+        A token group: whose attention.
+    over : tuple of str
+        Token groups: entropy over which keys.
+    """
+
+    queries: str = "last"
+    over: tuple[str, ...] = ("all", "image")
+
+    def __post_init__(self) -> None:
+        freeze(self, "over")
+
+    @property
+    def axes(self) -> tuple:
+        """Head and group."""
+        return (_HEAD, ("group", self.over))
+
+    def attention(self, view: AttentionView) -> torch.Tensor:
+        """``[element, head, group]`` of one layer."""
+        groups = torch.stack([view.keys_of(group) for group in self.over], dim=2).float()[:, None]
+        total, count = 0.0, 0.0
+        for block in view.blocks(self.queries):
+            within = groups[:, :, : block.probabilities.shape[3]]
+            mass = block.probabilities @ within
+            # With p = P / mass: -sum p log p = (sum -P log P) / mass + log mass.
+            entropy = torch.special.entr(block.probabilities) @ within / mass + mass.log()
+            defined = (mass > 0) & block.real[:, None, :, None]
+            total = total + entropy.masked_fill(~defined, 0.0).sum(2)
+            count = count + defined.float().sum(2)
+        return (total / count).clamp(min=0.0)
 
 
 @dataclass(frozen=True)
@@ -79,14 +135,139 @@ class ImageAttention:
 
     queries: str = "last"
 
+    @property
+    def ragged(self) -> dict[int, str]:
+        """The last axis is as long as there are image tokens."""
+        return {-1: "image"}
+
     def attention(self, view: AttentionView) -> torch.Tensor:
         """``[element, head, image token]`` of one layer."""
-        positions, real = _queries(view.tokens, self.queries)
-        weight = real[:, None, :, None].float()
-        mean = (view.probabilities(positions) * weight).sum(2) / weight.sum(2).clamp(min=1.0)
-        where, present = _queries(view.tokens, "image")
-        picked = torch.take_along_dim(mean, where[:, None], dim=2)
-        return picked.masked_fill(~present[:, None], torch.nan)
+        attention, present = _on_image(view, self.queries)
+        return attention.masked_fill(~present[:, None], torch.nan)
+
+
+def _on_image(view: AttentionView, queries: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean attention ``[element, head, image token]`` and which of the tokens are real ``[element, image token]``."""
+    mean = view.mean(queries)
+    if view.crossed:
+        return mean, view.keys_of("image")
+    where, present = view.tokens.members("image")
+    return torch.take_along_dim(mean, where[:, None], dim=2), present
+
+
+@dataclass(frozen=True)
+class MaskIoU:
+    """Overlap of a head's binarised image attention with an object's mask: ``[item, layer, head, threshold]``.
+
+    Attention is averaged over the queries first, then compared with a threshold of its own head and item.
+    Intersection over union counts image tokens; NaN where the mask is empty, and in layers whose image lies outside the
+    sequence, where a token group cannot be an object (Mllama).
+
+    Parameters
+    ----------
+    mask : str
+        Named token group; its image tokens are the object.
+    queries : str
+        A token group: whose attention (the answer's tokens in Head Impact, the last prompt token here).
+    thresholds : tuple of str or float
+        ``"mean"`` over image tokens (Head Impact), ``"half"`` of the largest, or a quantile between 0 and 1.
+
+    Notes
+    -----
+    Sergeev & Kotelnikov 2025, arXiv:2511.23375: Head Impact is the mean of the ``"mean"`` column over a set. The other
+    thresholds show how much the ranking of heads owes to that choice.
+    """
+
+    mask: str = "object"
+    queries: str = "last"
+    thresholds: tuple[str | float, ...] = ("mean", "half", 0.75, 0.9)
+
+    def __post_init__(self) -> None:
+        freeze(self, "thresholds")
+        for threshold in self.thresholds:
+            if threshold not in ("mean", "half") and not (isinstance(threshold, float) and 0.0 < threshold < 1.0):
+                raise ValueError(f"a threshold is 'mean', 'half' or a quantile between 0 and 1, got {threshold!r}")
+
+    @property
+    def axes(self) -> tuple:
+        """Head and threshold."""
+        return (_HEAD, ("threshold", tuple(map(str, self.thresholds))))
+
+    def attention(self, view: AttentionView) -> torch.Tensor:
+        """``[element, head, threshold]`` of one layer."""
+        attention, present = _on_image(view, self.queries)
+        if view.crossed:
+            return attention.new_full((*attention.shape[:2], len(self.thresholds)), torch.nan)
+        where, _ = view.tokens.members("image")
+        mask = (view.tokens.group(self.mask).gather(1, where) & present)[:, None]
+        known = attention.masked_fill(~present[:, None], torch.nan)
+        scores = []
+        for threshold in self.thresholds:
+            if threshold == "mean":
+                level = known.nanmean(2, keepdim=True)
+            elif threshold == "half":
+                level = known.nan_to_num(0.0).amax(2, keepdim=True) / 2
+            else:
+                level = known.nanquantile(threshold, dim=2, keepdim=True)
+            high = (known > level) & present[:, None]
+            scores.append((high & mask).sum(2) / (high | mask).sum(2).float())
+        return torch.stack(scores, dim=2).masked_fill(~mask.any(2)[:, :, None], torch.nan)
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The ``k`` most attended tokens of every head, averaged over a group of queries.
+
+    Observed as a dict of ``index`` (positions in the prompt, before any drop; -1 where a group has fewer members) and
+    ``weight`` (NaN there), each ``[item, layer, head, k]``, in falling order.
+
+    Parameters
+    ----------
+    queries, among : str
+        Token groups: whose attention, and which keys compete.
+    """
+
+    k: int = 5
+    queries: str = "last"
+    among: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be 1 or more, got {self.k}")
+
+    def attention(self, view: AttentionView) -> dict[str, torch.Tensor]:
+        """``index`` and ``weight`` ``[element, head, k]`` of one layer."""
+        mean = view.mean(self.queries)
+        among = view.keys_of(self.among)[:, None].expand_as(mean)
+        weight, index = mean.masked_fill(~among, -1.0).topk(min(self.k, mean.shape[2]), dim=2)
+        missing = weight < 0
+        if view.tokens.index is not None and not view.crossed:
+            index = torch.take_along_dim(view.tokens.index[:, None], index, dim=2)
+        short = (0, self.k - index.shape[2])
+        return {
+            "index": torch.nn.functional.pad(index.masked_fill(missing, -1), short, value=-1).int(),
+            "weight": torch.nn.functional.pad(weight.masked_fill(missing, torch.nan), short, value=torch.nan),
+        }
+
+
+@dataclass(frozen=True)
+class FullAttention:
+    """Every head's attention of every query on every key: ``[item, layer, head, query, key]``.
+
+    This is what the other observers avoid: it takes layers x heads x tokens² numbers an item. Padding is NaN.
+    """
+
+    @property
+    def ragged(self) -> dict[int, str]:
+        """Both last axes are as long as the prompt."""
+        return {-2: "all", -1: "all"}
+
+    def attention(self, view: AttentionView) -> torch.Tensor:
+        """``[element, head, query, key]`` of one layer."""
+        valid = view.tokens.valid
+        steps = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        unseen = ~(valid[:, None, :, None] & view.keys_of("all")[:, None, None, :])
+        return view.probabilities(steps).masked_fill(unseen, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -99,25 +280,38 @@ class HeadOutputs:
 
     reduce: str = "last"
 
+    def __post_init__(self) -> None:
+        if self.reduce not in ("last", "mean", "norm"):
+            raise ValueError(f"reduce must be last, mean or norm, got '{self.reduce}'")
+
+    @property
+    def axes(self) -> tuple | None:
+        """Head, for norms; vectors are no rows of a table."""
+        return (_HEAD,) if self.reduce == "norm" else None
+
     def attention(self, view: AttentionView) -> torch.Tensor:
         """``[element, head, ...]`` of one layer."""
-        output = view.output.float()
         if self.reduce == "last":
-            return torch.take_along_dim(output, view.tokens.last[:, None, None, None], dim=1)[:, 0]
+            return torch.take_along_dim(view.output, view.tokens.last[:, None, None, None], dim=1)[:, 0].float()
+        output = view.output.float()
         weight = view.tokens.valid[:, :, None].float()
         if self.reduce == "norm":
             return (output.norm(dim=-1) * weight).sum(1) / weight.sum(1)
-        if self.reduce == "mean":
-            return (output * weight[..., None]).sum(1) / weight[..., None].sum(1)
-        raise ValueError(f"reduce must be last, mean or norm, got '{self.reduce}'")
+        return (output * weight[..., None]).sum(1) / weight[..., None].sum(1)
 
 
 @dataclass(frozen=True)
 class HiddenStates:
     """The residual stream that enters each layer; index ``n_layers`` is what enters the final norm.
 
-    Observed as ``[item, layer, hidden]`` for ``positions="last"``, ``"image"`` or ``"text"`` (mean over the group's
-    tokens) and ``[item, layer, token, hidden]`` for ``"all"`` or ``"image tokens"`` (padded with NaN).
+    Parameters
+    ----------
+    layers : tuple of int, optional
+        Default: every layer, and what enters the final norm.
+    positions : str or tuple of int
+        ``"last"``, ``"image"``, ``"text"`` or another token group but ``"all"``: the mean over the group's tokens,
+        ``[item, layer, hidden]``. ``"all"``, ``"image tokens"``, ``"question tokens"``, ...: every token of the group,
+        ``[item, layer, token, hidden]``, padded with NaN. Numbers: those valid tokens, negative ones from the end.
 
     Notes
     -----
@@ -126,124 +320,90 @@ class HiddenStates:
     """
 
     layers: tuple[int, ...] | None = None
-    positions: str = "last"
+    positions: str | tuple[int, ...] = "last"
+
+    def __post_init__(self) -> None:
+        freeze(self, "layers", "positions")
+
+    @property
+    def ragged(self) -> dict[int, str]:
+        """The token axis, where every token is kept."""
+        each = isinstance(self.positions, str) and (self.positions == "all" or self.positions.endswith(" tokens"))
+        return {-2: self.positions.removesuffix(" tokens")} if each else {}
 
     def layer(self, view: LayerView) -> torch.Tensor | None:
         """Hidden states of one layer, None where not asked for."""
         if self.layers is not None and view.layer not in self.layers:
             return None
-        if self.positions == "last":
-            return torch.take_along_dim(view.hidden, view.tokens.last[:, None, None], dim=1)[:, 0].float()
-        group = "image" if self.positions == "image tokens" else self.positions
-        where, real = _queries(view.tokens, group)
+        where, real = positions_of(view.tokens, self.positions)
         picked = torch.take_along_dim(view.hidden, where[:, :, None], dim=1).float()
-        if self.positions in ("all", "image tokens"):
+        if self.positions == "last":
+            return picked[:, 0]
+        if self.ragged:
             return picked.masked_fill(~real[:, :, None], torch.nan)
+        if not isinstance(self.positions, str):
+            return picked
         weight = real[:, :, None].float()
         return (picked * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
 
+def positions_of(tokens: Tokens, positions: str | tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions ``[element, n]`` of a group's members (``"image tokens"`` too), or of numbered tokens; which are real.
+
+    Raises
+    ------
+    ValueError
+        Where a sequence has no such token.
+    """
+    if isinstance(positions, str):
+        return tokens.members(positions.removesuffix(" tokens"))
+    order, real = tokens.members("all")
+    lengths = real.sum(1, keepdim=True)
+    wanted = torch.tensor(positions, device=order.device).expand(order.shape[0], -1)
+    wanted = torch.where(wanted < 0, wanted + lengths, wanted)
+    if bool(((wanted < 0) | (wanted >= lengths)).any()):
+        raise ValueError(f"positions {positions} lie outside a sequence of {int(lengths.min())} tokens")
+    return order.gather(1, wanted), torch.ones_like(wanted, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
-class _ImageKVSums:
-    """Sum of keys, sum of values and count over image tokens: ``[item, layer, kv head, 2 * head_dim + 1]``."""
+class At:
+    """``observer`` in some ``layers`` and ``heads`` only (default: all). Heads that are not asked for cost nothing."""
 
-    def attention(self, view: AttentionView) -> torch.Tensor:
-        image = view.tokens.group("image")[:, None, :, None]
-        sums = [(tensor.float() * image).sum(2) for tensor in (view.key, view.value)]
-        count = image.sum(2).float().expand(-1, sums[0].shape[1], -1)
-        return torch.cat([*sums, count], dim=-1)
+    observer: Any
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        freeze(self, "layers", "heads")
+        if not hasattr(self.observer, "attention"):
+            raise ValueError(f"At restricts observers of attention, {type(self.observer).__name__} is none")
 
-def observe(
-    subject: Subject,
-    items: Sequence,
-    observers,
-    intervention: Intervention | tuple[Intervention, ...] | None = None,
-    batch_rows: int = 32,
-):
-    """Run observers over items' prompts.
+    @property
+    def axes(self) -> tuple | None:
+        """The observer's, with the heads' own numbers."""
+        axes = getattr(self.observer, "axes", None)
+        if axes is None or self.heads is None:
+            return axes
+        return tuple(("head", self.heads) if name == "head" else (name, labels) for name, labels in axes)
 
-    Parameters
-    ----------
-    observers : one observer, or a sequence of them
-    intervention : optional
-        In force while observing.
+    @property
+    def ragged(self) -> dict[int, str]:
+        """The observer's."""
+        return getattr(self.observer, "ragged", {})
 
-    Returns
-    -------
-    ndarray, or a list of them where ``observers`` is a sequence
-        ``[item, layer, ...]`` float32; see each observer. Ragged token axes are padded with NaN.
-    """
-    single = hasattr(observers, "attention") or hasattr(observers, "layer")
-    observed: list[list[list[torch.Tensor]]] = [[] for _ in ([observers] if single else observers)]
-    for records in _stream(subject, items, [observers] if single else list(observers), intervention, batch_rows):
-        for kept, layers in zip(observed, records, strict=True):
-            kept.append(layers)
-    arrays = [_stack(chunks) for chunks in observed]
-    return arrays[0] if single else arrays
+    def prepare(self, subject, items) -> At:
+        """The same, prepared on a subject; a head or layer that it does not have is refused."""
+        anatomy = subject.anatomy
+        for name, chosen, n in (("layer", self.layers, anatomy.n_layers), ("head", self.heads, anatomy.n_heads)):
+            outside = [number for number in chosen or () if not 0 <= number < n]
+            if outside:
+                raise ValueError(f"there is no {name} {outside[0]}: this model has {n} {name}s, counted from 0")
+        prepare = getattr(self.observer, "prepare", None)
+        return self if prepare is None else At(prepare(subject, items), self.layers, self.heads)
 
-
-def _stream(subject, items, observers, intervention, batch_rows) -> Iterable[list[list[torch.Tensor]]]:
-    for start in range(0, len(items), batch_rows):
-        chunk = take(items, range(start, min(start + batch_rows, len(items))))
-        encoded = encode_items(subject, chunk, batch=batch_rows)
-        _, run = forward_rows(
-            subject,
-            encoded,
-            np.arange(len(chunk)),
-            [intervention] * len(chunk),
-            [item_number(item) for item in chunk],
-            observers=observers,
-        )
-        yield [[run.record(number, layer) for layer in sorted(run.records[number])] for number in range(len(observers))]
-
-
-def _stack(chunks: list[list[torch.Tensor]]) -> np.ndarray:
-    tensors = [tensor for layers in chunks for tensor in layers]
-    shape = tuple(map(max, zip(*(tensor.shape[1:] for tensor in tensors), strict=True)))
-    n_layers = len(chunks[0])
-    stacked = np.full((sum(layers[0].shape[0] for layers in chunks), n_layers, *shape), np.nan, dtype=np.float32)
-    start = 0
-    for layers in chunks:
-        n = layers[0].shape[0]
-        for number, tensor in enumerate(layers):
-            region = tuple(slice(0, size) for size in tensor.shape[1:])
-            stacked[(slice(start, start + n), number, *region)] = tensor.cpu().numpy()
-        start += n
-    return stacked
-
-
-def attention_map(subject: Subject, item, head=None, query: str = "last", intervention=None) -> np.ndarray:
-    """Attention of one item's last (or mean text) query on its image tokens.
-
-    Returns
-    -------
-    ndarray ``[layer, head, image token]``, or ``[image token]`` for one ``head`` (a ``HeadId``)
-    """
-    maps = observe(subject, [item], ImageAttention(query), intervention)[0]
-    return maps if head is None else maps[head[0], head[1]]
-
-
-def image_kv_means(subject: Subject, items: Sequence, batch_rows: int = 32) -> ImageKVMeans:
-    """Mean image key and value of every query head over image positions and items (streaming).
-
-    See ``ImageKVMeans`` for what a mean of rotated keys is.
-    """
-    total: torch.Tensor | None = None
-    for ((*layers,),) in _stream(subject, items, [_ImageKVSums()], None, batch_rows):
-        sums = torch.stack(layers, dim=1).double().sum(0)
-        total = sums if total is None else total + sums
-    if total is None:
-        raise ValueError("image_kv_means needs at least one item")
-    size = (total.shape[-1] - 1) // 2
-    means = (total[..., :-1] / total[..., -1:]).float().cpu()
-    means = means.repeat_interleave(subject.anatomy.n_heads // means.shape[1], dim=1)
-    return ImageKVMeans(means[..., :size].contiguous(), means[..., size:].contiguous(), int(total[0, 0, -1]))
-
-
-def head_means(subject: Subject, items: Sequence, batch_rows: int = 32) -> HeadMeans:
-    """Mean output of every head over all prompt tokens of each item, then over items."""
-    outputs = observe(subject, items, HeadOutputs("mean"), batch_rows=batch_rows)
-    return HeadMeans(torch.from_numpy(outputs.mean(0)), len(outputs))
-
-
+    def attention(self, view: AttentionView) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """What the observer sees, None in other layers."""
+        if self.layers is not None and view.layer not in self.layers:
+            return None
+        return self.observer.attention(view if self.heads is None else view.narrowed(self.heads))

@@ -1,14 +1,14 @@
 """Compile what is to be done to each row of a batch into tensors.
 
-``Program.compile`` turns one intervention per row into, per layer, boolean masks ``[row, head]`` and lists of drops and
-knock-outs. ``Program.first`` is the first layer that each row touches: up to there a row is its item's unmodified
+``Program.compile`` turns one intervention per row into, per layer, boolean masks ``[row, head]`` and lists of drops, knock-outs
+and edits. ``Program.first`` is the first layer that each row touches: up to there a row is its item's unmodified
 trunk, which is what lets the row engine compute it once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,34 +17,48 @@ import torch
 from vlm_core.interventions import (
     DropTokens,
     HeadMeans,
+    ImageKV,
     ImageKVMeans,
     Intervention,
     KnockOut,
     MeanHeads,
+    MergeTokens,
+    Patch,
+    Positions,
     ReplaceImageKV,
+    ReplaceTokens,
+    ResampleHeads,
+    Row,
+    Steer,
+    Touch,
     ZeroHeads,
+    describe,
+    parts,
+    touches,
 )
 
-__all__ = ["Program", "first_layer", "parts"]
+__all__ = ["Program", "Replacement", "first_layer", "parts"]
 
-
-def parts(intervention: Intervention | tuple[Intervention, ...] | None) -> tuple[Intervention, ...]:
-    """The interventions of one row as a tuple."""
-    if intervention is None:
-        return ()
-    return intervention if isinstance(intervention, tuple) else (intervention,)
+Means = HeadMeans | ImageKVMeans | ImageKV
+Edit = Patch | Steer | ReplaceTokens
+EMBEDDING = "embedding"
+"""The site of ``ReplaceTokens``: what enters the first layer, before anything else is done to it."""
 
 
 @dataclass(frozen=True)
 class _Effect:
     """One row's interventions, resolved on a model with ``n_layers`` and ``n_heads``."""
 
-    zero: np.ndarray | None
-    mean: tuple[np.ndarray, HeadMeans] | None
-    image_kv: tuple[np.ndarray, ImageKVMeans] | None
-    drops: tuple[DropTokens, ...]
+    zero: dict[Positions, np.ndarray]
+    mean: dict[Positions, tuple[np.ndarray, Means]]
+    image_kv: dict[Positions, tuple[np.ndarray, Means]]
+    image_kv_tokens: dict[Positions, tuple[np.ndarray, Means]]
+    shortenings: tuple[DropTokens | MergeTokens, ...]
     knocks: tuple[KnockOut, ...]
-    first: int
+    edits: tuple[tuple[str, int, Edit], ...]
+    touch: Touch
+    positions: frozenset[Positions]
+    needs: frozenset[tuple[str, int | None]]
 
 
 def _head_mask(heads: tuple, n_layers: int, n_heads: int) -> np.ndarray:
@@ -57,59 +71,124 @@ def _head_mask(heads: tuple, n_layers: int, n_heads: int) -> np.ndarray:
     return mask
 
 
+def _check_layers(part: Intervention, layers: Sequence[int], n_layers: int, last: int) -> None:
+    if any(not 0 <= layer <= last for layer in layers):
+        raise ValueError(f"{part.describe()} names a layer outside this model's {n_layers} layers")
+
+
 @lru_cache(maxsize=65536)
-def _effect(intervention: Intervention | tuple[Intervention, ...] | None, n_layers: int, n_heads: int) -> _Effect:
-    zero = mean = image_kv = None
-    drops: list[DropTokens] = []
+def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
+    zero: dict[Positions, np.ndarray] = {}
+    replaced: dict[str, dict] = {"mean": {}, "image_kv": {}, "image_kv_tokens": {}}
+    shortenings: list[DropTokens | MergeTokens] = []
     knocks: list[KnockOut] = []
-    touched = [n_layers]
-    for part in parts(intervention):
-        if isinstance(part, DropTokens):
-            if part.layer >= n_layers:
-                raise ValueError(f"{part.describe()} names a layer outside this model's {n_layers} layers")
+    edits: list[tuple[str, int, Edit]] = []
+    for part in parts(row):
+        if isinstance(part, DropTokens | MergeTokens):
+            _check_layers(part, (part.layer,), n_layers, n_layers - 1)
             if part.keep < 1.0:
-                drops.append(part)
-                touched.append(part.layer)
-            continue
-        if isinstance(part, KnockOut):
-            if any(not 0 <= layer < n_layers for layer in part.layers):
-                raise ValueError(f"{part.describe()} names a layer outside this model's {n_layers} layers")
+                shortenings.append(part)
+        elif isinstance(part, KnockOut):
+            _check_layers(part, part.layers, n_layers, n_layers - 1)
+            _head_mask(tuple((layer, head) for layer in part.layers for head in part.heads), n_layers, n_heads)
             if part.layers:
                 knocks.append(part)
-                touched.append(part.layers[0])
-            continue
-        if not part.heads:
-            continue
-        mask = _head_mask(part.heads, n_layers, n_heads)
-        touched.append(part.heads[0].layer)
-        if isinstance(part, ZeroHeads):
-            zero = mask if zero is None else zero | mask
-        elif isinstance(part, MeanHeads):
-            if mean is not None:
-                raise ValueError("a row takes at most one MeanHeads: join their heads")
-            mean = (mask, part.means)
-        elif isinstance(part, ReplaceImageKV):
-            if image_kv is not None:
-                raise ValueError("a row takes at most one ReplaceImageKV: join their heads")
-            image_kv = (mask, part.means)
+        elif isinstance(part, Patch):
+            _check_layers(part, part.layers, n_layers, n_layers if part.site == "residual" else n_layers - 1)
+            _head_mask(part.heads, n_layers, n_heads)
+            edits.extend((part.site, layer, part) for layer in part.layers)
+        elif isinstance(part, Steer):
+            _check_layers(part, (part.layer,), n_layers, n_layers)
+            edits.append(("residual", part.layer, part))
+        elif isinstance(part, ReplaceTokens):
+            edits.append((EMBEDDING, 0, part))
+        elif isinstance(part, ZeroHeads):
+            mask = _head_mask(part.heads, n_layers, n_heads)
+            zero[part.queries] = zero.get(part.queries, False) | mask
+        elif isinstance(part, ResampleHeads):
+            _head_mask(part.heads, n_layers, n_heads)
+            patch = Patch("head", (), part.source, part.queries, part.heads)
+            edits.extend(("head", layer, patch) for layer in patch.layers)
+        elif isinstance(part, MeanHeads | ReplaceImageKV):
+            mask = _head_mask(part.heads, n_layers, n_heads)
+            kind = "mean" if isinstance(part, MeanHeads) else "image_kv"
+            kinds = [kind] if kind == "mean" else ["image_kv", "image_kv_tokens"]
+            chosen = "image_kv_tokens" if isinstance(part.means, ImageKV) else kind
+            _refuse_overlap(part, mask, [pair for name in kinds for pair in replaced[name].values()])
+            before = replaced[chosen].get(part.queries)
+            replaced[chosen][part.queries] = (mask, part.means) if before is None else _joined(before, (mask, part.means))
         else:
             raise TypeError(f"not an intervention: {part!r}")
-    layers = [drop.layer for drop in drops]
+    layers = [part.layer for part in shortenings]
     if len(set(layers)) != len(layers):
-        raise ValueError("a row drops tokens at most once per layer")
-    return _Effect(zero, mean, image_kv, tuple(drops), tuple(knocks), min(touched))
+        raise ValueError(f"{describe(row)}: a row drops or merges tokens at most once per layer")
+    # A direction is added to what a patch left.
+    edits.sort(key=lambda edit: isinstance(edit[2], Steer))
+    return _Effect(
+        zero={positions: mask for positions, mask in zero.items() if mask.any()},
+        **{kind: {key: pair for key, pair in pairs.items() if pair[0].any()} for kind, pairs in replaced.items()},
+        shortenings=tuple(shortenings),
+        knocks=tuple(knocks),
+        edits=tuple(edits),
+        touch=touches(row, n_layers),
+        positions=frozenset(
+            getattr(part, name)
+            for part in parts(row)
+            for name in ("queries", "keys", "positions", "tokens")
+            if hasattr(part, name)
+        ),
+        needs=frozenset(need for part in parts(row) for need in _needs(part)),
+    )
 
 
-def first_layer(intervention: Intervention | tuple[Intervention, ...] | None, n_layers: int, n_heads: int) -> int:
+def _needs(part: Intervention) -> list[tuple[str, int | None]]:
+    """Capabilities, each with a layer in which image keys must lie, or None."""
+    if isinstance(part, ReplaceImageKV):
+        return [(part.capability, None), *((part.capability, head.layer) for head in part.heads)]
+    if isinstance(part, KnockOut) and part.keys == "image":
+        return [(part.capability, None), *((part.capability, layer) for layer in part.layers)]
+    return [(part.capability, None)]
+
+
+def _refuse_overlap(part: MeanHeads | ReplaceImageKV, mask: np.ndarray, pairs: list[tuple[np.ndarray, Means]]) -> None:
+    for other, means in pairs:
+        if means != part.means and (other & mask).any():
+            layer, head = np.argwhere(other & mask)[0].tolist()
+            raise ValueError(
+                f"a row gives a head at most one {type(part).__name__}: L{layer}.H{head} gets {means.digest} and "
+                f"{part.means.digest}"
+            )
+
+
+def _joined(one: tuple[np.ndarray, Means], other: tuple[np.ndarray, Means]) -> tuple[np.ndarray, Means]:
+    (mask, means), (more, others) = one, other
+    if means == others:
+        return mask | more, means
+    chosen = torch.from_numpy(more)
+    tensors = {}
+    for name, tensor in vars(means).items():
+        if isinstance(tensor, torch.Tensor):
+            if tensor.shape != getattr(others, name).shape:
+                raise ValueError(
+                    f"the means {means.digest} and {others.digest} have shapes {tuple(tensor.shape)} and "
+                    f"{tuple(getattr(others, name).shape)}: compute them on the same subject"
+                )
+            where = chosen.to(tensor.device).view(*chosen.shape, *[1] * (tensor.ndim - 2))
+            tensors[name] = torch.where(where, getattr(others, name).to(tensor.device), tensor)
+    return mask | more, replace(means, **tensors)
+
+
+def first_layer(row: Row, n_layers: int, n_heads: int) -> int:
     """First layer that an intervention touches; ``n_layers`` where it touches none (the identity)."""
-    return _effect(intervention, n_layers, n_heads).first
+    return _effect(row, n_layers, n_heads).touch.layer
 
 
 @dataclass(frozen=True, eq=False)
-class _Replacement:
+class Replacement:
     """Rows and heads to overwrite, and by what.
 
-    ``mask`` ``{layer: [row, head]}``; ``tensors`` each ``[source, layer, head, head_dim]``; ``source`` ``[row]``.
+    ``mask`` ``{layer: [row, head]}``; ``tensors`` each ``[source, layer, head, head_dim]``, for ``Program.image_kv_tokens``
+    ``[source, layer, head, image token, head_dim]``; ``source`` ``[row]``.
     """
 
     mask: dict[int, torch.Tensor]
@@ -117,30 +196,64 @@ class _Replacement:
     source: torch.Tensor | None = None
 
     def at(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The replacing vectors ``[row or 1, head, head_dim]`` of ``layer`` for ``rows``."""
+        """The replacing vectors ``[row or 1, head, ..., head_dim]`` of ``layer`` for ``rows``."""
         if self.tensors[0].shape[0] == 1:
             return tuple(tensor[:, layer] for tensor in self.tensors)
-        source = self.source[rows]
+        source = self.source[rows.to(self.source.device)]
         return tuple(tensor[source, layer] for tensor in self.tensors)
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The interventions of ``n_rows`` rows, per layer, on one device."""
+    """The interventions of ``n_rows`` rows, per layer.
+
+    Parameters
+    ----------
+    first : int array ``[row]``
+        First layer that each row touches; ``n_layers`` for none.
+    touch : tuple of Touch, one per row
+    zero, mean, image_kv
+        What is done for all queries: ``{layer: [row, head]}``, and means.
+    drops, merges : dict of layer to list, one entry per row
+    knocks : dict of layer to list of (queries, keys, BoolTensor ``[row]``)
+        Edges cut in all heads.
+    zero_at, mean_at, image_kv_at
+        The same as without ``_at``, restricted to queries: ``{queries: ...}``, never ``"all"``.
+    image_kv_tokens : dict of queries (``"all"`` included) to Replacement
+        Another image's keys and values, token by token.
+    head_knocks : dict of layer to list of (queries, keys, BoolTensor ``[row, head]``)
+        Edges cut in some heads only.
+    edits : dict of (site, layer) to list of (row, edit)
+        Patches, directions and replaced tokens, in the order in which they are applied.
+    positions : tuple of frozenset, one per row
+        Group names and tuples of positions that the row names.
+    needs : frozenset of (capability, layer or None)
+        What the family must be capable of; with a layer, that image keys lie there.
+    """
 
     n_rows: int
     n_layers: int
     first: np.ndarray
     zero: dict[int, torch.Tensor] = field(default_factory=dict)
-    mean: _Replacement = field(default_factory=lambda: _Replacement({}))
-    image_kv: _Replacement = field(default_factory=lambda: _Replacement({}))
+    mean: Replacement = field(default_factory=lambda: Replacement({}))
+    image_kv: Replacement = field(default_factory=lambda: Replacement({}))
     drops: dict[int, list[DropTokens | None]] = field(default_factory=dict)
-    knocks: dict[int, list[tuple[str, str, torch.Tensor]]] = field(default_factory=dict)
+    knocks: dict[int, list[tuple[Positions, Positions, torch.Tensor]]] = field(default_factory=dict)
+    touch: tuple[Touch, ...] = ()
+    zero_at: dict[Positions, dict[int, torch.Tensor]] = field(default_factory=dict)
+    mean_at: dict[Positions, Replacement] = field(default_factory=dict)
+    image_kv_at: dict[Positions, Replacement] = field(default_factory=dict)
+    image_kv_tokens: dict[Positions, Replacement] = field(default_factory=dict)
+    head_knocks: dict[int, list[tuple[Positions, Positions, torch.Tensor]]] = field(default_factory=dict)
+    merges: dict[int, list[MergeTokens | None]] = field(default_factory=dict)
+    edits: dict[tuple[str, int], list[tuple[int, Edit]]] = field(default_factory=dict)
+    positions: tuple[frozenset[Positions], ...] = ()
+    needs: frozenset[tuple[str, int | None]] = frozenset()
 
     @classmethod
     def compile(
         cls,
-        interventions: Sequence[Intervention | tuple[Intervention, ...] | None],
+        interventions: Sequence[Row],
         n_layers: int,
         n_heads: int,
         device: torch.device | str = "cpu",
@@ -153,31 +266,73 @@ class Program:
         ValueError
             Where an intervention names a head or layer that the model does not have, or two that cannot be combined.
         """
-        effects = [_effect(intervention, n_layers, n_heads) for intervention in interventions]
-        drops: dict[int, list[DropTokens | None]] = {}
-        knocks: dict[int, dict[tuple[str, str], np.ndarray]] = {}
+        if all(row is None for row in interventions):
+            return _idle(len(interventions), n_layers)
+        effects = [_effect(row, n_layers, n_heads) for row in interventions]
+        n_rows = len(effects)
+        shortened: dict[type, dict[int, list]] = {DropTokens: {}, MergeTokens: {}}
+        knocks: dict[int, dict] = {}
+        head_knocks: dict[int, dict] = {}
+        edits: dict[tuple[str, int], list[tuple[int, Edit]]] = {}
         for row, effect in enumerate(effects):
-            for drop in effect.drops:
-                drops.setdefault(drop.layer, [None] * len(effects))[row] = drop
+            for part in effect.shortenings:
+                shortened[type(part)].setdefault(part.layer, [None] * n_rows)[row] = part
             for knock in effect.knocks:
                 for layer in knock.layers:
-                    edge = knocks.setdefault(layer, {})
-                    edge.setdefault((knock.queries, knock.keys), np.zeros(len(effects), dtype=bool))[row] = True
+                    edges = (head_knocks if knock.heads else knocks).setdefault(layer, {})
+                    shape = (n_rows, n_heads) if knock.heads else (n_rows,)
+                    mask = edges.setdefault((knock.queries, knock.keys), np.zeros(shape, dtype=bool))
+                    mask[(row, list(knock.heads)) if knock.heads else row] = True
+            for site, layer, edit in effect.edits:
+                edits.setdefault((site, layer), []).append((row, edit))
+
+        def replacements(kind: str) -> dict[Positions, Replacement]:
+            pairs = [getattr(effect, kind) for effect in effects]
+            return {
+                key: _replacement([one.get(key) for one in pairs], device, dtype)
+                for key in dict.fromkeys(key for one in pairs for key in one)
+            }
+
+        zero = {
+            key: _by_layer([effect.zero.get(key) for effect in effects], device)
+            for key in dict.fromkeys(key for effect in effects for key in effect.zero)
+        }
+        mean, image_kv = replacements("mean"), replacements("image_kv")
         return cls(
-            n_rows=len(effects),
+            n_rows=n_rows,
             n_layers=n_layers,
-            first=np.array([effect.first for effect in effects], dtype=np.int64),
-            zero=_by_layer([effect.zero for effect in effects], device),
-            mean=_replacement([effect.mean for effect in effects], lambda means: (means.values,), device, dtype),
-            image_kv=_replacement(
-                [effect.image_kv for effect in effects], lambda means: (means.keys, means.values), device, dtype
-            ),
-            drops=drops,
-            knocks={
-                layer: [(queries, keys, torch.from_numpy(rows).to(device)) for (queries, keys), rows in edges.items()]
-                for layer, edges in knocks.items()
-            },
+            first=np.array([effect.touch.layer for effect in effects], dtype=np.int64),
+            touch=tuple(effect.touch for effect in effects),
+            zero=zero.pop("all", {}),
+            zero_at=zero,
+            mean=mean.pop("all", Replacement({})),
+            mean_at=mean,
+            image_kv=image_kv.pop("all", Replacement({})),
+            image_kv_at=image_kv,
+            image_kv_tokens=replacements("image_kv_tokens"),
+            drops=shortened[DropTokens],
+            merges=shortened[MergeTokens],
+            knocks=_edges(knocks, device),
+            head_knocks=_edges(head_knocks, device),
+            edits=edits,
+            positions=tuple(effect.positions for effect in effects),
+            needs=frozenset().union(*(effect.needs for effect in effects)),
         )
+
+
+@lru_cache(maxsize=256)
+def _idle(n_rows: int, n_layers: int) -> Program:
+    """The program of rows to which nothing is done."""
+    touch = _effect(None, n_layers, 1).touch
+    first = np.full(n_rows, touch.layer, dtype=np.int64)
+    return Program(n_rows=n_rows, n_layers=n_layers, first=first, touch=(touch,) * n_rows, positions=(frozenset(),) * n_rows)
+
+
+def _edges(cuts: dict[int, dict], device: torch.device | str) -> dict[int, list[tuple]]:
+    return {
+        layer: [(queries, keys, torch.from_numpy(mask).to(device)) for (queries, keys), mask in edges.items()]
+        for layer, edges in cuts.items()
+    }
 
 
 def _by_layer(masks: list[np.ndarray | None], device: torch.device | str) -> dict[int, torch.Tensor]:
@@ -191,24 +346,24 @@ def _by_layer(masks: list[np.ndarray | None], device: torch.device | str) -> dic
     return {int(layer): tensor[:, layer] for layer in layers}
 
 
-def _replacement(pairs: list, tensors_of, device: torch.device | str, dtype: torch.dtype) -> _Replacement:
-    sources: dict[int, int] = {}
-    distinct = []
-    for pair in pairs:
-        if pair is not None and id(pair[1]) not in sources:
-            sources[id(pair[1])] = len(distinct)
-            distinct.append(pair[1])
-    if not distinct:
-        return _Replacement({})
-    stacked = tuple(
-        torch.stack([tensor.to(device, dtype) for tensor in group])
-        for group in zip(*(tensors_of(means) for means in distinct), strict=True)
-    )
-    source = torch.tensor([0 if pair is None else sources[id(pair[1])] for pair in pairs], device=device)
-    masks = _by_layer([None if pair is None else pair[0] for pair in pairs], device)
-    if stacked[0].shape[1:3] != next(pair[0].shape for pair in pairs if pair is not None):
+def _replacement(pairs: list, device: torch.device | str, dtype: torch.dtype) -> Replacement:
+    distinct = list(dict.fromkeys(pair[1] for pair in pairs if pair is not None))
+    fields = [(means.values,) if isinstance(means, HeadMeans) else (means.keys, means.values) for means in distinct]
+    shapes = {tuple(tensor.shape) for group in fields for tensor in group}
+    shape = next(pair[0].shape for pair in pairs if pair is not None)
+    for found in shapes:
+        if found[:2] != shape:
+            raise ValueError(
+                f"means of shape {found} do not fit this model's layers x heads: compute them on the same subject"
+            )
+    if len(shapes) > 1:
         raise ValueError(
-            f"means of shape {tuple(stacked[0].shape[1:])} do not fit this model's layers x heads: "
-            f"compute them on the same subject"
+            f"the rows of one batch replace image keys and values by those of images with "
+            f"{' and '.join(str(found[2]) for found in sorted(shapes))} tokens: put them into batches of one size"
         )
-    return _Replacement(masks, stacked, source)
+    stacked = tuple(
+        torch.stack([tensor.to(device, dtype) for tensor in group]) for group in zip(*fields, strict=True)
+    )
+    number = {means: index for index, means in enumerate(distinct)}
+    source = torch.tensor([0 if pair is None else number[pair[1]] for pair in pairs], device=device)
+    return Replacement(_by_layer([None if pair is None else pair[0] for pair in pairs], device), stacked, source)

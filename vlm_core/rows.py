@@ -1,6 +1,7 @@
 """The row engine: many (sequence, intervention) rows in one pass, everything shared computed once.
 
 ``forward_rows(...)``   final hidden states at a few positions of every row
+``read_hidden(...)``    those positions, wherever branches and drops have taken them
 ``read_logits(...)``    the unembedding, only where asked
 """
 
@@ -11,21 +12,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vlm_core.embed import Encoded, batch_sequences
-from vlm_core.interventions import Intervention
+from vlm_core.embed import Encoded, batch_groups, batch_sequences
+from vlm_core.interventions import Row
 from vlm_core.plan import Program
 from vlm_core.run import Run
 from vlm_core.seam import active
 from vlm_core.subject import Subject
 
-__all__ = ["forward_rows", "read_logits"]
+__all__ = ["forward_rows", "read_hidden", "read_logits"]
 
 
 def forward_rows(
     subject: Subject,
     sequences: Sequence[Encoded],
     trunk: np.ndarray,
-    interventions: Sequence[Intervention | tuple[Intervention, ...] | None],
+    interventions: Sequence[Row],
     items: Sequence[int],
     wanted: tuple[np.ndarray, np.ndarray] | None = None,
     observers: Sequence = (),
@@ -65,18 +66,21 @@ def forward_rows(
             f"this family adds visual features after its first {len(sequences[0].deepstack)} layers: drop tokens "
             f"from layer {len(sequences[0].deepstack)} on"
         )
-    run = Run(anatomy, program, image, valid, trunk, items, observers, left=False)
+    run = Run(anatomy, program, image, valid, trunk, items, observers, left=False, groups=batch_groups(sequences))
     module = anatomy.language_model if anatomy.family.enter == "language_model" else anatomy.base
     with torch.inference_mode(), active(run):
         hidden = module(**inputs).last_hidden_state
-    if wanted is None:
-        return None, run
+    return None if wanted is None else read_hidden(run, hidden, wanted), run
+
+
+def read_hidden(run: Run, hidden: torch.Tensor, wanted: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    """Hidden states ``[n, hidden]`` at the wanted rows and positions of a finished run, whose output is ``hidden``."""
     rows, positions = wanted
     elements = torch.as_tensor(run.elements[rows], device=hidden.device)
     positions = torch.as_tensor(positions, device=hidden.device)
     if run.tokens.index is not None:
-        positions = (run.tokens.index[elements] == positions[:, None]).int().argmax(1)
-    return hidden[elements, positions], run
+        positions = (run.tokens.index.to(hidden.device)[elements] == positions[:, None]).int().argmax(1)
+    return hidden[elements, positions]
 
 
 def read_logits(subject: Subject, hidden: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,11 @@
 Two attention names are registered with transformers, each with its own mask function (a name without one silently gets
 no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
 run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
-layers branch rows off their trunk, drop tokens and read the residual stream.
+layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
+read and edit what they add to it.
+
+What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
+has no use for, ``enter_model`` and ``leave``, may be missing.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from contextvars import ContextVar
 from functools import partial
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -100,9 +103,26 @@ def _before_layer(module: nn.Module, args: tuple, kwargs: dict):
     return None if layer is None else run.enter_layer(layer, args, kwargs)
 
 
-def _before_language_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _before_language_model(module: nn.Module, args: tuple, kwargs: dict):
     if _CAPTURING.get():
         raise Captured(kwargs)
+    run = _ACTIVE.get()
+    if hasattr(run, "enter_model") and run.anatomy.language_model is module:
+        kwargs = run.enter_model(kwargs)
+        return None if kwargs is None else (args, kwargs)
+    return None
+
+
+def _after_attention(module: nn.Module, args: tuple, output):
+    run = _ACTIVE.get()
+    layer = run.attention_layer(module) if hasattr(run, "leave") else None
+    return None if layer is None else run.leave("attention", layer, output)
+
+
+def _after_mlp(module: nn.Module, args: tuple, output):
+    run = _ACTIVE.get()
+    layer = run.mlp_layer(module) if hasattr(run, "leave") else None
+    return None if layer is None else run.leave("mlp", layer, output)
 
 
 class Seam:
@@ -138,6 +158,15 @@ class Seam:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def watch(self, anatomy: Anatomy) -> None:
+        """Also hook what attention and MLP modules give back."""
+        hooked = [(module, _after_attention) for module in anatomy.attentions]
+        hooked += [(module, _after_mlp) for module in anatomy.mlps]
+        for module, hook in hooked:
+            for key in [key for key, found in module._forward_hooks.items() if found is hook]:
+                del module._forward_hooks[key]
+            self._handles.append(module.register_forward_hook(hook))
+
     @property
     def installed(self) -> bool:
         """Whether the seam still is on the model."""
@@ -163,5 +192,7 @@ def install(model: nn.Module, anatomy: Anatomy, name: str = "subject") -> Seam:
         If the language model does not dispatch its attention through transformers' ``AttentionInterface``.
     """
     if model not in _INSTALLED:
-        _INSTALLED[model] = Seam(model, anatomy, name)
+        seam = Seam(model, anatomy, name)
+        seam.watch(anatomy)
+        _INSTALLED[model] = seam
     return _INSTALLED[model]

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from vlm_core.checkpoint import Checkpoint, inspect_checkpoint
 from vlm_core.errors import SubjectError
 from vlm_core.interventions import Intervention
 from vlm_core.items import item_field
+from vlm_core.layout import Layout, image_layouts
 from vlm_core.plan import Program
 from vlm_core.run import Run
 from vlm_core.seam import active, install
@@ -93,6 +94,11 @@ class Subject:
         return self.anatomy.heads
 
     @property
+    def capabilities(self) -> frozenset[str]:
+        """What can be done on this subject, out of ``vlm_core.anatomy.CAPABILITIES``."""
+        return self.anatomy.capabilities
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.anatomy.embedding.weight.device
@@ -152,20 +158,25 @@ class Subject:
         ``prompt`` is the user's text without image token. With ``answer`` the text goes on to the end of the answer.
         """
         text = self._render_turns(prompt)
-        return text if answer is None else text + self._answer_lead() + answer
+        if answer is None:
+            return text
+        return text + ("\n" if self.anatomy.family.answer_apart else self._answer_lead()) + answer
 
-    def _render_turns(self, prompt: str, answer: str | None = None) -> str:
+    def _render_turns(self, prompt: str, answer: str | None = None, n_images: int = 1) -> str:
         if getattr(self.processor, "chat_template", None):
-            turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": prompt}]
+            turns = [{"role": "user", "content": content}]
             if answer is not None:
                 turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
             return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
         token = f"{self.processor.image_token} " if self.anatomy.family.prompt_has_image_token else ""
-        return token + prompt + ("" if answer is None else f" {answer}")
+        return token * n_images + prompt + ("" if answer is None else f" {answer}")
 
     def _answer_lead(self) -> str:
         # The white space between the prompt and the answer, as the subject's own template writes it.
-        if self._lead is None:
+        if self._lead is None and self.anatomy.family.answer_apart:
+            self._lead = ""
+        elif self._lead is None:
             start, whole = self._render_turns("question"), self._render_turns("question", "reply")
             rest = whole[len(start) :] if whole.startswith(start) else None
             if rest is not None and rest.lstrip().startswith("reply"):
@@ -212,7 +223,8 @@ class Subject:
 
         Parameters
         ----------
-        images : sequence of PIL images, one per prompt
+        images : sequence, one entry per prompt
+            A PIL image, or a list of them: they precede the prompt's text in that order.
         prompts : sequence of str
             User text without image token.
         answers : sequence of str, optional
@@ -223,23 +235,42 @@ class Subject:
         Raises
         ------
         SubjectError
-            If the inputs carry no image tokens.
+            If a prompt has no image, more images than the family takes, or the inputs carry no image tokens.
+        ValueError
+            If there are not as many entries of images (and answers) as prompts.
         """
-        texts = [self._render_turns(prompt) for prompt in prompts]
+        pictures = self._pictures(images, prompts)
+        texts = [
+            self._render_turns(prompt, n_images=len(shown)) for prompt, shown in zip(prompts, pictures, strict=True)
+        ]
+        questions, options = texts, {}
         if answers is not None:
-            texts = [text + self._answer_lead() + answer for text, answer in zip(texts, answers, strict=True)]
+            if len(answers) != len(texts):
+                raise ValueError(f"{len(answers)} answers for {len(texts)} prompts: give one per prompt")
+            if self.anatomy.family.answer_apart:
+                options["suffix"] = list(answers)
+            else:
+                texts = [text + self._answer_lead() + answer for text, answer in zip(texts, answers, strict=True)]
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        pictures = [image.convert("RGB") for image in images]
+        nested = self.anatomy.family.nested_images
         inputs = self.processor(
-            images=[[picture] for picture in pictures] if self.anatomy.family.nested_images else pictures,
+            images=pictures if nested else [picture for shown in pictures for picture in shown],
             text=texts,
             return_tensors="pt",
             padding=True,
             padding_side=padding_side,
+            **options,
             **self._special_tokens(texts),
         )
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        if answers is not None and "qformer_input_ids" in inputs:
+            # A Q-Former is asked the question alone: with the answer in it the image features would give it away.
+            asked = self.processor.qformer_tokenizer(
+                questions, return_tensors="pt", padding=True, padding_side=padding_side
+            )
+            inputs["qformer_input_ids"], inputs["qformer_attention_mask"] = asked["input_ids"], asked["attention_mask"]
+        # Some processors add labels of their own, which would make every forward pass compute a loss.
+        inputs = {name: value.to(self.device) for name, value in inputs.items() if name != "labels"}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.anatomy.embedding.weight.dtype)
         image = inputs["input_ids"] == self.anatomy.image_token_id
@@ -249,15 +280,35 @@ class Subject:
                 f"(id {self.anatomy.image_token_id}) once per image; check its chat template."
             )
         valid = inputs["attention_mask"].bool()
-        labels = None
-        if answers is not None:
-            labels = torch.full_like(inputs["input_ids"], -100)
-            ends = valid.shape[1] - valid.flip(1).int().argmax(1)
-            for row, answer in enumerate(answers):
-                end = int(ends[row])
-                start = end - len(self.continuation(answer))
-                labels[row, start:end] = inputs["input_ids"][row, start:end]
+        labels = None if answers is None else self._labels(inputs["input_ids"], valid, answers)
         return Batch(inputs, image, valid, labels)
+
+    def _pictures(self, images: Sequence, prompts: Sequence[str]) -> list[list]:
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one, or a list of them, per prompt")
+        pictures = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in images]
+        most = self.anatomy.family.max_images
+        for prompt, shown in zip(prompts, pictures, strict=True):
+            if not shown:
+                raise SubjectError(
+                    f"subject '{self.name}' has no image tokens in the prompt '{prompt}': give it at least one image."
+                )
+            if most is not None and len(shown) > most:
+                raise SubjectError(
+                    f"subject '{self.name}' takes {most} image per prompt, got {len(shown)} for '{prompt}': its family "
+                    f"({self.anatomy.family.model_type}) has no place for more; ask about them one by one."
+                )
+        return [[picture.convert("RGB") for picture in shown] for shown in pictures]
+
+    def _labels(self, ids: torch.Tensor, valid: torch.Tensor, answers: Sequence[str]) -> torch.Tensor:
+        labels = torch.full_like(ids, -100)
+        # A processor that takes answers apart closes them with one end token.
+        ends = valid.shape[1] - valid.flip(1).int().argmax(1) - int(self.anatomy.family.answer_apart)
+        for row, answer in enumerate(answers):
+            end = int(ends[row])
+            start = end - len(self.continuation(answer))
+            labels[row, start:end] = ids[row, start:end]
+        return labels
 
     def _special_tokens(self, texts: Sequence[str]) -> dict[str, bool]:
         # A chat template that writes the first special token itself must not get a second one.
@@ -266,8 +317,26 @@ class Subject:
 
     def image_grid(self, image: Any) -> tuple[int, int] | None:
         """Rows and columns of the image's tokens, row by row in sequence order; None where they form no single grid."""
-        batch = self.encode([image], ["?"])
-        return self.anatomy.grid(int(batch.image.sum()), batch.inputs)
+        return self.layout(image).shape
+
+    def layout(self, images: Any, prompt: str = "?") -> Layout:
+        """Where the image tokens of one prompt lie on its images.
+
+        Parameters
+        ----------
+        images : PIL image, or a list of them
+        prompt : str
+            User text without image token.
+
+        Raises
+        ------
+        SubjectError
+            See ``vlm_core.layout.image_layouts``.
+        """
+        batch = self.encode([images], [prompt])
+        shown = images if isinstance(images, list | tuple) else [images]
+        sizes = [[(image.height, image.width) for image in shown]]
+        return image_layouts(self.anatomy.family, self.model.config, self.processor, batch.inputs, sizes)[0]
 
     # -- interventions ----------------------------------------------------------------------------------------------
 
@@ -278,6 +347,7 @@ class Subject:
         batch: Batch,
         observers: Sequence = (),
         items: Sequence[int] | None = None,
+        groups: Mapping[str, torch.Tensor] | None = None,
     ) -> Iterator[Run]:
         """Everything the model computes on ``batch`` in this context, ``generate`` included, is intervened on.
 
@@ -287,11 +357,23 @@ class Subject:
             One for all prompts (an intervention, a tuple of them, or None) or a list with one per prompt.
         batch : Batch
             What ``model(**batch.inputs)`` or ``model.generate(**batch.inputs)`` will be called with.
+        observers : sequence
+            Their records are the run's (``run.record``).
+        items : sequence of int, optional
+            One number per prompt that names its item, for what is drawn at random.
+        groups : mapping of str to BoolTensor ``[prompt, token]``, optional
+            Named token groups for interventions and observers ("object", "background").
+
+        Raises
+        ------
+        ValueError
+            One sentence: a layer, head, position or group that is not there, parts that cannot be combined, a
+            capability that the family lacks, a source that does not fit.
         """
         rows = list(interventions) if isinstance(interventions, list) else [interventions] * len(batch)
         anatomy, weight = self.anatomy, self.anatomy.embedding.weight
         program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, weight.device, weight.dtype)
-        with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers)) as run:
+        with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:
             yield run
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
@@ -329,9 +411,10 @@ def load_subject(
     SubjectError
         One clear sentence: not found, text-only, corrupted, too large, no attention interface, failed self-check.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     from vlm_core.checks import selfcheck
+    from vlm_core.processing import load_processor
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -346,7 +429,7 @@ def load_subject(
         model, loading = AutoModelForImageTextToText.from_pretrained(
             checkpoint.source, revision=revision, dtype=dtype, output_loading_info=True
         )
-        processor = AutoProcessor.from_pretrained(checkpoint.source, revision=revision)
+        processor = load_processor(checkpoint.source, revision)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise SubjectError(
             f"subject '{path_or_id}' could not be loaded by transformers: {_first_line(error)}"

@@ -1,107 +1,240 @@
 """Many interventions x many items -> one tidy table.
 
 ``sweep(subject, items, interventions)``   ``DataFrame[item, cluster, task, intervention, metric, value]``
+``progress_bar``                           a progress bar with an estimate of what is left
 
-The engine owns the speed. Items are processed in blocks: image features and merged embeddings once per item, then rows
-``(item, intervention)`` sorted by what shortens them alike and by length, each batch sharing its trunks up to the first
-layer touched. Finished blocks are stored as shards, so that a killed run goes on where it stopped.
+The engine owns the speed. Items are processed in blocks: every image is encoded once, every prompt runs once, and every row
+``(item, intervention)`` takes the fastest path that is exact for it (``vlm_core.engine``). Finished blocks are stored as shards, so that a
+killed run goes on where it stopped and processes that ask for the same sweep share it; blocks run in this process or on an executor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
-from vlm_core.embed import Encoded, encode_items
-from vlm_core.interventions import DropTokens, Intervention, describe
+from vlm_core.budget import Budget
+from vlm_core.embed import Encoded
+from vlm_core.engine import RowJob, run_rows
+from vlm_core.executors import SubjectSource, open_subject
+from vlm_core.features import encode_distinct
+from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import item_field, item_number, take
-from vlm_core.plan import first_layer, parts
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.rows import read_logits
 from vlm_core.scoring import METRICS, CandidateSet, candidate_set, score_candidates
+from vlm_core.shards import ShardStore
 from vlm_core.subject import Subject
 
-__all__ = ["sweep"]
+__all__ = ["progress_bar", "sweep"]
 
 COLUMNS = ("item", "cluster", "task", "intervention", "metric", "value")
 _BLOCK_ITEMS = 128
+_BLOCK_ROWS = 4096
 
-Row = Intervention | tuple[Intervention, ...] | None
+Groups = Callable[[object, Encoded], Mapping[str, np.ndarray] | None]
 
 
 def sweep(
-    subject: Subject,
+    subject: SubjectSource,
     items: Sequence,
     interventions: Mapping[str, Row] | Sequence[Row],
     *,
     batch_rows: int | None = None,
     metrics: Sequence[str] = ("correct", "logit", "margin"),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
     assignments: Sequence[tuple[int, str]] | None = None,
     store: str | Path | None = None,
+    groups: Groups | None = None,
+    executor: Executor | None = None,
 ) -> pd.DataFrame:
     """Score every item under every intervention.
 
     Parameters
     ----------
-    subject : Subject
+    subject : Subject, or what an executor's workers can make one of
+        A path or model id, or a picklable callable without arguments that gives a ``Subject``.
     items : sequence of items
         With ``id, scene_id, task, image, prompt, answer, candidates``.
     interventions : mapping of label to intervention, or sequence
         ``None`` (nothing), an intervention, or a tuple of them applied together. A sequence is labelled by
         ``describe``.
     batch_rows : int, optional
-        Rows per forward pass. Default: ``subject.batch_rows``.
+        Rows per forward pass. Default: what the machine's caches or free memory allow. A batch that runs out of memory is halved.
     metrics : sequence of str
-        Of ``correct, logit, logprob, margin, choice, candidate 0, candidate 1, ...``; see ``vlm_core.scoring.score_candidates``. Candidates are
-        compared by summed log-probability. ``logit`` is the raw logit of a one-token answer (what attribution by
+        Of ``correct, logit, logprob, margin, choice, candidate 0, candidate 1, ...``; see ``vlm_core.scoring.score_candidates``.
+        Candidates are compared by summed log-probability. ``logit`` is the raw logit of a one-token answer (what attribution by
         logits needs), the summed log-probability of a longer one.
-    progress : callable, optional
-        Called with (rows done, rows in all).
+    progress : callable or bool, optional
+        Called with (rows done, rows in all) after every block; True for ``progress_bar()``.
     assignments : sequence of (item index, label), optional
         The rows to run, in place of the full product (random masks drawn per item).
     store : directory, optional
-        Finished blocks are kept there and found again by content.
+        Finished blocks are kept there and found again by content. Processes that share it share the work.
+    groups : callable, optional
+        ``groups(item, encoded)`` gives token groups of an item's prompt by name, BoolArrays ``[token]``, for interventions to refer to.
+    executor : concurrent.futures.Executor, optional
+        Where blocks run (``vlm_core.executors``). Workers in other processes need ``subject`` as a path, id or callable, and reach
+        ``store`` under the same path.
 
     Returns
     -------
     DataFrame
         Columns ``item, cluster, task, intervention, metric, value``, in the order of items, then rows, then metrics.
+        ``attrs["paths"]``: rows per path that the engine took (``vlm_core.engine.PATHS``; one per answer prefix of a row);
+        ``attrs["reasons"]``: rows per reason not to take a faster one.
     """
     table = _labelled(interventions)
     unknown = {metric for metric in metrics if metric not in METRICS and not re.fullmatch(r"candidate \d+", metric)}
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
     by_item = _rows_by_item(len(items), table, assignments)
-    indices = [index for index in range(len(items)) if by_item[index]]
-    n_rows, done, pieces = sum(map(len, by_item)), 0, []
-    folder = None if store is None else Path(store)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(indices), _BLOCK_ITEMS):
-        block = indices[start : start + _BLOCK_ITEMS]
-        chunk = take(items, block)
-        rows = [(position, label) for position, index in enumerate(block) for label in by_item[index]]
-        shard = None if folder is None else folder / f"{_shard_name(subject, chunk, rows, table, metrics)}.parquet"
-        if shard is not None and shard.is_file():
-            piece = pd.read_parquet(shard)
-        else:
-            piece = _sweep_block(subject, chunk, rows, table, metrics, batch_rows or subject.batch_rows)
-            if shard is not None:
-                _write_shard(piece, shard)
-        pieces.append(piece)
-        done += len(rows)
+    plan = _Plan(table, tuple(metrics), batch_rows, None if store is None else str(store), groups)
+    blocks = _blocks(by_item)
+    progress = progress_bar() if progress is True else progress or None
+    n_rows, done, pieces = sum(map(len, by_item)), 0, {}
+    run = partial(_run_here, open_subject(subject)) if executor is None else partial(_run_on, executor, subject)
+    for number, piece in run(plan, items, by_item, blocks):
+        pieces[number] = piece
+        done += sum(len(by_item[index]) for index in blocks[number])
         if progress is not None:
             progress(done, n_rows)
+    return _joined([pieces[number] for number in sorted(pieces)])
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    """A progress bar on the terminal, with the time that is left, for ``sweep(progress=...)``."""
+    bar: tqdm | None = None
+    started = time.time()
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="row", dynamic_ncols=True)
+            bar.start_t = started
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is asked of every block."""
+
+    table: dict[str, Row]
+    metrics: tuple[str, ...]
+    batch_rows: int | None
+    store: str | None
+    groups: Groups | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some items and their rows ``(position among the items, label)``."""
+
+    plan: _Plan
+    items: list
+    rows: list[tuple[int, str]]
+
+    @classmethod
+    def of(cls, plan: _Plan, items: Sequence, by_item: list[list[str]], indices: list[int]) -> _Block:
+        rows = [(position, label) for position, index in enumerate(indices) for label in by_item[index]]
+        needed = {label: plan.table[label] for _, label in rows}
+        return cls(replace(plan, table=needed), take(items, indices), rows)
+
+
+def _blocks(by_item: list[list[str]]) -> list[list[int]]:
+    blocks: list[list[int]] = []
+    n_rows = 0
+    for index, labels in enumerate(by_item):
+        if not labels:
+            continue
+        if not blocks or len(blocks[-1]) == _BLOCK_ITEMS or n_rows + len(labels) > _BLOCK_ROWS:
+            blocks.append([])
+            n_rows = 0
+        blocks[-1].append(index)
+        n_rows += len(labels)
+    return blocks
+
+
+def _run_here(subject: Subject, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame]]:
+    if plan.store is None:
+        for number, indices in enumerate(blocks):
+            yield number, _measure(subject, _Block.of(plan, items, by_item, indices))
+        return
+    numbers: dict[str, list[int]] = {}
+
+    def tasks() -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        for number, indices in enumerate(blocks):
+            block = _Block.of(plan, items, by_item, indices)
+            name, measure = _shard(subject, block)
+            numbers.setdefault(name, []).append(number)
+            yield name, measure
+
+    for name, piece in ShardStore(plan.store).compute(tasks()):
+        yield numbers[name].pop(0), piece
+
+
+def _run_on(executor: Executor, source: SubjectSource, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame]]:
+    if isinstance(source, Subject) and not getattr(executor, "in_process", isinstance(executor, ThreadPoolExecutor)):
+        raise ValueError(
+            f"{type(executor).__name__} runs in other processes, which cannot take a Subject in memory: give sweep the checkpoint's "
+            f"path or id, or a picklable callable that makes the Subject"
+        )
+    at_once = 2 * getattr(executor, "max_workers", getattr(executor, "_max_workers", 4))
+    todo, running = iter(enumerate(blocks)), {}
+    try:
+        while True:
+            for number, indices in todo:
+                running[executor.submit(_run_block, source, _Block.of(plan, items, by_item, indices))] = number
+                if len(running) >= at_once:
+                    break
+            if not running:
+                return
+            finished: set[Future]
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield running.pop(future), future.result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _run_block(source: SubjectSource, block: _Block) -> pd.DataFrame:
+    """One block, on whatever worker this is."""
+    subject = open_subject(source)
+    if block.plan.store is None:
+        return _measure(subject, block)
+    ((_, piece),) = ShardStore(block.plan.store).compute([_shard(subject, block)])
+    return piece
+
+
+def _shard(subject: Subject, block: _Block) -> tuple[str, Callable[[], pd.DataFrame]]:
+    encoded = None if block.plan.groups is None else _encode(subject, block)
+    return _shard_name(subject, block, encoded), partial(_measure, subject, block, encoded)
+
+
+def _joined(pieces: list[pd.DataFrame]) -> pd.DataFrame:
     if not pieces:
-        return pd.DataFrame({column: pd.Series(dtype=float if column == "value" else str) for column in COLUMNS})
-    return pd.concat(pieces, ignore_index=True)
+        table = pd.DataFrame({column: pd.Series(dtype=float if column == "value" else str) for column in COLUMNS})
+    else:
+        table = pd.concat(pieces, ignore_index=True)
+    attrs = [piece.attrs for piece in pieces]
+    table.attrs = {key: dict(sum((Counter(one.get(key, {})) for one in attrs), Counter())) for key in ("paths", "reasons")}
+    return table
 
 
 def _labelled(interventions: Mapping[str, Row] | Sequence[Row]) -> dict[str, Row]:
@@ -124,16 +257,37 @@ def _rows_by_item(n_items: int, table: dict[str, Row], assignments) -> list[list
     return rows
 
 
-def _sweep_block(subject, items, rows, table, metrics, batch_rows) -> pd.DataFrame:
-    encoded = encode_items(subject, items)
+def _encode(subject: Subject, block: _Block) -> list[Encoded]:
+    encoded = encode_distinct(subject, block.items)
+    if block.plan.groups is None:
+        return encoded
+    return [_with_groups(one, block.plan.groups(item, one), item) for one, item in zip(encoded, block.items, strict=True)]
+
+
+def _with_groups(encoded: Encoded, masks: Mapping[str, np.ndarray] | None, item) -> Encoded:
+    members = {name: torch.as_tensor(np.asarray(mask, dtype=bool), device=encoded.image.device) for name, mask in (masks or {}).items()}
+    for name, mask in members.items():
+        if mask.shape != encoded.image.shape:
+            raise ValueError(
+                f"token group '{name}' of item {item_field(item, 'id')!r} has shape {tuple(mask.shape)}, its prompt has "
+                f"{len(encoded)} tokens: give one boolean per token"
+            )
+    return replace(encoded, groups={**encoded.groups, **members})
+
+
+def _measure(subject: Subject, block: _Block, encoded: list[Encoded] | None = None) -> pd.DataFrame:
+    """The table of one block."""
+    items, rows, plan = block.items, block.rows, block.plan
+    table, metrics = plan.table, plan.metrics
+    encoded = _encode(subject, block) if encoded is None else encoded
     candidates = [candidate_set(subject, item) for item in items]
-    numbers = [item_number(item) for item in items]
-    width = max(one.n for one in candidates)
-    scores = np.full((len(rows), width), -np.inf)
-    logits = np.zeros(len(rows))
-    for batch in _batches(subject, rows, table, encoded, candidates, batch_rows):
-        _score_batch(subject, batch, rows, table, encoded, candidates, numbers, scores, logits)
-    values = score_candidates([candidates[position] for position, _ in rows], scores, logits)
+    pairs = [(number, prefix) for number, (position, _) in enumerate(rows) for prefix in range(len(candidates[position].prefixes))]
+    jobs = [_job(*rows[number], prefix, table, encoded, candidates) for number, prefix in pairs]
+    scores = _Scores(subject, candidates, rows, pairs)
+    counts = run_rows(
+        subject, encoded, jobs, [item_number(item) for item in items], scores.consume, Budget.of(subject, plan.batch_rows)
+    )
+    values = score_candidates([candidates[position] for position, _ in rows], scores.sums, scores.logits)
     per_row = {
         "item": [str(item_field(items[position], "id")) for position, _ in rows],
         "cluster": [str(item_field(items[position], "scene_id")) for position, _ in rows],
@@ -144,95 +298,75 @@ def _sweep_block(subject, items, rows, table, metrics, batch_rows) -> pd.DataFra
     columns = {name: np.repeat(np.array(column, dtype=object), repeat) for name, column in per_row.items()}
     columns["metric"] = np.tile(np.array(metrics, dtype=object), len(rows))
     columns["value"] = np.stack([values[metric] for metric in metrics], axis=1).reshape(-1)
-    return pd.DataFrame(columns)
+    piece = pd.DataFrame(columns)
+    piece.attrs = counts.to_dict()
+    return piece
 
 
-def _batches(subject, rows, table, encoded, candidates, batch_rows) -> list[list[tuple[int, int]]]:
-    """Batches of (row, prefix), rows of alike cost together."""
-    anatomy = subject.anatomy
-    shapes = {
-        label: tuple(sorted((part.layer, part.keep) for part in parts(row) if isinstance(part, DropTokens)))
-        for label, row in table.items()
-    }
-    firsts = {label: first_layer(row, anatomy.n_layers, anatomy.n_heads) for label, row in table.items()}
-    order = []
-    for number, (position, label) in enumerate(rows):
-        for prefix, tokens in enumerate(candidates[position].prefixes):
-            length = len(encoded[position]) + len(tokens)
-            order.append(((shapes[label], length, position, prefix, firsts[label]), number, prefix))
-    order.sort(key=lambda entry: entry[0])
-    pairs = [(number, prefix) for _, number, prefix in order]
-    return [pairs[start : start + batch_rows] for start in range(0, len(pairs), batch_rows)]
+def _job(position: int, label: str, prefix: int, table, encoded, candidates) -> RowJob:
+    one: CandidateSet = candidates[position]
+    last = encoded[position].n_prompt - 1
+    reads = tuple(last + offset for read_prefix, offset in one.reads if read_prefix == prefix)
+    return RowJob(position, one.prefixes[prefix], table[label], reads)
 
 
-def _score_batch(subject, batch, rows, table, encoded, candidates, numbers, scores, logits) -> None:
-    sequences: list[Encoded] = []
-    items: list[int] = []
-    known: dict[tuple[int, int], int] = {}
-    trunk, interventions, wanted_rows, wanted_positions = [], [], [], []
-    term_rows, term_candidates, term_reads, term_tokens = [], [], [], []
-    for row, (number, prefix) in enumerate(batch):
-        position, label = rows[number]
-        one: CandidateSet = candidates[position]
-        if (position, prefix) not in known:
-            known[position, prefix] = len(sequences)
-            sequences.append(encoded[position].extended(subject, one.prefixes[prefix]))
-            items.append(numbers[position])
-        trunk.append(known[position, prefix])
-        interventions.append(table[label])
-        read_at = {}
-        for read, (read_prefix, offset) in enumerate(one.reads):
-            if read_prefix == prefix:
-                read_at[read] = len(wanted_rows)
-                wanted_rows.append(row)
-                wanted_positions.append(encoded[position].n_prompt - 1 + offset)
-        for candidate, read, token in one.terms.tolist():
-            if read in read_at:
-                term_rows.append(number)
-                term_candidates.append(candidate)
-                term_reads.append(read_at[read])
-                term_tokens.append(token)
-    hidden, _ = forward_rows(
-        subject, sequences, np.array(trunk), interventions, items, (np.array(wanted_rows), np.array(wanted_positions))
-    )
-    read = read_logits(subject, hidden)
-    with torch.inference_mode():
-        normaliser = read.logsumexp(1)
-        index = torch.tensor(term_reads, device=read.device)
-        raw = read[index, torch.tensor(term_tokens, device=read.device)]
-        log_probabilities = (raw - normaliser[index]).cpu().numpy().astype(float)
-    raw = raw.cpu().numpy()
-    term_rows, term_candidates = np.array(term_rows), np.array(term_candidates)
-    touched = scores[term_rows, term_candidates]
-    scores[term_rows, term_candidates] = np.where(np.isneginf(touched), 0.0, touched)
-    np.add.at(scores, (term_rows, term_candidates), log_probabilities)
-    for term, (number, candidate) in enumerate(zip(term_rows.tolist(), term_candidates.tolist(), strict=True)):
-        one = candidates[rows[number][0]]
-        if candidate == one.answer:
-            single = (one.terms[:, 0] == candidate).sum() == 1
-            logits[number] = raw[term] if single else scores[number, candidate]
+class _Scores:
+    """Summed log-probabilities ``[row, candidate]`` and answer logits ``[row]``, filled batch by batch."""
+
+    def __init__(self, subject, candidates: list[CandidateSet], rows: list[tuple[int, str]], pairs: list[tuple[int, int]]) -> None:
+        self.subject, self.candidates, self.rows, self.pairs = subject, candidates, rows, pairs
+        self.sums = np.full((len(rows), max(one.n for one in candidates)), -np.inf)
+        self.logits = np.zeros(len(rows))
+
+    def consume(self, jobs: Sequence[int], hidden: torch.Tensor) -> None:
+        """Add what the reads of some (row, prefix) pairs say; ``hidden`` ``[n, hidden]`` job by job."""
+        rows, numbers, reads, tokens = [], [], [], []
+        start = 0
+        for job in jobs:
+            row, prefix = self.pairs[job]
+            one = self.candidates[self.rows[row][0]]
+            own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
+            place = {read: start + offset for offset, read in enumerate(own)}
+            start += len(own)
+            for candidate, read, token in one.terms.tolist():
+                if read in place:
+                    rows.append(row)
+                    numbers.append(candidate)
+                    reads.append(place[read])
+                    tokens.append(token)
+        read = read_logits(self.subject, hidden)
+        with torch.inference_mode():
+            normaliser = read.logsumexp(1)
+            index = torch.tensor(reads, device=read.device)
+            raw = read[index, torch.tensor(tokens, device=read.device)]
+            log_probabilities = (raw - normaliser[index]).cpu().numpy().astype(float)
+        raw = raw.cpu().numpy()
+        rows, numbers = np.array(rows), np.array(numbers)
+        touched = self.sums[rows, numbers]
+        self.sums[rows, numbers] = np.where(np.isneginf(touched), 0.0, touched)
+        np.add.at(self.sums, (rows, numbers), log_probabilities)
+        for term, (row, candidate) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True)):
+            one = self.candidates[self.rows[row][0]]
+            if candidate == one.answer:
+                single = (one.terms[:, 0] == candidate).sum() == 1
+                self.logits[row] = raw[term] if single else self.sums[row, candidate]
 
 
-def _shard_name(subject, items, rows, table, metrics) -> str:
+def _shard_name(subject: Subject, block: _Block, encoded: list[Encoded] | None) -> str:
+    table = block.plan.table
     digest = hashlib.sha256()
     digest.update(repr(subject.fingerprint).encode())
-    for item in items:
+    for item in block.items:
         fields = ("id", "scene_id", "task", "prompt", "answer", "candidates")
         digest.update(repr([item_field(item, name) for name in fields]).encode())
         digest.update(item_field(item, "image").tobytes())
-    labels = sorted({label for _, label in rows})
+    for one in encoded or ():
+        digest.update(repr([(name, members.tolist()) for name, members in sorted(one.groups.items())]).encode())
+    labels = sorted({label for _, label in block.rows})
     digest.update(repr([(label, describe(table[label]), _content(table[label])) for label in labels]).encode())
-    digest.update(repr((rows, tuple(metrics))).encode())
+    digest.update(repr((block.rows, block.plan.metrics)).encode())
     return digest.hexdigest()[:24]
 
 
 def _content(row: Row) -> list:
-    return [
-        (type(part).__name__, [getattr(value, "digest", value) for value in vars(part).values()]) for part in parts(row)
-    ]
-
-
-def _write_shard(piece: pd.DataFrame, shard: Path) -> None:
-    partial = shard.with_suffix(f".{os.getpid()}.partial")
-    piece.to_parquet(partial, index=False)
-    os.replace(partial, shard)
+    return [(type(part).__name__, part.digest) for part in parts(row)]

@@ -1,19 +1,27 @@
 """What can be seen of a batch at some layer.
 
 ``Tokens``           which token is what, and where it comes from
-``AttentionView``    one attention, for observers
+``AttentionView``    one attention, for observers; its probabilities come in blocks of queries, never as a whole map
+``AttentionBlock``   one such block
 ``LayerView``        the residual stream that enters a layer, for observers
-``query_probabilities``    attention of a few queries, without the whole map
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-__all__ = ["AttentionView", "LayerView", "Tokens", "query_probabilities"]
+__all__ = ["GROUPS", "AttentionBlock", "AttentionView", "LayerView", "Tokens"]
+
+GROUPS = ("image", "text", "question", "preamble", "last", "bos", "all")
+"""Token groups that every sequence has; a batch may bring named ones of its own (``Tokens.named``)."""
+
+# Scores of one block: about what a core's second-level cache holds, but enough queries for a matrix product to pay.
+_BLOCK_SCORES = 2**18
+_BLOCK_QUERIES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +40,8 @@ class Tokens:
         Original position of each token; None where nothing was dropped.
     left : bool
         Whether rows are filled up on the left.
+    named : dict of str to BoolTensor ``[element, token]``
+        Further groups ("object", "background"), see ``group``.
     """
 
     image: torch.Tensor
@@ -40,31 +50,116 @@ class Tokens:
     source: torch.Tensor | None = None
     index: torch.Tensor | None = None
     left: bool = False
+    named: dict[str, torch.Tensor] = field(default_factory=dict)
+    _kept: dict = field(init=False, repr=False, default_factory=dict)
+
+    def kept(self, key: tuple, compute: Callable):
+        """``compute()`` on the first call with ``key``, the same afterwards: layers share their tokens, so most is asked often."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
 
     @property
     def last(self) -> torch.Tensor:
         """Index of the last valid token, ``[element]``."""
         n = self.valid.shape[1]
-        return n - 1 - self.valid.flip(1).int().argmax(1)
+        return self.kept(("last",), lambda: n - 1 - self.valid.flip(1).int().argmax(1))
 
     def group(self, name: str) -> torch.Tensor:
-        """Members of a token group, ``[element, token]``."""
+        """Members of a token group, ``[element, token]``.
+
+        ``image`` and ``text`` partition the valid tokens. ``preamble`` is the text before the first image token, and
+        ``question`` the text after the last one (all text where there is no image); text between two images is in
+        neither. ``last`` and ``bos`` are the last and first valid token. Other names are looked up in ``named``.
+
+        Raises
+        ------
+        ValueError
+            For an unknown group, with the known ones.
+        """
+        return self.kept(("group", name), lambda: self._group(name))
+
+    def _group(self, name: str) -> torch.Tensor:
         if name == "image":
             return self.image & self.valid
         if name == "text":
             return self.valid & ~self.image
         if name == "all":
             return self.valid
-        where = self.last if name == "last" else self.valid.int().argmax(1)
-        return torch.arange(self.valid.shape[1], device=where.device) == where[:, None]
+        if name in ("last", "bos"):
+            where = self.last if name == "last" else self.valid.int().argmax(1)
+            return torch.arange(self.valid.shape[1], device=where.device) == where[:, None]
+        if name in self.named:
+            return self.named[name] & self.valid
+        if name in ("question", "preamble"):
+            image = (self.image & self.valid).int()
+            if name == "question":
+                return self.valid & (image.flip(1).cumsum(1).flip(1) == 0)
+            return self.valid & (image.cumsum(1) == 0) & (image.sum(1, keepdim=True) > 0)
+        known = ", ".join(dict.fromkeys((*GROUPS, *self.named)))
+        raise ValueError(f"there is no token group '{name}': this batch knows {known}")
+
+    def members(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions ``[element, n]`` of a group's members in order, and which of them are real.
+
+        Sequences with fewer members than the widest are filled up with positions of others.
+        """
+        return self.kept(("members", name), lambda: self._members(name))
+
+    def _members(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name == "last":
+            return self.last[:, None], torch.ones_like(self.last[:, None], dtype=torch.bool)
+        members = self.group(name)
+        n = int(members.sum(1).max())
+        order = (~members).int().argsort(dim=1, stable=True)[:, :n]
+        return order, members.gather(1, order)
+
+    def pinned(self) -> Tokens:
+        """The same with ``question`` and ``preamble`` named, so that they stay what they are when image tokens go."""
+        pinned = {name: self.group(name) for name in ("question", "preamble") if name not in self.named}
+        return replace(self, named={**self.named, **pinned})
 
     def extended(self, length: int) -> Tokens:
-        """The same with generated text tokens appended up to ``length``."""
+        """The same with generated text tokens appended up to ``length``: they belong to the question's side."""
         extra = length - self.valid.shape[1]
+        if extra == 0:
+            return self
         pad = nn.functional.pad
-        return self if extra == 0 else replace(
-            self, image=pad(self.image, (0, extra)), valid=pad(self.valid, (0, extra), value=True), index=None
+        return replace(
+            self,
+            image=pad(self.image, (0, extra)),
+            valid=pad(self.valid, (0, extra), value=True),
+            index=None,
+            named={name: pad(members, (0, extra), value=name == "question") for name, members in self.named.items()},
         )
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBlock:
+    """Attention of some queries of a group.
+
+    ``positions``, ``real`` ``[element, n]``: where the queries are, and which of them are members at all (the others
+    are filling, their numbers mean nothing). ``probabilities`` ``[element, head, n, key]``: keys that none of the
+    queries can see may be cut off at the end.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor
+    probabilities: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Queries of a block: ``all_see`` leading keys need no causal mask, keys from ``some_see`` on are left out.
+
+    ``later`` ``[element, 1, n, all_see to some_see]``: which of the keys between lie after the query; None where none does.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor
+    all_see: int
+    some_see: int
+    later: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +167,9 @@ class AttentionView:
     """What an observer sees inside one attention: tensors after interventions.
 
     ``query`` ``[element, head, query, head_dim]``; ``key``, ``value`` ``[element, kv head, key, head_dim]``;
-    ``output`` ``[element, query, head, head_dim]`` before the output projection.
+    ``output`` ``[element, query, head, head_dim]`` before the output projection; ``mask`` the model's own, boolean or
+    additive, None where it is causal; ``hidden`` ``[element, token, hidden]`` the residual stream that entered the layer;
+    ``crossed`` whether the keys are the image's, outside the sequence.
     """
 
     layer: int
@@ -84,12 +181,131 @@ class AttentionView:
     scaling: float
     softcap: float | None
     tokens: Tokens
+    hidden: torch.Tensor | None = None
+    crossed: bool = False
+    _kept: dict = field(default_factory=dict, repr=False)
+
+    def keys_of(self, group: str) -> torch.Tensor:
+        """Which keys belong to a token group, ``[element, key]``. Keys outside the sequence are the image's."""
+        if not self.crossed:
+            return self.tokens.group(group)
+        belongs = group in ("image", "all")
+        return torch.full((self.key.shape[0], self.key.shape[2]), belongs, dtype=torch.bool, device=self.key.device)
 
     def probabilities(self, queries: torch.Tensor) -> torch.Tensor:
-        """Attention of the queries at ``[element, n]``: ``[element, head, n, key]``."""
-        return query_probabilities(
-            self.query, self.key, self.mask, self.scaling, queries, self.tokens.valid, self.softcap
+        """Attention of the queries at ``[element, n]``: ``[element, head, n, key]``. The whole map is never built."""
+        (asked,) = self._asked(queries, torch.ones_like(queries, dtype=torch.bool), max(1, queries.shape[1]))
+        return self._probabilities(asked, whole=True)
+
+    def blocks(self, queries: str) -> Iterator[AttentionBlock]:
+        """Attention of a token group's members, a block of queries at a time. One block serves all who ask for it."""
+        if ("block", queries) in self._kept:
+            yield self._kept["block", queries]
+            return
+        n_elements, n_heads, n_queries = self.query.shape[:3]
+        n_keys = self.key.shape[2]
+        # At most a quarter of many queries: a small model's whole map would fit a block.
+        quarter = -(-self.tokens.members(queries)[0].shape[1] // 4)
+        step = max(_BLOCK_QUERIES, min(quarter, _BLOCK_SCORES // (n_elements * n_heads * n_keys)))
+        key = ("asked", queries, n_queries, n_keys, step, self._causal)
+        asked = self.tokens.kept(key, lambda: self._asked(*self.tokens.members(queries), step))
+        for one in asked:
+            block = AttentionBlock(one.positions, one.real, self._probabilities(one))
+            if len(asked) == 1:
+                self._kept["block", queries] = block
+            yield block
+
+    def mean(self, queries: str) -> torch.Tensor:
+        """Attention averaged over a token group's queries, ``[element, head, key]``; 0 where it has no member."""
+        if ("mean", queries) not in self._kept:
+            n_keys = self.key.shape[2]
+            if self.tokens.kept(("all real", queries), lambda: bool(self.tokens.members(queries)[1].all())):
+                self._kept["mean", queries] = self._plain_mean(queries)
+                return self._kept["mean", queries]
+            total = torch.zeros((*self.query.shape[:2], n_keys), device=self.query.device)
+            count = torch.zeros((self.query.shape[0], 1, 1), device=self.query.device)
+            for block in self.blocks(queries):
+                weight = block.real[:, None, None].float()
+                seen = block.probabilities.shape[3]
+                total[:, :, :seen] += (weight @ block.probabilities)[:, :, 0]
+                count += weight.sum(3)
+            self._kept["mean", queries] = total / count.clamp(min=1.0)
+        return self._kept["mean", queries]
+
+    def _plain_mean(self, queries: str) -> torch.Tensor:
+        # Every query of every block is a member: nothing to weigh.
+        shape, n = (*self.query.shape[:2], self.key.shape[2]), self.tokens.members(queries)[0].shape[1]
+        total = None
+        for block in self.blocks(queries):
+            summed = block.probabilities.sum(2)
+            if total is None and summed.shape == shape:
+                total = summed
+                continue
+            total = torch.zeros(shape, device=summed.device) if total is None else total
+            total[:, :, : summed.shape[2]] += summed
+        return torch.zeros(shape, device=self.query.device) if total is None else total / n
+
+    def narrowed(self, heads: Sequence[int]) -> AttentionView:
+        """The same attention with some of its heads only."""
+        index = torch.as_tensor(heads, device=self.query.device)
+        grouped = index // (self.query.shape[1] // self.key.shape[1])
+        mask = self.mask
+        return replace(
+            self,
+            query=self.query[:, index],
+            key=self.key[:, grouped],
+            value=self.value[:, grouped],
+            output=self.output[:, :, index],
+            mask=mask if mask is None or mask.shape[1] == 1 else mask[:, index],
+            _kept={},
         )
+
+    @property
+    def _causal(self) -> bool:
+        return self.mask is None and not self.crossed
+
+    def _asked(self, positions: torch.Tensor, real: torch.Tensor, step: int) -> list[_Asked]:
+        n_queries, n_keys = self.query.shape[2], self.key.shape[2]
+        asked = []
+        for at, members in zip(positions.split(step, dim=1), real.split(step, dim=1), strict=True):
+            if not self._causal or not at.shape[1]:
+                asked.append(_Asked(at, members, 0, n_keys, None))
+                continue
+            seen = at + n_keys - n_queries + 1
+            all_see = int(seen.masked_fill(~members, n_keys).min())
+            some_see = int(seen.masked_fill(~members, 1).max())
+            later = None
+            if all_see < some_see:
+                later = torch.arange(all_see, some_see, device=at.device) >= seen[:, None, :, None]
+            asked.append(_Asked(at, members, all_see, some_see, later))
+        return asked
+
+    def _probabilities(self, asked: _Asked, whole: bool = False) -> torch.Tensor:
+        n_elements, n_heads, n_queries, size = self.query.shape
+        n_kv, n_keys = self.key.shape[1:3]
+        if "key" not in self._kept:
+            self._kept["key"] = self.key.detach().float()
+        queries, some_see = asked.positions, asked.some_see
+        query = self.query.detach()
+        if n_elements == 1:
+            picked = query.index_select(2, queries[0]).float() * self.scaling
+        else:
+            picked = torch.take_along_dim(query, queries[:, None, :, None], dim=2).float() * self.scaling
+        # Heads that share keys are neighbours: their queries stand under one another in one product.
+        picked = picked.reshape(n_elements, n_kv, -1, size)
+        scores = (picked @ self._kept["key"][:, :, :some_see].transpose(2, 3)).view(n_elements, n_heads, -1, some_see)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        lowest = torch.finfo(scores.dtype).min
+        if asked.later is not None:
+            scores[..., asked.all_see :].masked_fill_(asked.later, lowest)
+        elif self.mask is not None:
+            mask = self.mask[..., :n_keys]
+            mask = mask.expand(n_elements, -1, n_queries, n_keys)
+            mask = torch.take_along_dim(mask, queries[:, None, :, None], dim=2)
+            scores = scores.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else scores.add_(mask)
+        found = scores.softmax(-1)
+        return nn.functional.pad(found, (0, n_keys - some_see)) if whole else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,39 +315,3 @@ class LayerView:
     layer: int
     hidden: torch.Tensor
     tokens: Tokens
-
-
-def query_probabilities(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    queries: torch.Tensor,
-    valid: torch.Tensor,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Attention probabilities of a few queries only, ``[element, head, n, key]``.
-
-    Parameters
-    ----------
-    queries : LongTensor ``[element, n]``
-        Query positions. The whole ``[query, key]`` map is never built.
-    """
-    n_heads, n_queries, n_keys = query.shape[1], query.shape[2], key.shape[2]
-    picked = torch.take_along_dim(query, queries[:, None, :, None], dim=2).float()
-    key = key.float()
-    if key.shape[1] != n_heads:
-        key = key.repeat_interleave(n_heads // key.shape[1], dim=1)
-    scores = picked @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        positions = torch.arange(n_keys, device=key.device)
-        allowed = positions <= (queries + n_keys - n_queries)[:, None, :, None]
-    else:
-        mask = mask.expand(query.shape[0], -1, -1, -1)
-        allowed = torch.take_along_dim(mask, queries[:, None, :, None], dim=2)
-        if allowed.dtype != torch.bool:
-            allowed = allowed > torch.finfo(allowed.dtype).min / 2
-    allowed = allowed & valid[:, None, None, :]
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlm_core.heads
-from vlm_core import HeadId, ReplaceImageKV, Subject, image_kv_means
+from vlm_core import HeadId, ImageKVMeans, ReplaceImageKV, Subject, image_kv_means
 from vlm_core.heads import HeadAttribution, assign_draws, attribute_heads, draw_means, layer_free, layer_matched
 from vlm_core.tests.tiny import WORDS, make_items, tiny_llava
 
@@ -126,7 +126,8 @@ def simulate(monkeypatch, answer, *, n_layers=3, n_heads=4, n_items=6, masks_per
     subject = SimpleNamespace(heads=heads, anatomy=SimpleNamespace(n_layers=n_layers, n_heads=n_heads))
     swept = SimulatedSweep(answer, heads)
     monkeypatch.setattr(vlm_core.heads, "sweep", swept)
-    found = attribute_heads(subject, [f"item-{i}" for i in range(n_items)], None, masks_per_item=masks_per_item, **options)
+    means = ImageKVMeans(torch.zeros(n_layers, n_heads, 2), torch.zeros(n_layers, n_heads, 2))
+    found = attribute_heads(subject, [f"item-{i}" for i in range(n_items)], means, masks_per_item=masks_per_item, **options)
     return found, swept
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+import vlm_core.attending
 import vlm_core.checks
-import vlm_core.run
 from vlm_core import (
+    Batch,
     DropTokens,
     HeadMeans,
     HiddenStates,
@@ -22,13 +25,18 @@ from vlm_core import (
     KnockOut,
     MeanHeads,
     ReplaceImageKV,
+    Steer,
     Subject,
     SubjectError,
     ZeroHeads,
     observe,
     selfcheck,
 )
+from vlm_core.attending import AttentionEdits
+from vlm_core.embed import capture
+from vlm_core.rows import forward_rows
 from vlm_core.seam import ATTENTION_NAMES, _original, current_run
+from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
 
 NO_OPS = {
@@ -129,8 +137,10 @@ def replaced_keys_and_values(monkeypatch, subject, batch, layer, head, means):
 
     monkeypatch.setattr(modelling, "apply_rotary_pos_emb", rotate_and_replace)
     handle = subject.anatomy.attentions[layer].v_proj.register_forward_hook(replace_values)
+    # Padding on the left is not counted: replaced keys are rotated already and would shift against the others.
+    positions = (batch.valid.long().cumsum(1) - 1).clamp(min=0)
     try:
-        return logits(subject, batch)
+        return logits(subject, replace(batch, inputs={**batch.inputs, "position_ids": positions}))
     finally:
         handle.remove()
         monkeypatch.undo()
@@ -281,6 +291,84 @@ def test_hidden_states_are_before_the_final_norm_and_after_edits(subject):
     assert (edited[2] - seen[2]).abs().max() > 1e-3
 
 
+def test_transformers_own_hooks_are_left_alone(subject, batch):
+    """Trap 5: what ``hidden_states`` shows around an edit hangs on the order of hooks; what the seam shows and does does not."""
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    heard = []
+    handle = subject.anatomy.layers[1].register_forward_hook(lambda *_: heard.append(1))
+    try:
+        with torch.inference_mode():
+            plain = subject.model(**batch.inputs, output_hidden_states=True)
+            with subject.intervene(Steer(1, direction), batch, observers=[HiddenStates(positions="last")]) as run:
+                edited = subject.model(**batch.inputs, output_hidden_states=True)
+                assert torch.equal(edited.logits, subject.model(**batch.inputs).logits)
+        before = plain.hidden_states[1][:, -1]
+        torch.testing.assert_close(run.record(0, 1), before + direction, rtol=1e-4, atol=1e-4)
+        kept = edited.hidden_states[1][:, -1]
+        assert any(torch.allclose(kept, state, atol=1e-4) for state in (before, before + direction))
+        assert torch.equal(subject.model(**batch.inputs, output_hidden_states=True).hidden_states[2], plain.hidden_states[2])
+        assert len(heard) == 4
+    finally:
+        handle.remove()
+
+
+def test_giving_the_model_back_takes_away_no_hooks_but_the_seams_own(batch):
+    """Trap 5: LLaVA's own vision path reads through hooks, and a user's belong to the user."""
+    model, processor = tiny_llava()
+    heard = []
+    for module in (model.model.language_model.layers[1], model.model.language_model.layers[1].mlp):
+        module.register_forward_hook(lambda *_: heard.append(1))
+        module.register_forward_pre_hook(lambda *_: heard.append(1))
+    before = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+    subject = Subject(model, processor)
+    assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()] != before
+    subject.seam.remove()
+    assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()] == before
+    logits(subject, batch)
+    assert len(heard) == 4
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
+def test_image_tokens_see_each_other_both_ways_where_the_model_says_so(name):
+    """Trap 7: only the model's own mask is right, in the row engine too."""
+    model, inputs = BUILDERS[name]()
+    subject = Subject(model, name=name)
+    with torch.inference_mode():
+        (sequence,) = capture(subject, inputs)
+        first = int(sequence.image.int().argmax())
+        changed = capture(subject, inputs)[0]
+        changed.embeds[first + 1] += 1.0
+        for plan in (None, ZeroHeads([(1, 0)]), KnockOut("question", "bos", (1,))):
+            hidden, _ = forward_rows(
+                subject, [sequence, changed], np.arange(2), [plan] * 2, [0, 0], (np.arange(2), np.full(2, first))
+            )
+            assert (hidden[0] - hidden[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_towers_that_call_the_interface_once_per_image_chunk_are_left_alone(monkeypatch, name):
+    """Trap 8: a Qwen-VL tower attends image chunk by image chunk, through the same interface."""
+    model, inputs = BUILDERS[name]()
+    subject = Subject(model, name=name)
+    image = inputs["input_ids"] == IMAGE_TOKEN
+    both = {key: torch.cat([value] * 2) for key, value in inputs.items()}
+    batch = Batch(both, torch.cat([image] * 2), torch.ones_like(torch.cat([image] * 2)))
+    visited = []
+    attend = AttentionEdits.attend
+    monkeypatch.setattr(
+        AttentionEdits, "attend", lambda self, layer, *args, **kwargs: visited.append(layer) or attend(self, layer, *args, **kwargs)
+    )
+    grids = {"image_grid_thw": both["image_grid_thw"]}
+    with torch.inference_mode():
+        plain = model.get_image_features(both["pixel_values"], **grids).pooler_output
+        with subject.intervene(ZeroHeads(subject.heads), batch):
+            seen = model.get_image_features(both["pixel_values"], **grids).pooler_output
+            assert not visited
+            model(**both)
+    assert visited == list(range(subject.anatomy.n_layers))
+    assert all(torch.equal(one, other) for one, other in zip(plain, seen, strict=True))
+
+
 def test_the_vision_tower_is_left_alone(subject, batch):
     """Trap 8: a vision tower calls the same interface; only the language model's attentions are in a run."""
     assert subject.model.config.vision_config._attn_implementation == "sdpa"
@@ -392,8 +480,8 @@ def break_zero_head(monkeypatch, subject):
 
 
 def break_knock_out(monkeypatch, subject):
-    cut = vlm_core.run._block
-    monkeypatch.setattr(vlm_core.run, "_block", lambda mask, edges: cut(mask, edges | (torch.rand(edges.shape) < 0.1)))
+    cut = vlm_core.attending.block
+    monkeypatch.setattr(vlm_core.attending, "block", lambda mask, edges: cut(mask, edges | (torch.rand(edges.shape) < 0.1)))
 
 
 def break_readout(monkeypatch, subject):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 import vlm_core.sweeps
-from vlm_core import DropTokens, ReplaceImageKV, SubjectError, ZeroHeads, sweep
+from vlm_core import DropTokens, KnockOut, ReplaceImageKV, SubjectError, ZeroHeads, sweep
 from vlm_core.items import item_number
 from vlm_core.tests.tiny import make_items, tiny_subject
 
@@ -114,7 +117,7 @@ def test_a_killed_sweep_resumes(monkeypatch, tmp_path, subject):
     monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
     items, interventions = make_items(6), {"none": None, "zero": ZeroHeads([(0, 1)])}
     expected = sweep(subject, items, interventions)
-    work, calls = vlm_core.sweeps._sweep_block, []
+    work, calls = vlm_core.sweeps._measure, []
 
     def dies_in_the_third_block(*args):
         calls.append(args)
@@ -122,7 +125,7 @@ def test_a_killed_sweep_resumes(monkeypatch, tmp_path, subject):
             raise KeyboardInterrupt
         return work(*args)
 
-    monkeypatch.setattr(vlm_core.sweeps, "_sweep_block", dies_in_the_third_block)
+    monkeypatch.setattr(vlm_core.sweeps, "_measure", dies_in_the_third_block)
     with pytest.raises(KeyboardInterrupt):
         sweep(subject, items, interventions, store=tmp_path)
     assert len(list(tmp_path.glob("*.parquet"))) == 2
@@ -158,3 +161,91 @@ def test_what_cannot_be_scored_is_refused(subject):
 
 def test_an_empty_sweep_is_an_empty_table(subject):
     assert list(sweep(subject, [], [None]).columns) == list(vlm_core.sweeps.COLUMNS)
+
+
+def test_paths_and_reasons_are_told(tmp_path, subject, means):
+    items = make_items(2)
+    interventions = {
+        "none": None,
+        "question": ReplaceImageKV([(1, 1)], means, "question"),
+        "later": ZeroHeads([(1, 1)]),
+        "first": ZeroHeads([(0, 1)]),
+    }
+    for _ in range(2):
+        table = sweep(subject, items, interventions, metrics=("margin",), store=tmp_path)
+        assert table.attrs["paths"] == {"shared prefix": 4, "resume": 4}
+        assert table.attrs["reasons"] == {"resume: ZeroHeads changes tokens up to the last image token": 4}
+    table = sweep(subject, items, {"first": ZeroHeads([(0, 1)])}, metrics=("margin",))
+    assert table.attrs["paths"] == {"whole": 2}
+    assert list(table.attrs["reasons"]) == ["whole: ZeroHeads changes tokens up to the last image token, from the first layer on"]
+    table = sweep(subject, items, [None], metrics=("margin",))
+    assert table.attrs == {"paths": {"whole": 2}, "reasons": {}}
+
+
+def test_token_groups_of_items_reach_the_interventions(tmp_path, subject):
+    items, knock = make_items(3), {"x": KnockOut("last", "half", (0, 1, 2))}
+
+    def half(item, encoded):
+        image = encoded.image.numpy()
+        return {"half": image & (image.cumsum() <= image.sum() * (0.5 if item["id"] != "item-1" else 1.0))}
+
+    table = sweep(subject, items, knock, metrics=("logprob",), groups=half, store=tmp_path)
+    whole = sweep(subject, items, {"x": KnockOut("last", "image", (0, 1, 2))}, metrics=("logprob",))
+    assert table["value"][1] == pytest.approx(whole["value"][1], abs=1e-5)
+    assert abs(table["value"][0] - whole["value"][0]) > 1e-4
+    other = sweep(subject, items, knock, metrics=("logprob",), store=tmp_path, groups=lambda item, encoded: {"half": encoded.image})
+    assert other["value"].tolist() == pytest.approx(whole["value"].tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="no token group 'half'"):
+        sweep(subject, items, knock)
+    with pytest.raises(ValueError, match="give one boolean per token"):
+        sweep(subject, items, knock, groups=lambda item, encoded: {"half": [True]})
+
+
+def test_a_progress_bar_counts_rows_and_tells_the_time_left(subject, capsys, monkeypatch):
+    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
+    sweep(subject, make_items(4), [None, ZeroHeads([(0, 1)])], progress=True)
+    shown = capsys.readouterr().err
+    assert "8/8" in shown and "<00:0" in shown
+
+
+def test_blocks_hold_so_many_rows_at_most(subject, monkeypatch):
+    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ROWS", 5)
+    seen = []
+    sweep(subject, make_items(4), [None, ZeroHeads([(0, 1)])], progress=lambda done, n: seen.append(done))
+    assert seen == [4, 8]
+
+
+def test_a_killed_process_loses_nothing(tmp_path):
+    """Killed in its third block, really: the next process computes that one and those after it, none before."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list(tmp_path.glob("*.parquet"))) == 2
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "blocks").read_text().split() == ["1", "2", "3", "1", "2"]
+    assert len(list(tmp_path.glob("*.parquet"))) == 4
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import vlm_core.sweeps
+from vlm_core import ZeroHeads, sweep
+from vlm_core.tests.tiny import make_items, tiny_subject
+
+folder = Path(sys.argv[1])
+first, work, done = not (folder / "blocks").exists(), vlm_core.sweeps._measure, []
+
+def measure(*args):
+    done.append(1)
+    with open(folder / "blocks", "a") as file:
+        file.write(f"{len(done)} ")
+    if first and len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(*args)
+
+vlm_core.sweeps._BLOCK_ITEMS, vlm_core.sweeps._measure = 2, measure
+table = sweep(tiny_subject(), make_items(8), [None, ZeroHeads([(0, 1)])], store=folder)
+assert len(table) == 8 * 2 * 3
+"""

@@ -1,0 +1,116 @@
+"""Finished pieces of a sweep on disk, shared by processes and runs.
+
+``ShardStore(folder)``   tables by name, each computed once
+
+A shard is one Parquet file. It appears under its name only when it is whole (written beside, synced, renamed), so a process that is killed
+at any moment leaves either a shard or none. Who computes a shard holds its lock, which the operating system gives back when the process
+ends, however it ends: what a dead process had claimed is free for the next one, and what a living one is computing is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+__all__ = ["ShardStore"]
+
+_POLL_SECONDS = 0.05
+
+
+class ShardStore:
+    """A folder of shards.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if it is not there. On a network file system its locks must work across machines (NFS 4 does).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._locks = self.folder / "locks"
+        self._locks.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Where the shard ``name`` is, or will be."""
+        return self.folder / f"{name}.parquet"
+
+    def read(self, name: str) -> pd.DataFrame | None:
+        """The shard ``name``; None where it is not there (yet)."""
+        path = self.path(name)
+        return pd.read_parquet(path) if path.is_file() else None
+
+    def write(self, name: str, table: pd.DataFrame) -> None:
+        """Put a shard in place, whole or not at all."""
+        partial = self.folder / f"{name}.{os.getpid()}.partial"
+        with partial.open("wb") as file:
+            table.to_parquet(file, index=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path(name))
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether this process may compute the shard ``name`` now: nobody else is at it."""
+        lock = FileLock(self._locks / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            for left_behind in self.folder.glob(f"{name}.*.partial"):
+                left_behind.unlink(missing_ok=True)
+            yield True
+        finally:
+            lock.release()
+
+    def compute(self, tasks: Iterable[tuple[str, Callable[[], pd.DataFrame]]]) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Every shard, computed here or by whoever else shares the folder, each once.
+
+        Parameters
+        ----------
+        tasks : iterable of (name, callable)
+            Called only where the shard is not there and nobody else is computing it.
+
+        Yields
+        ------
+        name, table
+            As they become available. Shards that another process is computing come last; if it dies, they are computed here.
+        """
+        waiting = []
+        for name, task in tasks:
+            table = self.once(name, task)
+            if table is None:
+                waiting.append((name, task))
+            else:
+                yield name, table
+        while waiting:
+            name, task = waiting.pop(0)
+            table = self.once(name, task)
+            if table is None:
+                waiting.append((name, task))
+                time.sleep(_POLL_SECONDS)
+            else:
+                yield name, table
+
+    def once(self, name: str, task: Callable[[], pd.DataFrame]) -> pd.DataFrame | None:
+        """The shard ``name``, computed by ``task`` where it is not there; None while somebody else is computing it."""
+        table = self.read(name)
+        if table is not None:
+            return table
+        with self.claim(name) as mine:
+            if not mine:
+                return None
+            # It may have been finished between the look and the claim.
+            table = self.read(name)
+            if table is None:
+                table = task()
+                self.write(name, table)
+        return table

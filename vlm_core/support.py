@@ -1,0 +1,163 @@
+"""The support matrix: which capability holds for which family, as the conformance suite found it.
+
+``python -m vlm_core.support``   run the conformance suite and write ``SUPPORT.md`` for the installed transformers
+``CLAIMS``                       the capabilities, by the short name that heads their column
+``read_matrix()``                ``SUPPORT.md`` as ``{version: {(family, capability): verdict}}``
+
+A verdict is ``"yes"``, ``"no: <reason>"`` or ``"not applicable: <reason>"``. The suite attaches it to each of its tests as
+a property, which is read here from pytest's JUnit report; sections of other transformers versions are kept. Each test also
+compares its own verdict with its cell, so a matrix that is out of date fails the suite without a second run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+__all__ = ["CLAIMS", "MATRIX", "contradiction", "outcome_property", "read_matrix", "render", "this_version", "write_matrix"]
+
+MATRIX = Path(__file__).with_name("SUPPORT.md")
+SUITE = Path(__file__).with_name("tests") / "test_conformance.py"
+WRITING = "VLM_CORE_SUPPORT_WRITING"
+
+CLAIMS = {
+    "no-op": "an empty plan is bit-identical to the plain model, with eager attention and sdpa",
+    "bfloat16": "no-op and zeroed heads are exact in bfloat16 too",
+    "padding": "left and right padding give the same numbers under interventions",
+    "hidden states": "`output_hidden_states` shows the intervened stream",
+    "restored": "nothing is left behind after an exception, nothing reaches other threads",
+    "causality": "later tokens change nothing before them (but inside a prompt that sees itself both ways)",
+    "two-way image": "image tokens see each other both ways in the row engine, as in the model",
+    "zero head": "zeroing a head equals an output-projection pre-hook exactly",
+    "gate 1": "keeping every head is the plain model exactly, in a batch whose other row loses them",
+    "head sum": "contributions of the heads sum to the attention output",
+    "mass": "captured attention mass equals `output_attentions`",
+    "knock-out": "a knock-out equals an explicit mask on the plain eager model",
+    "nothing out": "knocking out nothing is the identity",
+    "image KV": "image-KV replacement touches no other position and no other head",
+    "drop": "dropped image tokens leave the sequence, text is as if it could not see them",
+    "merge": "merged image tokens leave the sequence, keeping all is the identity",
+    "replace tokens": "replaced tokens equal a hook on what enters the first layer",
+    "patch": "a clean run's activations undo a corruption, at every site",
+    "steer": "steering equals a hook that adds the direction",
+    "rows": "the row engine equals the whole model under every intervention",
+    "resume": "rows start from the stored residual stream at the first layer that they touch",
+    "shared prefix": "rows that touch only the question run it alone, on the prefix's stored keys and values",
+    "appended": "appended answer tokens equal a longer prompt",
+    "images": "several images per prompt, captured together and measured as each alone",
+    "generate": "`generate()` under interventions equals forward passes step by step",
+    "self-check": "the self-check at load passes",
+}
+
+_HEAD = """# Support
+
+Which capability of the instrument holds for which family: found by the conformance suite (`vlm_core/tests/test_conformance.py`)
+on tiny random-weight models built from configs, float32 unless said otherwise, on the CPU. Written by `python -m vlm_core.support`.
+A family is a row of `vlm_core/tests/family_models.py`; how it is declared is in `vlm_core/anatomy.py`. `no` and `n/a` carry
+their reason below the table; a plan that asks for what is `no` is refused in that sentence.
+"""
+
+
+def this_version() -> str:
+    """Major and minor version of the installed transformers."""
+    import transformers
+
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
+def outcome_property(family: str, capability: str, verdict: str) -> tuple[str, str]:
+    """Name and value under which a test records its verdict."""
+    return "support", f"{family}|{capability}|{verdict}"
+
+
+def contradiction(family: str, capability: str, verdict: str) -> str | None:
+    """What is wrong with the cell of ``SUPPORT.md`` for a verdict; None where they agree, or while it is being written."""
+    if WRITING in os.environ:
+        return None
+    stated = read_matrix().get(this_version(), {}).get((family, capability))
+    if stated == verdict:
+        return None
+    return (
+        f"{MATRIX.name} says '{stated}' for {family} and {capability} under transformers {this_version()}, the test "
+        f"'{verdict}': run python -m vlm_core.support"
+    )
+
+
+def render(matrix: dict[str, dict[tuple[str, str], str]]) -> str:
+    """``SUPPORT.md`` as text; versions newest first."""
+    listed = "\n".join(f"* **{name}**: {claim}" for name, claim in CLAIMS.items())
+    versions = sorted(matrix, key=lambda version: tuple(map(int, version.split("."))), reverse=True)
+    return "\n".join([_HEAD, listed, *(_section(version, matrix[version]) for version in versions)]) + "\n"
+
+
+def _section(version: str, cells: dict[tuple[str, str], str]) -> str:
+    families = list(dict.fromkeys(family for family, _ in cells))
+    notes: dict[str, int] = {}
+
+    def cell(verdict: str) -> str:
+        if verdict == "yes":
+            return "yes"
+        note = notes.setdefault(verdict, len(notes) + 1)
+        return f"{'no' if verdict.startswith('no:') else 'n/a'} [{note}]"
+
+    rows = [
+        f"| {family} | " + " | ".join(cell(cells[family, name]) for name in CLAIMS) + " |" for family in families
+    ]
+    return "\n".join(
+        [
+            f"\n## transformers {version}\n",
+            f"| family | {' | '.join(CLAIMS)} |",
+            "|---" * (len(CLAIMS) + 1) + "|",
+            *rows,
+            "",
+            *(f"[{number}] {verdict}  " for verdict, number in notes.items()),
+        ]
+    )
+
+
+def read_matrix(text: str | None = None) -> dict[str, dict[tuple[str, str], str]]:
+    """What ``SUPPORT.md`` (or its ``text``) says; empty where there is none."""
+    if text is None:
+        text = MATRIX.read_text() if MATRIX.exists() else ""
+    matrix = {}
+    for section in re.split(r"^## transformers ", text, flags=re.MULTILINE)[1:]:
+        version, *lines = section.splitlines()
+        notes = dict(match.groups() for line in lines if (match := re.match(r"\[(\d+)\] (.*\S)", line)))
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+        cells = matrix[version.strip()] = {}
+        for family, *row in table[2:]:
+            for name, cell in zip(table[0][1:], row, strict=True):
+                note = re.search(r"\[(\d+)\]", cell)
+                cells[family, name] = notes[note[1]] if note else cell
+    return matrix
+
+
+def write_matrix() -> int:
+    """Run the conformance suite and write the section of the installed transformers; the suite's exit status."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", str(SUITE), f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        status = subprocess.run(command, env={**os.environ, WRITING: "1"}, cwd=SUITE.parents[2]).returncode
+        if status != 0:
+            print(f"the conformance suite failed: {MATRIX.name} is left as it was", file=sys.stderr)
+            return status
+        found = [
+            entry.get("value", "").split("|", 2)
+            for entry in ElementTree.parse(report).iter("property")
+            if entry.get("name") == "support"
+        ]
+    matrix = read_matrix()
+    families = list(dict.fromkeys(family for family, _, _ in found))
+    verdicts = {(family, capability): verdict for family, capability, verdict in found}
+    matrix[this_version()] = {(family, name): verdicts[family, name] for family in families for name in CLAIMS}
+    MATRIX.write_text(render(matrix))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(write_matrix())

@@ -1,0 +1,99 @@
+"""Sweeps on executors give the table of a serial sweep, and survive the death of workers."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+
+import vlm_core.sweeps
+from vlm_core import ZeroHeads, sweep
+from vlm_core.executors import ProcessExecutor, RayExecutor, SerialExecutor, open_subject
+from vlm_core.tests.tiny import make_items
+from vlm_core.tests.worker_tasks import DiesAt, TinySubject, answer, die, die_once, fail
+
+INTERVENTIONS = {"none": None, "zero": ZeroHeads([(1, 1)])}
+
+
+@pytest.fixture
+def expected(monkeypatch, subject):
+    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
+    return sweep(subject, make_items(8), INTERVENTIONS)
+
+
+def assert_same(table, expected):
+    pd.testing.assert_frame_equal(table, expected, check_exact=False, rtol=1e-4, atol=1e-4)
+    assert table.attrs == expected.attrs
+
+
+@pytest.mark.parametrize("executor", [SerialExecutor, functools.partial(ThreadPoolExecutor, 2)])
+def test_in_process_executors_equal_no_executor(executor, expected, subject):
+    seen = []
+    with executor() as pool:
+        table = sweep(subject, make_items(8), INTERVENTIONS, executor=pool, progress=lambda *done: seen.append(done))
+    assert_same(table, expected)
+    assert seen == [(4, 16), (8, 16), (12, 16), (16, 16)]
+
+
+def test_a_pool_of_processes_equals_no_executor(tmp_path, expected):
+    with ProcessExecutor(1, threads=1) as pool:
+        table = sweep(TinySubject(str(tmp_path / "log")), make_items(8), INTERVENTIONS, executor=pool, store=tmp_path / "store")
+    assert_same(table, expected)
+    assert len(list((tmp_path / "store").glob("*.parquet"))) == 4
+    # One subject for four blocks.
+    assert len((tmp_path / "log").read_text().split()) == 1
+
+
+def test_the_death_of_a_worker_costs_no_task(tmp_path):
+    with ProcessExecutor(1) as pool:
+        futures = [pool.submit(answer, 0), pool.submit(die_once, str(tmp_path / "marker"), 1), pool.submit(answer, 2)]
+        assert [future.result() for future in futures] == [0, 1, 2]
+        with pytest.raises(ValueError, match="the task itself is wrong"):
+            pool.submit(fail).result()
+    with pytest.raises(RuntimeError, match="shut down"):
+        pool.submit(answer, 0)
+
+
+def test_a_task_that_ends_every_worker_is_given_up():
+    with ProcessExecutor(1, retries=1) as pool, pytest.raises(RuntimeError, match="2 workers died over one task"):
+        pool.submit(die).result()
+
+
+def test_queued_tasks_can_be_cancelled():
+    pool = ProcessExecutor(1)
+    futures = [pool.submit(answer, number) for number in range(20)]
+    pool.shutdown(cancel_futures=True)
+    assert any(future.cancelled() for future in futures)
+    assert all(future.cancelled() or future.result() == number for number, future in enumerate(futures))
+
+
+def test_a_subject_in_memory_cannot_go_to_other_processes(subject):
+    with ProcessExecutor(1) as pool, pytest.raises(ValueError, match="give sweep the checkpoint's path"):
+        sweep(subject, make_items(2), INTERVENTIONS, executor=pool)
+
+
+def test_a_subject_is_opened_once_per_process(tmp_path):
+    first, again = (TinySubject(str(tmp_path / "log")) for _ in range(2))
+    assert open_subject(first) is open_subject(again)
+    assert open_subject(functools.partial(first)) is open_subject(functools.partial(again))
+
+
+def test_a_ray_cluster_equals_no_executor_though_a_worker_dies(tmp_path, expected):
+    ray = pytest.importorskip("ray")
+    source, groups = TinySubject(str(tmp_path / "log")), DiesAt("item-3", str(tmp_path / "marker"))
+    try:
+        quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+        with RayExecutor(2, init={"num_cpus": 2, **quiet}) as cluster:
+            table = sweep(source, make_items(8), INTERVENTIONS, executor=cluster, store=tmp_path / "store", groups=groups)
+            with pytest.raises(ValueError, match="the task itself is wrong"):
+                cluster.submit(fail).result()
+    finally:
+        ray.shutdown()
+    assert_same(table, expected)
+    assert (tmp_path / "marker").exists()
+    assert len(list((tmp_path / "store").glob("*.parquet"))) == 4
+    # Two workers and one in place of the dead; each loads the subject once.
+    loaded = (tmp_path / "log").read_text().split()
+    assert len(loaded) == len(set(loaded)) == 3

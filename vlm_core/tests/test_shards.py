@@ -1,0 +1,126 @@
+"""Shards are whole or absent, computed once whoever asks, and survive the death of whoever computes them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pandas as pd
+import pytest
+
+from vlm_core.shards import ShardStore
+
+WORKER = """
+import sys, time
+import pandas as pd
+from vlm_core.shards import ShardStore
+
+folder, log, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
+def task(number):
+    def compute():
+        with open(log, "a") as file:
+            file.write(f"start {number}\\n")
+        time.sleep(pause)
+        with open(log, "a") as file:
+            file.write(f"end {number}\\n")
+        return pd.DataFrame({"value": [number]})
+    return compute
+
+values = [int(table["value"][0]) for _, table in ShardStore(folder).compute((f"shard-{n}", task(n)) for n in range(6))]
+print(sorted(values))
+"""
+
+
+def start(folder, log, pause=0.0):
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(log), str(pause)], stdout=subprocess.PIPE, text=True)
+
+
+def lines(log, word):
+    return [line for line in log.read_text().splitlines() if line.startswith(word)] if log.exists() else []
+
+
+def test_two_processes_share_the_work(tmp_path):
+    log = tmp_path / "log"
+    workers = [start(tmp_path / "store", log, 0.15) for _ in range(2)]
+    assert [worker.communicate(timeout=30)[0].strip() for worker in workers] == ["[0, 1, 2, 3, 4, 5]"] * 2
+    assert sorted(lines(log, "end")) == [f"end {n}" for n in range(6)]
+
+
+def test_a_killed_process_loses_nothing_and_its_claim_is_taken_over(tmp_path):
+    log = tmp_path / "log"
+    victim = start(tmp_path / "store", log, 0.3)
+    deadline = time.monotonic() + 30
+    while len(lines(log, "start")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    other = start(tmp_path / "store", log, 0.0)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert other.communicate(timeout=30)[0].strip() == "[0, 1, 2, 3, 4, 5]"
+    # What was finished is not computed again; the one that was under way is, once.
+    finished = lines(log, "end")
+    assert sorted(finished) == sorted(set(finished))
+    assert len(finished) == 6
+    assert len(lines(log, "start")) == 7
+
+
+def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
+    store = ShardStore(tmp_path)
+
+    def torn(self, file, **options):
+        file.write(b"half a table")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pd.DataFrame, "to_parquet", torn)
+        with pytest.raises(KeyboardInterrupt):
+            store.once("a", lambda: pd.DataFrame({"value": [1]}))
+    assert store.read("a") is None
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    assert store.once("a", lambda: pd.DataFrame({"value": [2]}))["value"].tolist() == [2]
+    assert store.read("a")["value"].tolist() == [2]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_threads_share_the_work_too(tmp_path):
+    computed = []
+
+    def task():
+        computed.append(1)
+        time.sleep(0.05)
+        return pd.DataFrame({"value": [1]})
+
+    def work():
+        assert [name for name, _ in ShardStore(tmp_path).compute([("a", task), ("b", task)])]
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(computed) == 2
+
+
+def test_what_a_table_carries_beside_its_columns_is_kept(tmp_path):
+    store, table = ShardStore(tmp_path), pd.DataFrame({"value": [1.5]})
+    table.attrs = {"paths": {"whole": 1}}
+    store.write("a", table)
+    assert store.read("a").attrs == {"paths": {"whole": 1}}
+
+
+def test_a_shard_that_was_finished_between_the_look_and_the_claim_is_read(tmp_path, monkeypatch):
+    store, claim = ShardStore(tmp_path), ShardStore.claim
+
+    @contextmanager
+    def finished_meanwhile(self, name):
+        store.write(name, pd.DataFrame({"value": [1]}))
+        with claim(self, name) as mine:
+            yield mine
+
+    monkeypatch.setattr(ShardStore, "claim", finished_meanwhile)
+    assert store.once("a", lambda: pd.DataFrame({"value": [2]}))["value"].tolist() == [1]

@@ -1,0 +1,81 @@
+"""The support matrix says what the conformance suite finds, about what is declared, under the installed transformers."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from vlm_core import support
+from vlm_core.support import CLAIMS, MATRIX, WRITING, contradiction, read_matrix, render, this_version
+from vlm_core.tests.family_models import TINY
+from vlm_core.tests.test_conformance import CHECKED
+
+STALE = f"{MATRIX.name} is out of date: run python -m vlm_core.support"
+
+
+def test_every_claim_has_a_test():
+    assert sorted(CHECKED) == sorted(CLAIMS)
+
+
+def test_the_matrix_covers_what_is_declared():
+    assert this_version() in read_matrix(), STALE
+    assert list(read_matrix()[this_version()]) == list(product(TINY, CLAIMS)), STALE
+
+
+def test_the_matrix_reads_as_it_is_written():
+    assert render(read_matrix()) == MATRIX.read_text(), STALE
+
+
+@pytest.fixture
+def matrix(tmp_path, monkeypatch):
+    """A matrix of two versions beside the real one."""
+    cells = {("one", name): "yes" for name in CLAIMS}
+    cells["one", "drop"] = "no: its image is elsewhere: use KnockOut"
+    cells["one", "padding"] = "not applicable: it has none"
+    path = tmp_path / "SUPPORT.md"
+    path.write_text(render({"5.23": cells, "5.9": cells | {("one", "drop"): "yes"}}))
+    monkeypatch.setattr(support, "MATRIX", path)
+    monkeypatch.setattr(support, "this_version", lambda: "5.23")
+    monkeypatch.delenv(WRITING, raising=False)
+    return cells
+
+
+def test_verdicts_come_back_with_their_reasons(matrix):
+    assert read_matrix() == {"5.23": matrix, "5.9": matrix | {("one", "drop"): "yes"}}
+    text = support.MATRIX.read_text()
+    assert text.index("## transformers 5.23") < text.index("## transformers 5.9")
+
+
+def test_another_verdict_family_or_version_is_a_contradiction(matrix, monkeypatch):
+    assert contradiction("one", "drop", "no: its image is elsewhere: use KnockOut") is None
+    assert "SUPPORT.md says 'no: its image is elsewhere: use KnockOut' for one and drop" in contradiction("one", "drop", "yes")
+    assert "says 'None' for two and drop" in contradiction("two", "drop", "yes")
+    monkeypatch.setattr(support, "this_version", lambda: "5.24")
+    assert "under transformers 5.24" in contradiction("one", "drop", "yes")
+    monkeypatch.setenv(WRITING, "1")
+    assert contradiction("one", "drop", "yes") is None
+
+
+def test_a_failing_suite_leaves_the_matrix_as_it_was(matrix, monkeypatch, tmp_path):
+    failing = tmp_path / "package" / "tests" / "test_conformance.py"
+    failing.parent.mkdir(parents=True)
+    failing.write_text("def test(): assert False\n")
+    monkeypatch.setattr(support, "SUITE", failing)
+    before = support.MATRIX.read_text()
+    assert support.write_matrix() != 0
+    assert support.MATRIX.read_text() == before
+
+
+def test_a_passing_suite_replaces_its_versions_section(matrix, monkeypatch, tmp_path):
+    passing = tmp_path / "package" / "tests" / "test_conformance.py"
+    passing.parent.mkdir(parents=True)
+    passing.write_text(
+        "def test(record_property):\n"
+        f"    for name in {list(CLAIMS)}:\n"
+        "        record_property('support', f'new|{name}|yes')\n"
+    )
+    monkeypatch.setattr(support, "SUITE", passing)
+    assert support.write_matrix() == 0
+    assert read_matrix()["5.23"] == {("new", name): "yes" for name in CLAIMS}
+    assert read_matrix()["5.9"] == matrix | {("one", "drop"): "yes"}
