@@ -10,10 +10,10 @@
 from importlib import import_module
 
 _HOMES = {
-    "activations": ("capture_activations", "capture_embeddings", "capture_image_kv", "mean_token", "token_spread"),
-    "adapters": ("lora_targets",),
-    "anatomy": ("FAMILIES", "Anatomy", "Family", "HeadId"),
-    "checkpoint": ("Checkpoint", "inspect_checkpoint", "precheck_subject"),
+    "subjects.activations": ("capture_activations", "capture_embeddings", "capture_image_kv", "mean_token", "token_spread"),
+    "families.adapters": ("lora_targets",),
+    "families.anatomy": ("FAMILIES", "Anatomy", "Family", "HeadId"),
+    "subjects.checkpoint": ("Checkpoint", "inspect_checkpoint", "precheck_subject"),
     "errors": ("SubjectError",),
     "evaluation": ("accuracy_table", "evaluate"),
     "interventions": (
@@ -37,11 +37,11 @@ _HOMES = {
         "describe",
         "touches",
     ),
-    "gradients": ("HeadGradients", "ImageGradients", "IntegratedGradients"),
-    "layout": ("Layout", "coverage", "heatmap", "image_layouts", "object_tokens"),
-    "lens": ("DirectLogits", "LogitLens"),
-    "means": ("KeyValues", "Moments", "head_means", "image_kv_means", "key_value_moments"),
-    "observers": (
+    "observation.gradients": ("HeadGradients", "ImageGradients", "IntegratedGradients"),
+    "families.layout": ("Layout", "coverage", "heatmap", "image_layouts", "object_tokens"),
+    "observation.lens": ("DirectLogits", "LogitLens"),
+    "observation.means": ("KeyValues", "Moments", "head_means", "image_kv_means", "key_value_moments"),
+    "observation.observers": (
         "At",
         "AttentionEntropy",
         "AttentionMass",
@@ -52,14 +52,14 @@ _HOMES = {
         "MaskIoU",
         "TopTokens",
     ),
-    "observing": ("attention_map", "observe"),
+    "observation.observing": ("attention_map", "observe"),
     "recording": ("Recording", "record"),
-    "recording_config": ("RecordingConfig",),
-    "sinks": ("SinkMass", "Sinks", "find_sinks"),
-    "checks": ("selfcheck",),
-    "subject": ("Batch", "Subject", "load_subject"),
-    "executors": ("ProcessExecutor", "RayExecutor", "SerialExecutor"),
-    "sweeps": ("progress_bar", "sweep"),
+    "observation.recording_config": ("RecordingConfig",),
+    "observation.sinks": ("SinkMass", "Sinks", "find_sinks"),
+    "subjects.checks": ("selfcheck",),
+    "subjects.subject": ("Batch", "Subject", "load_subject"),
+    "sweeps.executors": ("ProcessExecutor", "RayExecutor", "SerialExecutor"),
+    "sweeps.sweep": ("progress_bar", "sweep"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

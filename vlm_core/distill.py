@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback, set_seed
 
 from vlm_core.errors import SubjectError
-from vlm_core.processing import load_processor
+from vlm_core.families.processing import load_processor
 
 __all__ = ["SFTBudget", "TrainingDiverged", "instruction_set", "sft"]
 

@@ -18,9 +18,9 @@ from PIL import Image
 from vlm_core.interventions import Intervention
 from vlm_core.items import item_field, item_number, take
 from vlm_core.stats import interval
-from vlm_core.scoring import candidate_metric
-from vlm_core.subject import Subject
-from vlm_core.sweeps import sweep
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.scoring import candidate_metric
+from vlm_core.sweeps.sweep import sweep
 
 __all__ = ["accuracy_table", "evaluate"]
 

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import RidgeCV
 
-from vlm_core.anatomy import HeadId
+from vlm_core.families.anatomy import HeadId
 from vlm_core.interventions import ImageKVMeans, ReplaceImageKV
-from vlm_core.subject import Subject
-from vlm_core.sweeps import sweep
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.sweep import sweep
 
 __all__ = ["HeadAttribution", "assign_draws", "attribute_heads", "draw_means", "layer_free", "layer_matched"]
 

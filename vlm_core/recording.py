@@ -39,15 +39,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vlm_core.embed import Encoded
 from vlm_core.interventions import Intervention, describe
 from vlm_core.items import item_field, take
-from vlm_core.means import KeyValues, Moments
-from vlm_core.observers import At
-from vlm_core.observing import Groups, observed, prepare
-from vlm_core.recording_config import RecordingConfig
-from vlm_core.subject import Subject, load_subject
-from vlm_core.views import Tokens
+from vlm_core.observation.means import KeyValues, Moments
+from vlm_core.observation.observers import At
+from vlm_core.observation.observing import Groups, observed, prepare
+from vlm_core.observation.recording_config import RecordingConfig
+from vlm_core.seam.views import Tokens
+from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.subject import Subject, load_subject
 
 __all__ = ["Recording", "RecordingConfig", "record"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from vlm_core.interventions import DropTokens
-from vlm_core.subject import Subject
-from vlm_core.sweeps import sweep
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.sweep import sweep
 
 __all__ = ["POLICIES", "choose_drop", "drop_table", "mid_depth", "spread"]
 

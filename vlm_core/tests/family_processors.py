@@ -17,7 +17,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from vlm_core.processing import images_only, processor_class
+from vlm_core.families.processing import images_only, processor_class
 from vlm_core.tests.tiny import WORDS, loud
 
 PATCH = 8

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from vlm_core import Batch, Subject
-from vlm_core.adapters import lora_targets
+from vlm_core.families.adapters import lora_targets
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.tiny import tiny_llava
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import vlm_core.attending
-import vlm_core.checks
+import vlm_core.seam.attending
+import vlm_core.subjects.checks
 from vlm_core import AttentionMass, SubjectError, selfcheck
+from vlm_core.seam.views import AttentionView
 from vlm_core.tests.test_conformance import batch_of, logits_under, subject_of
 from vlm_core.tests.tiny import tiny_subject
-from vlm_core.views import AttentionView
 
 
 def halve_attention(monkeypatch, subject):
@@ -20,12 +20,12 @@ def halve_attention(monkeypatch, subject):
 
 def replace_nothing(monkeypatch, subject):
     monkeypatch.setattr(
-        vlm_core.attending.AttentionEdits, "_replace", lambda edits, replaced, layer, axes, module, key, value: (module, key, value)
+        vlm_core.seam.attending.AttentionEdits, "_replace", lambda edits, replaced, layer, axes, module, key, value: (module, key, value)
     )
 
 
 def replace_more(monkeypatch, subject):
-    original = vlm_core.attending.AttentionEdits._replace
+    original = vlm_core.seam.attending.AttentionEdits._replace
 
     def replace(edits, replaced, layer, axes, module, key, value):
         module, key, value = original(edits, replaced, layer, axes, module, key, value)
@@ -33,11 +33,11 @@ def replace_more(monkeypatch, subject):
         value[:, 0, -1] += 1.0
         return module, key, value
 
-    monkeypatch.setattr(vlm_core.attending.AttentionEdits, "_replace", replace)
+    monkeypatch.setattr(vlm_core.seam.attending.AttentionEdits, "_replace", replace)
 
 
 def replace_another_head(monkeypatch, subject):
-    original = vlm_core.attending.AttentionEdits._replace
+    original = vlm_core.seam.attending.AttentionEdits._replace
 
     def replace(edits, replaced, layer, axes, module, key, value):
         module, key, value = original(edits, replaced, layer, axes, module, key, value)
@@ -45,7 +45,7 @@ def replace_another_head(monkeypatch, subject):
         key[:, 1] = 0.0
         return module, key, value
 
-    monkeypatch.setattr(vlm_core.attending.AttentionEdits, "_replace", replace)
+    monkeypatch.setattr(vlm_core.seam.attending.AttentionEdits, "_replace", replace)
 
 
 def leave_something_behind(monkeypatch, subject):
@@ -53,7 +53,7 @@ def leave_something_behind(monkeypatch, subject):
         with torch.no_grad():
             subject.anatomy.head.weight += 0.01
 
-    monkeypatch.setattr(vlm_core.checks, "_check_readout", spoil)
+    monkeypatch.setattr(vlm_core.subjects.checks, "_check_readout", spoil)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_what_is_broken_is_named(monkeypatch, name, break_it, detail):
 def test_image_keys_outside_the_sequence_are_not_mistaken_for_it():
     """A prompt that has as many tokens as the image has keys."""
     subject = subject_of("mllama")
-    views = vlm_core.checks._Views(1)
+    views = vlm_core.subjects.checks._Views(1)
     batch = batch_of("mllama")
     logits_under(subject, None, batch, [views])
     missing = views.seen[1].key.shape[2] - batch.image.shape[1]

@@ -34,9 +34,9 @@ from vlm_core import (
     capture_embeddings,
     capture_image_kv,
 )
-from vlm_core.plan import Program
-from vlm_core.seam import current_run
-from vlm_core.stored import from_dict, load, save, tensors_of, to_dict
+from vlm_core.interventions.stored import from_dict, load, save, tensors_of, to_dict
+from vlm_core.seam.plan import Program
+from vlm_core.seam.seam import current_run
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.oracles import decode_again, hooked, logits, members, read_site
 from vlm_core.tests.tiny import make_items
@@ -452,7 +452,7 @@ def test_hashes_are_the_same_in_another_process(subject, items, tmp_path):
     rows = every_declaration(subject, items)
     save(tmp_path / "plans.json", rows)
     program = (
-        "import sys; from vlm_core.stored import load\n"
+        "import sys; from vlm_core.interventions.stored import load\n"
         "for name, row in load(sys.argv[1]).items():\n"
         "    for part in row if isinstance(row, tuple) else (row,):\n"
         "        if part is not None: print(name, part.digest, hash(part))\n"

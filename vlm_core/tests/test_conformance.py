@@ -20,10 +20,6 @@ from vlm_core import (
     SubjectError,
     selfcheck,
 )
-from vlm_core.activations import capture_activations
-from vlm_core.budget import Budget
-from vlm_core.embed import capture
-from vlm_core.engine import RowJob, run_rows
 from vlm_core.interventions import (
     DropTokens,
     GaussianNoise,
@@ -36,10 +32,13 @@ from vlm_core.interventions import (
     Steer,
     ZeroHeads,
 )
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.subjects.activations import capture_activations
+from vlm_core.subjects.embed import capture
+from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.support import CLAIMS, contradiction, outcome_property
+from vlm_core.sweeps.budget import Budget
+from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.tests.family_models import AFTER, IMAGE_TOKEN, TINY
-
 
 
 @cache

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vlm_core import AttentionMass, DropTokens, HiddenStates, KnockOut, MergeTokens, Steer, ZeroHeads
-from vlm_core.embed import encode_items
 from vlm_core.items import item_number
-from vlm_core.plan import Program
-from vlm_core.rows import forward_rows
+from vlm_core.seam.plan import Program
+from vlm_core.subjects.embed import encode_items
+from vlm_core.subjects.rows import forward_rows
 from vlm_core.tests.test_interventions import every_kind, normal
 from vlm_core.tests.tiny import make_items, tiny_subject
 

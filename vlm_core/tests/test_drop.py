@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_core import DropTokens, ImageAttention, ReplaceImageKV, ZeroHeads, observe
-from vlm_core.dropping import kept_pattern
+from vlm_core.seam.dropping import kept_pattern
 from vlm_core.tests.test_seam import causal, logits, masked_layers_oracle
 from vlm_core.tests.tiny import make_items
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from vlm_core import Subject, SubjectError, selfcheck
-from vlm_core.embed import Encoded, batch_groups, encode_items
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.subjects.embed import Encoded, batch_groups, encode_items
+from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.tests.family_processors import PROCESSORS
 from vlm_core.tests.tiny import tiny_subject
 

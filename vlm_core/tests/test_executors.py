@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import pytest
 
-import vlm_core.sweeps
+import vlm_core.sweeps.sweep
 from vlm_core import ZeroHeads, sweep
-from vlm_core.executors import ProcessExecutor, RayExecutor, SerialExecutor, open_subject
+from vlm_core.sweeps.executors import ProcessExecutor, RayExecutor, SerialExecutor, open_subject
 from vlm_core.tests.tiny import make_items
 from vlm_core.tests.worker_tasks import DiesAt, TinySubject, answer, die, die_once, fail
 
@@ -19,7 +19,7 @@ INTERVENTIONS = {"none": None, "zero": ZeroHeads([(1, 1)])}
 
 @pytest.fixture
 def expected(monkeypatch, subject):
-    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ITEMS", 2)
     return sweep(subject, make_items(8), INTERVENTIONS)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlm_core import Subject, ZeroHeads, sweep
-from vlm_core.embed import capture, encode_items
-from vlm_core.features import encode_distinct, image_features, takes_features, with_features
+from vlm_core.subjects.embed import capture, encode_items
+from vlm_core.sweeps.features import encode_distinct, image_features, takes_features, with_features
 from vlm_core.tests.family_models import BUILDERS
 from vlm_core.tests.tiny import make_items
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from vlm_core import HeadGradients, ImageGradients, IntegratedGradients, Subject, SubjectError, ZeroHeads, observe
-from vlm_core.embed import capture, encode_items
-from vlm_core.observing import observe_encoded
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.observation.observing import observe_encoded
+from vlm_core.subjects.embed import capture, encode_items
+from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.tests.family_models import TINY
 from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
 
@@ -162,7 +162,7 @@ def test_what_has_no_gradient_is_said(subject):
 
 
 def test_many_steps_run_a_few_at_a_time(monkeypatch):
-    from vlm_core import gradients
+    from vlm_core.observation import gradients
 
     subject, items = tiny_subject(), make_items(1)
     whole = observe(subject, items, IntegratedGradients(steps=7))["attribution"]

@@ -31,10 +31,10 @@ from vlm_core import (
     token_spread,
     touches,
 )
-from vlm_core.embed import encode_items
 from vlm_core.items import item_number
-from vlm_core.plan import parts
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.seam.plan import parts
+from vlm_core.subjects.embed import encode_items
+from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.tests.oracles import (
     causal,
     counted,

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_core import Subject, SubjectError
-from vlm_core.anatomy import FAMILIES
-from vlm_core.embed import capture
-from vlm_core.layout import KINDS, Layout, coverage, heatmap, image_layouts, object_tokens
+from vlm_core.families.anatomy import FAMILIES
+from vlm_core.families.layout import KINDS, Layout, coverage, heatmap, image_layouts, object_tokens
+from vlm_core.families.tiling import CUTS
+from vlm_core.subjects.embed import capture
 from vlm_core.tests.family_processors import PATCH, PROCESSORS, SIDE, VARIANTS
-from vlm_core.tiling import CUTS
 
 PROMPT = "what is in the image ?"
 QUERIES = ("idefics2", "blip-2", "instructblip")

@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers as tf
 
-from vlm_core import DirectLogits, HeadOutputs, LogitLens, Subject, SubjectError, ZeroHeads, lens, observe
-from vlm_core.embed import capture
-from vlm_core.lens import FrozenNorm
-from vlm_core.observing import observe_encoded
-from vlm_core.rows import forward_rows
+from vlm_core import DirectLogits, HeadOutputs, LogitLens, Subject, SubjectError, ZeroHeads, observe
+from vlm_core.observation import lens
+from vlm_core.observation.lens import FrozenNorm
+from vlm_core.observation.observing import observe_encoded
+from vlm_core.subjects.embed import capture
+from vlm_core.subjects.rows import forward_rows
 from vlm_core.tests.family_models import IMAGE_TOKEN, TEXT, TINY, Tiny, _clip
 from vlm_core.tests.tiny import make_items, tiny_subject
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_core import HeadOutputs, KeyValues, Moments, head_means, image_kv_means, key_value_moments, means, observe
+from vlm_core import HeadOutputs, KeyValues, Moments, head_means, image_kv_means, key_value_moments, observe
+from vlm_core.observation import means
+from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.tests.tiny import make_items
-from vlm_core.views import AttentionView, Tokens
 
 
 def moments_of(values: np.ndarray) -> Moments:

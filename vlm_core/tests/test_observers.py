@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from torch.profiler import ProfilerActivity, profile
 
 from vlm_core import (
@@ -30,10 +29,10 @@ from vlm_core import (
     head_means,
     image_kv_means,
     observe,
-    observing,
 )
-from vlm_core.embed import capture
-from vlm_core.observing import observe_encoded
+from vlm_core.observation import observing
+from vlm_core.observation.observing import observe_encoded
+from vlm_core.subjects.embed import capture
 from vlm_core.tests.family_models import TINY
 from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
 

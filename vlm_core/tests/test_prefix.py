@@ -10,12 +10,12 @@ import torch
 from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_core import HeadMeans, ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Subject, SubjectError, ZeroHeads
-from vlm_core.budget import Budget
-from vlm_core.embed import capture, encode_items
-from vlm_core.engine import RowJob, choose_path, run_rows
 from vlm_core.interventions import DropTokens, Steer
-from vlm_core.prefix import why_not_shared
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.subjects.embed import capture, encode_items
+from vlm_core.subjects.rows import forward_rows, read_logits
+from vlm_core.sweeps.budget import Budget
+from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
+from vlm_core.sweeps.prefix import why_not_shared
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, VISION
 from vlm_core.tests.tiny import loud, make_items, tiny_subject
 

@@ -11,7 +11,7 @@ import transformers as tf
 from PIL import Image
 
 from vlm_core import load_subject
-from vlm_core.processing import images_only, load_processor, processor_class
+from vlm_core.families.processing import images_only, load_processor, processor_class
 from vlm_core.tests.family_processors import PROCESSORS, VARIANTS, save
 
 PROMPT = "what is in the image ?"

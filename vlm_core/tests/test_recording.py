@@ -33,11 +33,11 @@ from vlm_core import (
     ZeroHeads,
     key_value_moments,
     observe,
-    observing,
     record,
     recording,
 )
-from vlm_core.recording_config import KINDS
+from vlm_core.observation import observing
+from vlm_core.observation.recording_config import KINDS
 from vlm_core.tests.tiny import make_items
 
 TOML = """

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vlm_core import DropTokens, HeadMeans, HiddenStates, KnockOut, MeanHeads, ReplaceImageKV, ZeroHeads
-from vlm_core.embed import capture, encode_items
 from vlm_core.items import item_number
-from vlm_core.rows import forward_rows, read_logits
+from vlm_core.subjects.embed import capture, encode_items
+from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.tests.tiny import make_items
 
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import vlm_core.attending
-import vlm_core.checks
+import vlm_core.seam.attending
+import vlm_core.subjects.checks
 from vlm_core import (
     Batch,
     DropTokens,
@@ -32,10 +32,10 @@ from vlm_core import (
     observe,
     selfcheck,
 )
-from vlm_core.attending import AttentionEdits
-from vlm_core.embed import capture
-from vlm_core.rows import forward_rows
-from vlm_core.seam import ATTENTION_NAMES, _original, current_run
+from vlm_core.seam.attending import AttentionEdits
+from vlm_core.seam.seam import ATTENTION_NAMES, _original, current_run
+from vlm_core.subjects.embed import capture
+from vlm_core.subjects.rows import forward_rows
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
 
@@ -468,7 +468,7 @@ def break_causality(monkeypatch, subject):
     for name in ("eager", "vlm_core_eager"):
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, lambda *args, **kwargs: None)
     # Knock-outs build their own causal mask, and so notice a missing one first.
-    monkeypatch.setattr(vlm_core.checks, "_check_knock_out", lambda *args: None)
+    monkeypatch.setattr(vlm_core.subjects.checks, "_check_knock_out", lambda *args: None)
 
 
 def break_one_mask(monkeypatch, subject):
@@ -480,8 +480,8 @@ def break_zero_head(monkeypatch, subject):
 
 
 def break_knock_out(monkeypatch, subject):
-    cut = vlm_core.attending.block
-    monkeypatch.setattr(vlm_core.attending, "block", lambda mask, edges: cut(mask, edges | (torch.rand(edges.shape) < 0.1)))
+    cut = vlm_core.seam.attending.block
+    monkeypatch.setattr(vlm_core.seam.attending, "block", lambda mask, edges: cut(mask, edges | (torch.rand(edges.shape) < 0.1)))
 
 
 def break_readout(monkeypatch, subject):

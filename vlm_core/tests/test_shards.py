@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import pandas as pd
 import pytest
 
-from vlm_core.shards import ShardStore
+from vlm_core.sweeps.shards import ShardStore
 
 WORKER = """
 import sys, time
 import pandas as pd
-from vlm_core.shards import ShardStore
+from vlm_core.sweeps.shards import ShardStore
 
 folder, log, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
 

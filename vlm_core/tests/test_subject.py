@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from vlm_core import Subject, SubjectError, ZeroHeads, load_subject, precheck_subject, sweep
-from vlm_core.checkpoint import inspect_checkpoint
-from vlm_core.seam import _before_layer
+from vlm_core.seam.seam import _before_layer
+from vlm_core.subjects.checkpoint import inspect_checkpoint
 from vlm_core.tests.tiny import CHAT_TEMPLATE, make_items, tiny_llava, tiny_subject
 
 

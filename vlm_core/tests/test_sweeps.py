@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-import vlm_core.sweeps
+import vlm_core.sweeps.sweep
 from vlm_core import DropTokens, KnockOut, ReplaceImageKV, SubjectError, ZeroHeads, sweep
 from vlm_core.items import item_number
 from vlm_core.tests.tiny import make_items, tiny_subject
@@ -66,7 +66,7 @@ def test_values_equal_scoring_by_hand(subject, means, multi_token, batch_rows):
 
 def test_multi_token_candidates_share_rows(subject):
     item = make_items(1, multi_token=True)[0]
-    one = vlm_core.sweeps.candidate_set(subject, item)
+    one = vlm_core.sweeps.sweep.candidate_set(subject, item)
     dark = subject.continuation("dark red")[0]
     assert one.prefixes == ((dark,),)
     assert one.reads == ((0, 0), (0, 1))
@@ -104,7 +104,7 @@ def test_repeated_assignments_each_get_their_value(subject):
 def test_ties_are_wrong(subject):
     scores = np.array([[-1.0, -1.0], [-1.0, -2.0]])
     sets = [SimpleNamespace(answer=0)] * 2
-    assert vlm_core.sweeps.score_candidates(sets, scores, np.zeros(2))["correct"].tolist() == [0.0, 1.0]
+    assert vlm_core.sweeps.sweep.score_candidates(sets, scores, np.zeros(2))["correct"].tolist() == [0.0, 1.0]
 
 
 def test_items_may_be_objects(subject):
@@ -114,10 +114,10 @@ def test_items_may_be_objects(subject):
 
 
 def test_a_killed_sweep_resumes(monkeypatch, tmp_path, subject):
-    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ITEMS", 2)
     items, interventions = make_items(6), {"none": None, "zero": ZeroHeads([(0, 1)])}
     expected = sweep(subject, items, interventions)
-    work, calls = vlm_core.sweeps._measure, []
+    work, calls = vlm_core.sweeps.sweep._measure, []
 
     def dies_in_the_third_block(*args):
         calls.append(args)
@@ -125,7 +125,7 @@ def test_a_killed_sweep_resumes(monkeypatch, tmp_path, subject):
             raise KeyboardInterrupt
         return work(*args)
 
-    monkeypatch.setattr(vlm_core.sweeps, "_measure", dies_in_the_third_block)
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_measure", dies_in_the_third_block)
     with pytest.raises(KeyboardInterrupt):
         sweep(subject, items, interventions, store=tmp_path)
     assert len(list(tmp_path.glob("*.parquet"))) == 2
@@ -160,7 +160,7 @@ def test_what_cannot_be_scored_is_refused(subject):
 
 
 def test_an_empty_sweep_is_an_empty_table(subject):
-    assert list(sweep(subject, [], [None]).columns) == list(vlm_core.sweeps.COLUMNS)
+    assert list(sweep(subject, [], [None]).columns) == list(vlm_core.sweeps.sweep.COLUMNS)
 
 
 def test_paths_and_reasons_are_told(tmp_path, subject, means):
@@ -202,14 +202,14 @@ def test_token_groups_of_items_reach_the_interventions(tmp_path, subject):
 
 
 def test_a_progress_bar_counts_rows_and_tells_the_time_left(subject, capsys, monkeypatch):
-    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ITEMS", 2)
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ITEMS", 2)
     sweep(subject, make_items(4), [None, ZeroHeads([(0, 1)])], progress=True)
     shown = capsys.readouterr().err
     assert "8/8" in shown and "<00:0" in shown
 
 
 def test_blocks_hold_so_many_rows_at_most(subject, monkeypatch):
-    monkeypatch.setattr(vlm_core.sweeps, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ROWS", 5)
     seen = []
     sweep(subject, make_items(4), [None, ZeroHeads([(0, 1)])], progress=lambda done, n: seen.append(done))
     assert seen == [4, 8]
@@ -230,12 +230,12 @@ def test_a_killed_process_loses_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import vlm_core.sweeps
+import vlm_core.sweeps.sweep
 from vlm_core import ZeroHeads, sweep
 from vlm_core.tests.tiny import make_items, tiny_subject
 
 folder = Path(sys.argv[1])
-first, work, done = not (folder / "blocks").exists(), vlm_core.sweeps._measure, []
+first, work, done = not (folder / "blocks").exists(), vlm_core.sweeps.sweep._measure, []
 
 def measure(*args):
     done.append(1)
@@ -245,7 +245,7 @@ def measure(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return work(*args)
 
-vlm_core.sweeps._BLOCK_ITEMS, vlm_core.sweeps._measure = 2, measure
+vlm_core.sweeps.sweep._BLOCK_ITEMS, vlm_core.sweeps.sweep._measure = 2, measure
 table = sweep(tiny_subject(), make_items(8), [None, ZeroHeads([(0, 1)])], store=folder)
 assert len(table) == 8 * 2 * 3
 """

@@ -7,9 +7,10 @@ from functools import cache
 import pytest
 import torch
 
-from vlm_core import Batch, Subject, views
+from vlm_core import Batch, Subject
+from vlm_core.seam import views
+from vlm_core.seam.views import Tokens
 from vlm_core.tests.family_models import AFTER, IMAGE_TOKEN, TINY
-from vlm_core.views import Tokens
 
 # Text before, two images with text between, text after; then one filled up on the left; then one whose image was dropped.
 IMAGE = torch.tensor([[0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()

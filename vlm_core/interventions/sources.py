@@ -1,0 +1,188 @@
+"""Tensors that interventions refer to: means, another image's keys and values, captured activations, noise.
+
+``HeadMeans``, ``ImageKVMeans``   one vector per head
+``ImageKV``                       the image keys and values of one prompt, token by token
+``Activations``                   what one prompt had at some sites (``vlm_core.subjects.activations`` captures them)
+``Vector``                        one direction, or one mean token
+``GaussianNoise``                 noise that depends on its seed, the item, the layer and the token, and on nothing else
+
+Each is frozen and compares by the ``digest`` of its content, which is the same in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+__all__ = ["SITES", "Activations", "GaussianNoise", "HeadMeans", "ImageKV", "ImageKVMeans", "Source", "Vector"]
+
+SITES = ("residual", "attention", "mlp", "head")
+"""Where activations are captured and patched.
+
+``residual`` is the stream that *enters* a layer (index ``n_layers``: the final norm), ``attention`` and ``mlp`` are what
+these modules add to it, ``head`` the outputs of single heads before the output projection.
+"""
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+class Source:
+    """Equality and hash by content, across processes."""
+
+    digest: str
+
+    def to_dict(self) -> dict:
+        """Kind and digest; ``vlm_core.interventions.stored`` keeps the tensors."""
+        return {"kind": type(self).__name__, "digest": self.digest}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.digest})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return int(hashlib.sha256(f"{type(self).__name__} {self.digest}".encode()).hexdigest()[:15], 16)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadMeans(Source):
+    """Mean output of every head: ``values`` ``[layer, head, head_dim]``."""
+
+    values: torch.Tensor
+    count: int = 0
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", _digest(self.values))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageKVMeans(Source):
+    """Mean image key and value of every query head: ``keys``, ``values`` ``[layer, head, head_dim]``.
+
+    Keys are taken as the seam sees them, after rotary embedding, and averaged over image positions and items. The mean
+    of rotated keys is not the rotation of a mean key: high-frequency components average towards zero. It is the same
+    constant at every image position, which is what makes the replaced tokens indistinguishable.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    count: int = 0
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", _digest(self.keys, self.values))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageKV(Source):
+    """Image keys and values of one prompt: ``keys``, ``values`` ``[layer, head, image token, head_dim]``.
+
+    Keys are as the seam sees them, after rotary embedding: they belong to the positions at which they were captured,
+    so the other image's tokens must lie at the same positions (the same prompt does).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", _digest(self.keys, self.values))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Vector(Source):
+    """One vector of the residual stream: ``values`` ``[hidden]``."""
+
+    values: torch.Tensor
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 1:
+            raise ValueError(f"a direction is one vector [hidden], got a tensor of shape {tuple(self.values.shape)}")
+        object.__setattr__(self, "digest", _digest(self.values))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Activations(Source):
+    """What one prompt had at some sites and layers.
+
+    Parameters
+    ----------
+    values : mapping of (site, layer) to Tensor
+        ``[token, hidden]``; ``[token, head, head_dim]`` at the site ``head``. No padding.
+    image : BoolTensor ``[token]``
+        Which tokens are image tokens.
+    groups : mapping of str to BoolTensor ``[token]``
+        Named groups of the prompt.
+    """
+
+    values: Mapping[tuple[str, int], torch.Tensor]
+    image: torch.Tensor
+    groups: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for (site, layer), tensor in self.values.items():
+            if site not in SITES:
+                raise ValueError(f"'{site}' is not a site: choose from {', '.join(SITES)}")
+            if tensor.shape[0] != self.image.shape[0]:
+                raise ValueError(
+                    f"activations of site '{site}' at layer {layer} have {tensor.shape[0]} tokens, the prompt has "
+                    f"{self.image.shape[0]}"
+                )
+        names, groups = sorted(self.values), sorted(self.groups)
+        tensors = [self.values[name] for name in names] + [self.groups[name] for name in groups]
+        digest = hashlib.sha256(repr((names, groups)).encode())
+        digest.update(_digest(self.image, *tensors).encode())
+        object.__setattr__(self, "digest", digest.hexdigest()[:12])
+
+    def at(self, site: str, layer: int) -> torch.Tensor:
+        """The activations of one site and layer; a ``ValueError`` naming what was captured if it is not among them."""
+        if (site, layer) not in self.values:
+            captured = ", ".join(f"{known} {number}" for known, number in sorted(self.values)) or "nothing"
+            raise ValueError(f"no activations of site '{site}' at layer {layer} were captured, only of: {captured}")
+        return self.values[site, layer]
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianNoise(Source):
+    """Normal noise of standard deviation ``scale``, *added* where it is used.
+
+    A token's noise depends on the seed, its item's number, the layer and its position, so that an item gets the same
+    noise in every batch, alone or with others, with and without padding.
+    """
+
+    scale: float
+    seed: int = 0
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.scale < 0:
+            raise ValueError(f"scale must be 0 or more, got {self.scale}")
+        object.__setattr__(self, "digest", f"{self.scale!r}-{self.seed}")
+
+    def to_dict(self) -> dict:
+        """All there is to it."""
+        return {"kind": type(self).__name__, "scale": self.scale, "seed": self.seed}
+
+    def draw(self, item: int, layer: int, n_tokens: int, width: int) -> torch.Tensor:
+        """Noise of an item's first ``n_tokens`` tokens, ``[token, width]``."""
+        return torch.from_numpy(_normal(self.seed, item, layer, n_tokens, width)) * self.scale
+
+
+@lru_cache(maxsize=256)
+def _normal(seed: int, item: int, layer: int, n_tokens: int, width: int) -> np.ndarray:
+    # Drawn row by row from one stream: a longer sequence begins with the same noise.
+    return np.random.default_rng((seed, item, layer)).standard_normal((n_tokens, width)).astype(np.float32)

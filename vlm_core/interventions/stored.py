@@ -1,0 +1,159 @@
+"""Interventions as JSON, and back.
+
+``save(path, rows)``      JSON at ``path``, tensors beside it in a safetensors file, each by its digest
+``load(path)``            the same rows again, equal and with equal hashes
+``to_dict(...)``, ``from_dict(...)``    one row as builtins; the tensors it needs come and go apart (``tensors_of``)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlm_core.interventions as interventions
+from vlm_core.interventions import Row, parts
+from vlm_core.interventions.sources import Activations, GaussianNoise, HeadMeans, ImageKV, ImageKVMeans, Source, Vector
+
+__all__ = ["from_dict", "load", "save", "tensors_of", "to_dict"]
+
+_KINDS = (
+    "DropTokens",
+    "KnockOut",
+    "MeanHeads",
+    "MergeTokens",
+    "Patch",
+    "ReplaceImageKV",
+    "ReplaceTokens",
+    "ResampleHeads",
+    "Steer",
+    "ZeroHeads",
+)
+_FIELDS = {HeadMeans: ("values",), ImageKVMeans: ("keys", "values"), ImageKV: ("keys", "values"), Vector: ("values",)}
+_SOURCES = {kind.__name__: kind for kind in _FIELDS}
+
+
+def to_dict(row: Row) -> Any:
+    """One row as builtins: None, a dictionary, or a list of them for a tuple."""
+    if isinstance(row, tuple):
+        return [part.to_dict() for part in row]
+    return None if row is None else row.to_dict()
+
+
+def tensors_of(row: Row) -> dict[str, torch.Tensor]:
+    """The tensors behind one row, named by kind, digest and field."""
+    tensors = {}
+    for part in parts(row):
+        for source in vars(part).values():
+            if isinstance(source, Source) and not isinstance(source, GaussianNoise):
+                tensors.update(_tensors(source))
+    return tensors
+
+
+def from_dict(content: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> Row:
+    """One row from what ``to_dict`` gave.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor, optional
+        As ``tensors_of`` names them.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind, fields that it does not have, or a tensor that is missing or not what it was.
+    """
+    if content is None:
+        return None
+    if isinstance(content, list):
+        return tuple(from_dict(part, tensors) for part in content)
+    fields = dict(content)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"'{kind}' is not an intervention: the known ones are {', '.join(_KINDS)}")
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            fields[name] = _source(value, tensors or {})
+        elif isinstance(value, list):
+            fields[name] = tuple(tuple(one) if isinstance(one, list) else one for one in value)
+    try:
+        return getattr(interventions, kind)(**fields)
+    except TypeError as error:
+        raise ValueError(f"the stored {kind} has fields {', '.join(sorted(fields))}, which it does not take: {error}") from error
+
+
+def save(path: str | Path, rows: Mapping[str, Row] | Row) -> None:
+    """Write one row, or labelled rows, to ``path`` (JSON) and the tensors beside it.
+
+    Tensors go to ``path`` with the ending ``.safetensors``, each once however many rows use it; without tensors there is no such file.
+    """
+    path = Path(path)
+    labelled = rows if isinstance(rows, Mapping) else {"": rows}
+    content = {label: to_dict(row) for label, row in labelled.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for row in labelled.values():
+        tensors.update(tensors_of(row))
+    beside = path.with_suffix(".safetensors")
+    if tensors:
+        partial = beside.with_suffix(f".{os.getpid()}.partial")
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, beside)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    envelope = {"rows": content} if isinstance(rows, Mapping) else {"row": content[""]}
+    partial.write_text(json.dumps(envelope, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def load(path: str | Path) -> Any:
+    """What ``save`` wrote: one row, or a dictionary of labelled rows."""
+    path = Path(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    beside = path.with_suffix(".safetensors")
+    tensors = load_file(beside) if beside.is_file() else {}
+    if "row" in content:
+        return from_dict(content["row"], tensors)
+    return {label: from_dict(row, tensors) for label, row in content["rows"].items()}
+
+
+def _tensors(source: Source) -> dict[str, torch.Tensor]:
+    prefix = f"{type(source).__name__}/{source.digest}"
+    if isinstance(source, Activations):
+        named = {f"value/{site}/{layer}": tensor for (site, layer), tensor in source.values.items()}
+        named.update({f"group/{name}": members for name, members in source.groups.items()})
+        named["image"] = source.image
+    else:
+        named = {name: getattr(source, name) for name in _FIELDS[type(source)]}
+        if hasattr(source, "count"):
+            named["count"] = torch.tensor(source.count)
+    return {f"{prefix}/{name}": tensor for name, tensor in named.items()}
+
+
+def _source(content: Mapping, tensors: Mapping[str, torch.Tensor]) -> Source:
+    kind = content["kind"]
+    if kind == "GaussianNoise":
+        return GaussianNoise(content["scale"], content["seed"])
+    prefix = f"{kind}/{content['digest']}/"
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not own:
+        raise ValueError(f"the tensors of {kind} {content['digest']} are missing: keep the .safetensors file beside the JSON")
+    if kind == "Activations":
+        values, groups = {}, {}
+        for name, tensor in own.items():
+            what, _, rest = name.partition("/")
+            if what == "value":
+                site, _, layer = rest.partition("/")
+                values[site, int(layer)] = tensor
+            elif what == "group":
+                groups[rest] = tensor
+        source: Source = Activations(values, own["image"], groups)
+    else:
+        count = {"count": int(own.pop("count"))} if "count" in own else {}
+        source = _SOURCES[kind](**own, **count)
+    if source.digest != content["digest"]:
+        raise ValueError(f"the tensors of {kind} {content['digest']} are not what they were: their digest is {source.digest}")
+    return source

@@ -1,0 +1,230 @@
+"""Run observers over items.
+
+``observe(...)``         one array for each observer, all items
+``observed(...)``        the same a few items at a time, for what streams
+``observe_encoded(...)`` one pass over prompts that are encoded already
+``attention_map(...)``   the common question, asked
+
+An observer is anything with ``attention(view)`` or ``layer(view)`` (``vlm_core.observation.observers``). Two kinds need more than that:
+one with ``parts(subject, items, encoded)`` is observed as several plain ones, whose records its ``combine`` joins; one with
+``measure(subject, items, encoded, intervention)`` makes passes of its own (gradients). ``prepare(subject, items)``, where
+there is one, is called once before everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_core.interventions import Intervention
+from vlm_core.items import item_number, take
+from vlm_core.observation.observers import ImageAttention
+from vlm_core.seam.run import Run
+from vlm_core.subjects.embed import Encoded, encode_items
+from vlm_core.subjects.rows import forward_rows
+from vlm_core.subjects.subject import Subject
+
+__all__ = ["Observed", "attention_map", "observe", "observe_encoded", "observed", "prepare"]
+
+TOKENS_PER_PASS = 16_384
+"""Tokens that run through the language model together, padding included."""
+
+Groups = Callable[[Any, Encoded], dict[str, np.ndarray] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What observers saw of a few items.
+
+    Parameters
+    ----------
+    items : list
+    encoded : list of Encoded
+        What the language model received for each of them.
+    values : list, one per observer, of dict of str to Tensor ``[item, ...]``
+        Under ``""`` where the observer returns one tensor. Padded where items differ.
+    layers : list, one per observer, of tuple of int
+        Layers along the second axis; empty where there is no such axis.
+    """
+
+    items: list
+    encoded: list[Encoded]
+    values: list[dict[str, torch.Tensor]]
+    layers: list[tuple[int, ...]]
+
+
+def observe(
+    subject: Subject,
+    items: Sequence,
+    observers,
+    intervention: Intervention | tuple[Intervention, ...] | None = None,
+    batch_rows: int | None = None,
+    groups: Groups | None = None,
+):
+    """Run observers over items' prompts.
+
+    Parameters
+    ----------
+    observers : one observer, or a sequence of them
+    intervention : optional
+        In force while observing.
+    batch_rows : int, optional
+        Items per forward pass at most. Default: ``subject.batch_rows``; fewer where prompts are long.
+    groups : callable, optional
+        Called with (item, ``Encoded``): named token groups of the item as boolean arrays ``[token]``.
+
+    Returns
+    -------
+    ndarray, or a dict of them where the observer returns several; a list of these where ``observers`` is a sequence
+        ``[item, layer, ...]``, float32 or integers; see each observer. Ragged token axes are padded with NaN (-1).
+
+    Raises
+    ------
+    ValueError
+        Without items, or where an observer asks for a layer, head or token group that there is not.
+    """
+    if not len(items):
+        raise ValueError("there is nothing to observe: pass at least one item")
+    single = not isinstance(observers, list | tuple)
+    ready = prepare(subject, items, [observers] if single else observers)
+    kept: list[dict[str, list[torch.Tensor]]] = [{} for _ in ready]
+    for some in observed(subject, items, ready, intervention, batch_rows, groups):
+        for chunks, values in zip(kept, some.values, strict=True):
+            for key, tensor in values.items():
+                chunks.setdefault(key, []).append(tensor)
+    arrays = []
+    for observer, chunks in zip(ready, kept, strict=True):
+        if not chunks:
+            raise ValueError(f"{observer!r} saw nothing: none of the layers that it asks for is there")
+        joined = {key: torch.cat(padded(tensors)).numpy() for key, tensors in chunks.items()}
+        arrays.append(joined[""] if set(joined) == {""} else joined)
+    return arrays[0] if single else arrays
+
+
+def prepare(subject: Subject, items: Sequence, observers: Sequence) -> list:
+    """The observers, those with a ``prepare`` made ready for this subject (its sinks found, its layers checked)."""
+    return [one.prepare(subject, items) if hasattr(one, "prepare") else one for one in observers]
+
+
+def observed(
+    subject: Subject,
+    items: Sequence,
+    observers: Sequence,
+    intervention: Intervention | tuple[Intervention, ...] | None = None,
+    batch_rows: int | None = None,
+    groups: Groups | None = None,
+) -> Iterator[Observed]:
+    """Run prepared observers over items, one forward pass at a time; see ``observe``. Memory does not grow with items."""
+    batch_rows = batch_rows or subject.batch_rows
+    if batch_rows < 1:
+        raise ValueError(f"batch_rows must be 1 or more, got {batch_rows}")
+    for start in range(0, len(items), batch_rows):
+        chunk = take(items, range(start, min(start + batch_rows, len(items))))
+        encoded = encode_items(subject, chunk, batch=batch_rows)
+        if groups is not None:
+            encoded = [_with_groups(one, groups(item, one) or {}) for item, one in zip(chunk, encoded, strict=True)]
+        for lower, upper in _fitting(encoded):
+            yield observe_encoded(subject, chunk[lower:upper], encoded[lower:upper], observers, intervention)
+
+
+def _with_groups(encoded: Encoded, named: dict[str, np.ndarray]) -> Encoded:
+    masks = {name: torch.as_tensor(np.asarray(mask), device=encoded.ids.device) for name, mask in named.items()}
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or tuple(mask.shape) != (len(encoded),):
+            raise ValueError(
+                f"token group '{name}' is {mask.dtype} of shape {tuple(mask.shape)}: expected one boolean for each of "
+                f"the prompt's {len(encoded)} tokens"
+            )
+    return replace(encoded, groups={**encoded.groups, **masks})
+
+
+def _fitting(encoded: Sequence[Encoded]) -> Iterator[tuple[int, int]]:
+    start, longest = 0, 0
+    for position, sequence in enumerate(encoded):
+        longest = max(longest, len(sequence))
+        if position > start and longest * (position - start + 1) > TOKENS_PER_PASS:
+            yield start, position
+            start, longest = position, len(sequence)
+    yield start, len(encoded)
+
+
+def observe_encoded(
+    subject: Subject,
+    items: Sequence,
+    encoded: Sequence[Encoded],
+    observers: Sequence,
+    intervention: Intervention | tuple[Intervention, ...] | None = None,
+) -> Observed:
+    """Run prepared observers over prompts that are encoded already, in one forward pass."""
+    values: list[dict[str, torch.Tensor]] = [{} for _ in observers]
+    layers: list[tuple[int, ...]] = [() for _ in observers]
+    plain, places = [], []
+    for number, observer in enumerate(observers):
+        if hasattr(observer, "measure"):
+            values[number] = observer.measure(subject, items, encoded, intervention)
+        else:
+            found = observer.parts(subject, items, encoded) if hasattr(observer, "parts") else (observer,)
+            places.append((number, range(len(plain), len(plain) + len(found))))
+            plain.extend(found)
+    if plain:
+        numbers = [item_number(item) for item in items]
+        rows = [intervention] * len(items)
+        _, run = forward_rows(subject, encoded, np.arange(len(items)), rows, numbers, observers=plain)
+        for number, (*parts,) in places:
+            records = [_records(run, part) for part in parts]
+            if hasattr(observers[number], "combine"):
+                values[number] = observers[number].combine(*records)
+            else:
+                values[number], layers[number] = _stacked(records[0]), tuple(records[0])
+    return Observed(
+        list(items), list(encoded), [{key: tensor.cpu() for key, tensor in found.items()} for found in values], layers
+    )
+
+
+def _records(run: Run, number: int) -> dict[int, Any]:
+    """What an observer kept, ``{layer: record}`` with one entry per row."""
+    records = {}
+    for layer, record in sorted(run.records[number].items()):
+        elements = torch.as_tensor(run.elements_at[layer])
+        if isinstance(record, dict):
+            records[layer] = {key: tensor[elements.to(tensor.device)] for key, tensor in record.items()}
+        else:
+            records[layer] = record[elements.to(record.device)]
+    return records
+
+
+def _stacked(records: dict[int, Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, list[torch.Tensor]] = {}
+    for record in records.values():
+        for key, tensor in (record if isinstance(record, dict) else {"": record}).items():
+            found.setdefault(key, []).append(tensor.cpu())
+    return {key: torch.stack(padded(tensors), dim=1) for key, tensors in found.items()}
+
+
+def padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors ``[entry, ...]`` filled up to a common shape (but for the entries) with NaN, or -1 where they are integers."""
+    shape = tuple(map(max, zip(*(tensor.shape[1:] for tensor in tensors), strict=True)))
+    filled = []
+    for tensor in tensors:
+        if tuple(tensor.shape[1:]) != shape:
+            fill = torch.nan if tensor.is_floating_point() else -1
+            whole = tensor.new_full((tensor.shape[0], *shape), fill)
+            whole[(slice(None), *(slice(0, size) for size in tensor.shape[1:]))] = tensor
+            tensor = whole
+        filled.append(tensor)
+    return filled
+
+
+def attention_map(subject: Subject, item, head=None, query: str = "last", intervention=None) -> np.ndarray:
+    """Attention of one item's last query (or the mean over a token group) on its image tokens.
+
+    Returns
+    -------
+    ndarray ``[layer, head, image token]``, or ``[image token]`` for one ``head`` (a ``HeadId``)
+    """
+    maps = observe(subject, [item], ImageAttention(query), intervention)[0]
+    return maps if head is None else maps[head[0], head[1]]

@@ -1,0 +1,373 @@
+"""One batch on its way through the layers: the state behind the seam.
+
+``Run``    holds a compiled ``Program``, knows which token is what (``vlm_core.seam.views.Tokens``), and is called by the seam
+           before every decoder layer (``enter_layer``), inside every attention (``attend``), and after every attention and
+           MLP module (``leave``)
+
+A run may start from fewer sequences than it has rows. ``trunk[row]`` then names the row's sequence, and before the
+first layer that a row touches the run gathers a new batch element for it: all that precedes is computed once. Rows that
+touch nothing share one element to the end; ``elements`` says where each row ended up.
+
+What is done has its own homes: ``vlm_core.seam.residual`` (patches, directions, tokens), ``vlm_core.seam.shortening`` (drops, merges),
+``vlm_core.seam.attending`` (heads, keys and values, edges), ``vlm_core.seam.layer_inputs`` (positions and masks of what is left),
+``vlm_core.seam.branching``. The run says when, and keeps the books.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import nn
+
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.seam.attending import AttentionEdits, Axes
+from vlm_core.seam.branching import Branches
+from vlm_core.seam.dropping import branched
+from vlm_core.seam.layer_inputs import LayerInputs, counted_positions
+from vlm_core.seam.plan import EMBEDDING, Program
+from vlm_core.seam.positions import Positioned
+from vlm_core.seam.residual import StreamEdits
+from vlm_core.seam.shortening import Shortening, Weighed
+from vlm_core.seam.views import AttentionView, LayerView, Tokens
+
+__all__ = ["Run"]
+
+
+class Run:
+    """A program followed through one forward pass (or one ``generate``).
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        Of the model the run is for; modules of other models pass through untouched.
+    program : Program
+        One row per batch row.
+    image, valid : BoolTensor ``[sequence, token]``
+        Layout of the incoming batch: image tokens, and tokens that are not padding.
+    trunk : int array ``[row]``, optional
+        Sequence of each row. Default: row ``i`` is sequence ``i``.
+    items : sequence of int, optional
+        One number per sequence that names its item, for what is drawn at random.
+    observers : sequence
+        Objects with ``attention(view)``, ``layer(view)`` or ``site(site, layer, output, tokens)``; what they return is kept per layer
+        in ``records``.
+    left : bool, optional
+        Side on which rows that lost more tokens than others are filled up. Default: left, where ``generate`` needs it,
+        unless the batch is padded on the right.
+    groups : mapping of str to BoolTensor ``[sequence, token]``, optional
+        Named token groups, for interventions and observers.
+
+    Raises
+    ------
+    ValueError
+        One sentence: what the family lacks, or what this batch does not have (rows, groups, positions, as many tokens as a source).
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        program: Program,
+        image: torch.Tensor,
+        valid: torch.Tensor,
+        trunk: np.ndarray | None = None,
+        items: Sequence[int] | None = None,
+        observers: Sequence = (),
+        left: bool | None = None,
+        groups: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        n_sequences = image.shape[0]
+        self.anatomy = anatomy
+        self.program = program
+        alone = Branches.none(n_sequences, program.n_layers)
+        self.trunk = alone.rows[-1] if trunk is None else np.asarray(trunk)
+        if len(self.trunk) != program.n_rows:
+            raise ValueError(f"{program.n_rows} interventions for {len(self.trunk)} rows: give one per row")
+        for capability, layer in program.needs:
+            anatomy.require(capability, () if layer is None else (layer,))
+        self.items = [0] * n_sequences if items is None else list(items)
+        self.observers = tuple(observers)
+        self.records: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(len(self.observers))}
+        # The first layer whose keys are the sequence's: its cache counts tokens.
+        self._own = anatomy.first_own_layer
+        self._branches = alone if trunk is None else Branches.plan(program.first, self.trunk, program.n_layers)
+        self.elements_at = self._branches.elements_at
+        self._start = Tokens(
+            image=image & valid,
+            valid=valid,
+            rows=torch.as_tensor(self._branches.rows[-1], device=image.device),
+            left=bool(program.drops or program.merges) and bool(valid[:, -1].all()) if left is None else left,
+            named=_named(groups or {}, valid),
+        )
+        where = Positioned(self._start)
+        where.check(program.positions, self.trunk.tolist())
+        widths = {site: (anatomy.hidden_size,) for site in ("residual", "attention", "mlp")}
+        widths["head"] = (anatomy.n_heads, anatomy.head_dim)
+        self._where = where
+        self._stream = StreamEdits(program, where, self.trunk, self.items, widths)
+        self._attention = AttentionEdits(program, anatomy.n_heads)
+        self._inputs = LayerInputs(anatomy, self._on)
+        self._shortening = Shortening(program, where, self.trunk, self.items)
+        self._site_observers = [number for number, one in enumerate(self.observers) if hasattr(one, "site")]
+        self._check_image_tokens()
+        self._begin()
+
+    # -- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def attention_layer(self, module: nn.Module) -> int | None:
+        """Layer of an attention module of this run's language model, else None."""
+        return self.anatomy.attention_layers.get(module)
+
+    def decoder_layer(self, module: nn.Module) -> int | None:
+        """Layer of a decoder layer (``n_layers`` for the final norm) of this run's model, else None."""
+        return self.anatomy.decoder_layers.get(module)
+
+    def mlp_layer(self, module: nn.Module) -> int | None:
+        """Layer of an MLP of this run's model, else None."""
+        return self.anatomy.mlp_layers.get(module)
+
+    @property
+    def elements(self) -> np.ndarray:
+        """Batch element that holds each row in the model's output, ``[row]``."""
+        return self.elements_at[-1]
+
+    def record(self, observer: int, layer: int) -> torch.Tensor:
+        """What an observer kept at ``layer``, one entry per row."""
+        kept = self.records[observer][layer]
+        elements = self.elements_at[layer]
+        if np.array_equal(elements, np.arange(kept.shape[0])):
+            return kept
+        return kept[torch.as_tensor(elements, device=kept.device)]
+
+    def _check_image_tokens(self) -> None:
+        if not self.program.image_kv_tokens or not self.anatomy.family.image_in_sequence:
+            return
+        counts = self._start.image.sum(1).tolist()
+        for replaced in self.program.image_kv_tokens.values():
+            expected = replaced.tensors[0].shape[3]
+            rows = torch.stack([mask.any(1) for mask in replaced.mask.values()]).any(0).nonzero()[:, 0].tolist()
+            for row in rows:
+                if counts[int(self.trunk[row])] != expected:
+                    raise ValueError(
+                        f"keys and values of {expected} image tokens cannot replace those of a prompt with "
+                        f"{counts[int(self.trunk[row])]}: take them from an image of the same size, or their mean"
+                    )
+
+    def _begin(self) -> None:
+        self.decoding = False
+        self.tokens = self._start
+        self._generated = 0
+        self._tokens_at: dict[int, Tokens] = {}
+        self._weighed_at: dict[int, Weighed | None] = {}
+        self._moved: dict[tuple, Tokens] = {}
+        self._inputs.forget()
+        self._entered: torch.Tensor | None = None
+        self._shortening.reset()
+
+    def _on(self, tokens: Tokens, device: torch.device) -> Tokens:
+        """The same tokens on a layer's own device (``device_map="auto"`` spreads layers over several)."""
+        if tokens.valid.device == device:
+            return tokens
+        key = (id(tokens), str(device))
+        if key not in self._moved:
+            # The original is kept beside its copy so that its id stays its own.
+            self._moved[key] = (tokens, _moved(tokens, device))
+        return self._moved[key][1]
+
+    # -- entering a layer -------------------------------------------------------------------------------------------
+
+    def enter_layer(self, layer: int, args: tuple, kwargs: dict):
+        """Branch, edit, shorten and observe before decoder layer ``layer``; None where nothing changes."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if layer == 0:
+            self._enter_model(hidden, kwargs.get("past_key_values"))
+        if self.decoding:
+            return self._decode_layer(layer, args, kwargs)
+        before = hidden
+        if layer in self._branches.gather:
+            hidden = self._branch(layer, hidden)
+        elements = self.elements_at[layer]
+        if layer == 0 and (EMBEDDING, 0) in self._stream:
+            hidden = self._stream.apply(EMBEDDING, 0, hidden, elements, self.tokens)
+        if layer in self._shortening.layers:
+            hidden, tokens = self._shortening.apply(layer, hidden, self.tokens)
+            if tokens is not self.tokens:
+                self.tokens = tokens
+                self._inputs.forget()
+        if ("residual", layer) in self._stream:
+            hidden = self._stream.apply("residual", layer, hidden, elements, self.tokens)
+        self._tokens_at[layer] = self.tokens
+        self._weighed_at[layer] = self._shortening.weighed
+        self._entered = hidden
+        for number, observer in enumerate(self.observers):
+            if hasattr(observer, "layer"):
+                self._keep(number, layer, observer.layer(LayerView(layer, hidden, self._on(self.tokens, hidden.device))))
+        for number in self._site_observers:
+            self._keep(number, layer, self.observers[number].site("residual", layer, hidden, self.tokens))
+        if hidden is before and self.tokens.source is None and self.tokens.index is None:
+            return None
+        if layer < self.anatomy.n_layers:
+            kwargs = self._inputs.select(kwargs, self.tokens)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def enter_model(self, kwargs: dict) -> dict | None:
+        """Refuse, before the language model runs, what would break inside it; its inputs, where they must change."""
+        n_deep = len(kwargs.get("deepstack_visual_embeds") or ())
+        early = [layer for layer in (*self._shortening.layers, *self._branches.gather) if layer < n_deep]
+        if early:
+            raise ValueError(
+                f"this family adds visual features after its first {n_deep} layers, to a sequence of the length it came with: "
+                f"drop or merge tokens from layer {n_deep} on"
+            )
+        return self._count_positions(kwargs)
+
+    def _count_positions(self, kwargs: dict) -> dict | None:
+        if not self._attention.replaces_keys or bool(self._start.valid[:, 0].all()):
+            return None
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length(self._own))
+        generated = 0
+        if past and self._own in self._tokens_at:
+            inputs = kwargs.get("inputs_embeds")
+            new = (kwargs["input_ids"] if inputs is None else inputs).shape[1]
+            generated = past + new - self._tokens_at[self._own].valid.shape[1]
+        counted = counted_positions(kwargs, self._start.valid, past, generated)
+        return None if counted is None else {**kwargs, "position_ids": counted}
+
+    def _enter_model(self, hidden: torch.Tensor, cache) -> None:
+        past = 0 if cache is None else int(cache.get_seq_length(self._own))
+        if past == 0:
+            self._begin()
+            expected = tuple(self._start.valid.shape)
+            if tuple(hidden.shape[:2]) != expected:
+                raise ValueError(
+                    f"the batch that entered the model is {tuple(hidden.shape[:2])} (sequences, tokens), the run was made "
+                    f"for {expected}: pass the batch that the model is called with"
+                )
+            return
+        if self._own not in self._tokens_at:
+            raise ValueError(
+                "the model was called with a cache that holds a past which this run did not see: start with the whole prompt"
+            )
+        self.decoding = True
+        self._generated = past + hidden.shape[1] - self._tokens_at[self._own].valid.shape[1]
+
+    def _keep(self, number: int, layer: int, record: torch.Tensor | None) -> None:
+        if record is not None:
+            self.records[number][layer] = record
+
+    def _branch(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        device = self.tokens.valid.device
+        gather = torch.as_tensor(self._branches.gather[layer], device=device)
+        self.tokens = branched(self.tokens, gather, torch.as_tensor(self._branches.rows[layer], device=device))
+        self._inputs.forget()
+        self._shortening.branch(gather)
+        return hidden[gather.to(hidden.device)]
+
+    # -- generating -------------------------------------------------------------------------------------------------
+
+    def _decode_layer(self, layer: int, args: tuple, kwargs: dict):
+        tokens = self._tokens_at[layer]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        edited = hidden
+        if ("residual", layer) in self._stream:
+            length = tokens.valid.shape[1] + self._generated
+            edited = self._stream.apply("residual", layer, hidden, self.elements_at[layer], tokens, length)
+        if tokens.index is not None and layer < self.anatomy.n_layers and layer not in self.anatomy.cross_layers:
+            n_prompt = self._start.valid.shape[1]
+            mask = self._inputs.decoding_mask(layer, tokens, hidden, kwargs, n_prompt, self._generated)
+            kwargs = {**kwargs, "attention_mask": mask}
+        elif edited is hidden:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+
+    # -- attention and what modules give back -----------------------------------------------------------------------
+
+    def attend(self, layer, original, module, query, key, value, mask, *args, **kwargs):
+        """The attention of ``layer`` with this run's interventions."""
+        weighed = self._weighed_at.get(layer)
+        edited = layer in self._attention.layers or ("head", layer) in self._stream or weighed is not None
+        if not edited and (self.decoding or not (self.observers or self._reads(layer))):
+            return original(module, query, key, value, mask, *args, **kwargs)
+        axes = self._axes(layer, query, key)
+        weights = None if weighed is None or axes.crossed else weighed.log_sizes(axes.length)
+        if weights is not None:
+            weights = weights.to(query.device)[:, axes.length - axes.n_keys :]
+        own_key = key
+        output, maps, key, value, mask = self._attention.attend(
+            layer, axes, original, module, query, key, value, mask, weights, *args, **kwargs
+        )
+        if ("head", layer) in self._stream and not self.decoding:
+            output = self._stream.apply("head", layer, output, self.elements_at[layer], axes.tokens)
+        output = self._attention.silence(layer, axes, output)
+        if not self.decoding:
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            softcap = kwargs.get("softcap")
+            seen = (layer, query, key, value, output, mask, scaling, softcap, axes.tokens)
+            view = AttentionView(*seen, self._entered, axes.crossed)
+            self._observe(view, own_key)
+        return output, maps
+
+    def _reads(self, layer: int) -> bool:
+        return layer in self._shortening.scored or layer in self._shortening.keyed
+
+    def _axes(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> Axes:
+        tokens = self._on(self._tokens_at[layer], query.device)
+        length = tokens.valid.shape[1] + self._generated
+        crossed = layer in self.anatomy.cross_layers
+        if key.shape[2] > length and not crossed:
+            raise ValueError(
+                f"layer {layer} holds {key.shape[2]} keys for {length} tokens: static caches cannot generate under an "
+                f"intervention, use the default (dynamic) cache"
+            )
+        return Axes(self._where, tokens, length, query.shape[2], key.shape[2], crossed)
+
+    def _observe(self, view: AttentionView, own_key: torch.Tensor) -> None:
+        layer = view.layer
+        if layer in self._shortening.scored:
+            self._shortening.read(scores=view.probabilities(view.tokens.last[:, None])[:, :, 0].mean(1))
+        if layer in self._shortening.keyed:
+            self._shortening.read(keys=own_key.float().mean(1))
+        for number, observer in enumerate(self.observers):
+            if hasattr(observer, "attention"):
+                self._keep(number, layer, observer.attention(view))
+        for number in self._site_observers:
+            self._keep(number, layer, self.observers[number].site("head", layer, view.output, view.tokens))
+
+    def leave(self, site: str, layer: int, output):
+        """What the attention or MLP module of ``layer`` gives back, patched and observed; None where nothing changes."""
+        edited = (site, layer) in self._stream
+        if self.decoding or not (edited or self._site_observers) or layer not in self._tokens_at:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        tokens = self._on(self._tokens_at[layer], hidden.device)
+        # Some families (OPT) hand their MLP all tokens in one row.
+        shaped = hidden.view(*tokens.valid.shape, -1)
+        after = self._stream.apply(site, layer, shaped, self.elements_at[layer], tokens)
+        for number in self._site_observers:
+            self._keep(number, layer, self.observers[number].site(site, layer, after, tokens))
+        if after is shaped:
+            return None
+        after = after.view(hidden.shape)
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+
+def _named(groups: Mapping[str, torch.Tensor], valid: torch.Tensor) -> dict[str, torch.Tensor]:
+    for name, members in groups.items():
+        if tuple(members.shape) != tuple(valid.shape):
+            raise ValueError(
+                f"group '{name}' has shape {tuple(members.shape)}, the batch is {tuple(valid.shape)} (sequences, tokens)"
+            )
+    return {name: members.to(valid.device).bool() for name, members in groups.items()}
+
+
+def _moved(tokens: Tokens, device: torch.device) -> Tokens:
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return {name: move(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+    return type(tokens)(**{one.name: move(getattr(tokens, one.name)) for one in fields(tokens) if one.init})

@@ -1,0 +1,198 @@
+"""The one seam: where everything looks into a model or changes it.
+
+``install(model, anatomy)``   put the seam on the language model; identity until a run is active
+``active(run)``               context manager: make a ``Run`` the active one in this context (thread, task)
+``capturing()``               context manager: stop before the language model and keep what it would have received
+
+Two attention names are registered with transformers, each with its own mask function (a name without one silently gets
+no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
+run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
+layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
+read and edit what they add to it.
+
+What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
+has no use for, ``enter_model`` and ``leave``, may be missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from vlm_core.errors import SubjectError
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.seam.run import Run
+
+__all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install"]
+
+ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
+
+_ACTIVE: ContextVar[Run | None] = ContextVar("vlm_core_run", default=None)
+_CAPTURING: ContextVar[bool] = ContextVar("vlm_core_capturing", default=False)
+_INSTALLED: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
+
+
+def current_run() -> Run | None:
+    """The run that is active in this context, if any."""
+    return _ACTIVE.get()
+
+
+@contextmanager
+def active(run: Run) -> Iterator[Run]:
+    """Make ``run`` the active one; the previous state is back on exit, exceptions included."""
+    token = _ACTIVE.set(run)
+    try:
+        yield run
+    finally:
+        _ACTIVE.reset(token)
+
+
+class Captured(Exception):
+    """Raised before the language model runs while ``capturing``; ``inputs`` is what it was called with."""
+
+    def __init__(self, inputs: dict) -> None:
+        super().__init__("stopped before the language model")
+        self.inputs = inputs
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """In this context, calling a model with the seam raises ``Captured`` instead of running its language model."""
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
+
+
+def _original(module: nn.Module, implementation: str):
+    # Looked up in the modelling file itself: a model may override an implementation in its local registry.
+    modelling = sys.modules[type(module).__module__]
+    if implementation == "eager":
+        return modelling.eager_attention_forward
+    return modelling.ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def _attention(module, query, key, value, attention_mask, *args, _implementation: str, **kwargs):
+    original = _original(module, _implementation)
+    run = _ACTIVE.get()
+    layer = None if run is None else run.attention_layer(module)
+    if layer is None:
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
+    return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
+
+
+for _implementation, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(
+        ATTENTION_NAMES[_implementation], partial(_attention, _implementation=_implementation)
+    )
+    AttentionMaskInterface.register(ATTENTION_NAMES[_implementation], _mask)
+
+
+def _before_layer(module: nn.Module, args: tuple, kwargs: dict):
+    run = _ACTIVE.get()
+    layer = None if run is None else run.decoder_layer(module)
+    return None if layer is None else run.enter_layer(layer, args, kwargs)
+
+
+def _before_language_model(module: nn.Module, args: tuple, kwargs: dict):
+    if _CAPTURING.get():
+        raise Captured(kwargs)
+    run = _ACTIVE.get()
+    if hasattr(run, "enter_model") and run.anatomy.language_model is module:
+        kwargs = run.enter_model(kwargs)
+        return None if kwargs is None else (args, kwargs)
+    return None
+
+
+def _after_attention(module: nn.Module, args: tuple, output):
+    run = _ACTIVE.get()
+    layer = run.attention_layer(module) if hasattr(run, "leave") else None
+    return None if layer is None else run.leave("attention", layer, output)
+
+
+def _after_mlp(module: nn.Module, args: tuple, output):
+    run = _ACTIVE.get()
+    layer = run.mlp_layer(module) if hasattr(run, "leave") else None
+    return None if layer is None else run.leave("mlp", layer, output)
+
+
+class Seam:
+    """The seam on one model. ``remove()`` gives back the original attention and all hooks."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, name: str = "subject") -> None:
+        text_config = model.config.get_text_config()
+        self._model = ref(model)
+        named = text_config._attn_implementation
+        # A copied model comes with the seam's name and hooks, which then belong to no one.
+        self.original = next((own for own, name_ in ATTENTION_NAMES.items() if name_ == named), named)
+        self._key = next(
+            (key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None
+        )
+        if self.original not in ATTENTION_NAMES:
+            raise SubjectError(
+                f"subject '{name}' uses attention '{self.original}': load it with attn_implementation 'sdpa' or "
+                f"'eager', the seam delegates to one of them."
+            )
+        if self._key is None or not anatomy.language_model._can_set_attn_implementation():
+            raise SubjectError(
+                f"subject '{name}' ({type(model).__name__}) has no attention-interface support in its language model: "
+                f"heads cannot be observed or changed without re-implementing it; choose a model that dispatches "
+                f"through transformers' AttentionInterface."
+            )
+        model.set_attn_implementation({self._key: ATTENTION_NAMES[self.original]})
+        hooked = [(module, _before_layer) for module in (*anatomy.layers, anatomy.norm)]
+        hooked.append((anatomy.language_model, _before_language_model))
+        self._handles = []
+        for module, hook in hooked:
+            for key in [key for key, found in module._forward_pre_hooks.items() if found is hook]:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def watch(self, anatomy: Anatomy) -> None:
+        """Also hook what attention and MLP modules give back."""
+        hooked = [(module, _after_attention) for module in anatomy.attentions]
+        hooked += [(module, _after_mlp) for module in anatomy.mlps]
+        for module, hook in hooked:
+            for key in [key for key, found in module._forward_hooks.items() if found is hook]:
+                del module._forward_hooks[key]
+            self._handles.append(module.register_forward_hook(hook))
+
+    @property
+    def installed(self) -> bool:
+        """Whether the seam still is on the model."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """Restore the model as it was before ``install``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        model = self._model()
+        if model is not None:
+            model.set_attn_implementation({self._key: self.original})
+            _INSTALLED.pop(model, None)
+
+
+def install(model: nn.Module, anatomy: Anatomy, name: str = "subject") -> Seam:
+    """Put the seam on ``model`` (once: a second call gives back the first seam).
+
+    Raises
+    ------
+    SubjectError
+        If the language model does not dispatch its attention through transformers' ``AttentionInterface``.
+    """
+    if model not in _INSTALLED:
+        seam = Seam(model, anatomy, name)
+        seam.watch(anatomy)
+        _INSTALLED[model] = seam
+    return _INSTALLED[model]

@@ -1,0 +1,163 @@
+"""Sequences that get shorter on the way: drops and merges of one run.
+
+``Shortening``    which tokens leave before a layer, how many each of the rest stands for, what must be read for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from vlm_core.seam.dropping import kept_image_tokens, shortened
+from vlm_core.seam.merging import merge_rounds
+from vlm_core.seam.plan import Program
+from vlm_core.seam.positions import Positioned
+from vlm_core.seam.views import Tokens
+
+__all__ = ["Shortening", "Weighed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """How many tokens each token stands for.
+
+    ``sizes`` ``[element, token]``; ``proportional`` ``[element]``: whether they count in attention.
+    """
+
+    sizes: torch.Tensor
+    proportional: torch.Tensor
+
+    def gathered(self, elements: torch.Tensor) -> Weighed:
+        """Of the elements of a batch whose rows were gathered anew."""
+        return Weighed(self.sizes[elements], self.proportional[elements])
+
+    def log_sizes(self, length: int) -> torch.Tensor | None:
+        """What is added to the score of each key, ``[element, length]``; None where nothing is. Generated tokens weigh 1."""
+        if not bool(self.proportional.any()):
+            return None
+        logs = torch.where(self.proportional[:, None], self.sizes.log(), 0.0)
+        return torch.nn.functional.pad(logs, (0, length - logs.shape[1]))
+
+
+class Shortening:
+    """The drops and merges of a program on one incoming batch.
+
+    Parameters
+    ----------
+    where : Positioned
+    trunk : int array ``[row]``
+        Sequence of each row.
+    items : sequence of int, one per sequence
+        Seeds of random choices.
+    """
+
+    def __init__(self, program: Program, where: Positioned, trunk: np.ndarray, items: Sequence[int]) -> None:
+        self.program = program
+        self.where = where
+        self.trunk = trunk
+        self.items = items
+        self.layers = frozenset((*program.drops, *program.merges))
+        self.scored = frozenset(
+            layer - 1
+            for layer, drops in program.drops.items()
+            if any(drop is not None and drop.policy == "attention" and drop.keep > 0 for drop in drops)
+        )
+        self.keyed = frozenset(
+            layer - 1
+            for layer, merges in program.merges.items()
+            if any(merge is not None and merge.similarity == "keys" for merge in merges)
+        )
+        self._counts: dict = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what an earlier pass left."""
+        self.weighed: Weighed | None = None
+        self._scores: torch.Tensor | None = None
+        self._keys: torch.Tensor | None = None
+
+    def read(self, scores: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> None:
+        """Keep what a layer's attention tells the next: attention per token, ``[element, token]``, mean keys ``[element, token, size]``."""
+        self._scores = self._scores if scores is None else scores
+        self._keys = self._keys if keys is None else keys
+
+    def branch(self, elements: torch.Tensor) -> None:
+        """Follow the rows of a batch that were gathered anew."""
+        self.weighed = None if self.weighed is None else self.weighed.gathered(elements)
+        self._scores = None if self._scores is None else self._scores[elements.to(self._scores.device)]
+        self._keys = None if self._keys is None else self._keys[elements.to(self._keys.device)]
+
+    def apply(self, layer: int, hidden: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, Tokens]:
+        """What enters ``layer`` after its drops and merges; the arguments themselves where nothing leaves."""
+        rows = tokens.rows.tolist()
+        kept = tokens.valid
+        if layer in self.program.drops:
+            drops = [self.program.drops[layer][row] for row in rows]
+            candidates = self._candidates(tokens, drops)
+            chosen = kept_image_tokens(
+                candidates,
+                drops,
+                n_image=self._started(rows, drops),
+                items=[self.items[int(self.trunk[row])] for row in rows],
+                scores=self._scores,
+            )
+            kept = kept & (~candidates | chosen)
+        if layer in self.program.merges:
+            merges = [self.program.merges[layer][row] for row in rows]
+            hidden, kept = self._merge(hidden, tokens, merges, self._started(rows, merges), kept)
+        if torch.equal(kept, tokens.valid):
+            return hidden, tokens
+        shorter, order = shortened(tokens, kept)
+        if self.weighed is not None:
+            self.weighed = replace(self.weighed, sizes=self.weighed.sizes.gather(1, order))
+        return torch.take_along_dim(hidden, order[:, :, None].to(hidden.device), dim=1), shorter
+
+    def _candidates(self, tokens: Tokens, parts: Sequence) -> torch.Tensor:
+        candidates = tokens.image & tokens.valid
+        for positions in {part.tokens for part in parts if part is not None} - {"image"}:
+            among = torch.tensor([part is not None and part.tokens == positions for part in parts], device=candidates.device)
+            candidates = candidates & (~among[:, None] | self.where.members(tokens, positions))
+        return candidates
+
+    def _started(self, rows: Sequence[int], parts: Sequence) -> list[int]:
+        """Candidates that each element started with."""
+        counts = []
+        for row, part in zip(rows, parts, strict=True):
+            positions = "image" if part is None else part.tokens
+            if positions not in self._counts:
+                start = self.where.tokens
+                members = start.group("image") & self.where.members(start, positions)
+                self._counts[positions] = members.sum(1).tolist()
+            counts.append(self._counts[positions][int(self.trunk[row])])
+        return counts
+
+    def _merge(self, hidden, tokens: Tokens, merges: Sequence, started: Sequence[int], kept: torch.Tensor):
+        candidates = self._candidates(tokens, merges)
+        if self.weighed is None:
+            plain = torch.zeros(len(merges), dtype=torch.bool, device=kept.device)
+            self.weighed = Weighed(torch.ones(kept.shape, device=kept.device), plain)
+        sizes, proportional = self.weighed.sizes.clone(), self.weighed.proportional.clone()
+        kept, changed = kept.clone(), None
+        for element, merge in enumerate(merges):
+            if merge is None:
+                continue
+            proportional[element] = merge.proportional
+            at = candidates[element].nonzero()[:, 0]
+            keep = min(merge.count(started[element]), len(at))
+            if keep == len(at):
+                continue
+            there = at.to(hidden.device)
+            stream = hidden[element, there]
+            compared = stream if merge.similarity == "hidden" else self._keys[element, at.to(self._keys.device)].to(hidden.device)
+            left, merged, weights = merge_rounds(stream, compared, sizes[element, at].to(hidden.device), keep)
+            changed = hidden.clone() if changed is None else changed
+            changed[element, there] = merged
+            sizes[element, at] = weights.to(sizes.device)
+            gone = torch.ones(len(at), dtype=torch.bool, device=at.device)
+            gone[left.to(at.device)] = False
+            kept[element, at[gone]] = False
+        self.weighed = Weighed(sizes, proportional)
+        return hidden if changed is None else changed, kept

@@ -1,0 +1,450 @@
+"""The model under test, ready to be measured.
+
+``load_subject(path_or_id)``     from a checkpoint, checked
+``Subject(model, processor)``    from a model in memory (a student that was just trained)
+``precheck_subject(...)``        lives in ``vlm_core.subjects.checkpoint``: the cheap checks, without loading weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_core.errors import SubjectError
+from vlm_core.families.anatomy import Anatomy, HeadId
+from vlm_core.families.layout import Layout, image_layouts
+from vlm_core.interventions import Intervention
+from vlm_core.items import item_field
+from vlm_core.seam.plan import Program
+from vlm_core.seam.run import Run
+from vlm_core.seam.seam import active, install
+from vlm_core.subjects.checkpoint import Checkpoint, inspect_checkpoint
+
+__all__ = ["Batch", "Subject", "load_subject"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Processor outputs for a few prompts.
+
+    Parameters
+    ----------
+    inputs : dict
+        For ``model(**inputs)`` or ``model.generate(**inputs)``.
+    image, valid : BoolTensor ``[prompt, token]``
+        Image tokens; tokens that are not padding.
+    labels : LongTensor ``[prompt, token]`` or None
+        With ``answers``: answer tokens, -100 elsewhere.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    image: torch.Tensor
+    valid: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+
+class Subject:
+    """A vision-language model with its processor and the seam installed.
+
+    Parameters
+    ----------
+    model : transformers model for image-text-to-text
+    processor : its processor
+        May be None where only ready-made inputs are used.
+    name : str
+    checkpoint : Checkpoint, optional
+        Where it came from.
+
+    Attributes
+    ----------
+    anatomy : Anatomy
+        Where things are and how many.
+    """
+
+    def __init__(
+        self, model: nn.Module, processor: Any = None, name: str = "subject", checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.name = name
+        self.checkpoint = checkpoint
+        self.anatomy = Anatomy.of(model, name)
+        self.seam = install(model, self.anatomy, name)
+        self._lead: str | None = None
+        self._fingerprint: tuple[str | None, str, str] | None = None
+        self._continuations: dict[str, tuple[int, ...]] = {}
+
+    def __repr__(self) -> str:
+        anatomy = self.anatomy
+        return f"Subject({self.name!r}, {anatomy.family.model_type}, {anatomy.n_layers}x{anatomy.n_heads} heads)"
+
+    @property
+    def heads(self) -> tuple[HeadId, ...]:
+        """Every attention head of the language model."""
+        return self.anatomy.heads
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What can be done on this subject, out of ``vlm_core.families.anatomy.CAPABILITIES``."""
+        return self.anatomy.capabilities
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.anatomy.embedding.weight.device
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows per forward pass where nothing else is asked for: what fits a CPU's cache, or keeps a GPU busy."""
+        return 32 if self.device.type == "cpu" else 128
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    def identity(self) -> dict[str, Any]:
+        """Facts that name the subject in a record, builtins only."""
+        checkpoint, anatomy = self.checkpoint, self.anatomy
+        return {
+            "name": self.name,
+            "path": str(checkpoint.source) if checkpoint else None,
+            "revision": checkpoint.revision if checkpoint else None,
+            "family": anatomy.family.model_type,
+            "model_type": self.model.config.model_type,
+            "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "n_layers": anatomy.n_layers,
+            "n_heads": anatomy.n_heads,
+            "n_kv_heads": anatomy.n_kv_heads,
+            "dtype": str(anatomy.embedding.weight.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "weights": checkpoint.sha256() if checkpoint else self._sha256(),
+        }
+
+    @property
+    def fingerprint(self) -> tuple[str | None, str, str]:
+        """Weights, dtype and kind of device: what a stored measurement depends on."""
+        if self._fingerprint is None:
+            identity = self.identity()
+            self._fingerprint = (
+                identity["weights"] or self._sha256(),
+                identity["dtype"],
+                self.device.type,
+            )
+        return self._fingerprint
+
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- text -------------------------------------------------------------------------------------------------------
+
+    def render(self, prompt: str, answer: str | None = None) -> str:
+        """The text given to the processor: chat template where there is one, up to where the answer starts.
+
+        ``prompt`` is the user's text without image token. With ``answer`` the text goes on to the end of the answer.
+        """
+        text = self._render_turns(prompt)
+        if answer is None:
+            return text
+        return text + ("\n" if self.anatomy.family.answer_apart else self._answer_lead()) + answer
+
+    def _render_turns(self, prompt: str, answer: str | None = None, n_images: int = 1) -> str:
+        if getattr(self.processor, "chat_template", None):
+            content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": prompt}]
+            turns = [{"role": "user", "content": content}]
+            if answer is not None:
+                turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+        token = f"{self.processor.image_token} " if self.anatomy.family.prompt_has_image_token else ""
+        return token * n_images + prompt + ("" if answer is None else f" {answer}")
+
+    def _answer_lead(self) -> str:
+        # The white space between the prompt and the answer, as the subject's own template writes it.
+        if self._lead is None and self.anatomy.family.answer_apart:
+            self._lead = ""
+        elif self._lead is None:
+            start, whole = self._render_turns("question"), self._render_turns("question", "reply")
+            rest = whole[len(start) :] if whole.startswith(start) else None
+            if rest is not None and rest.lstrip().startswith("reply"):
+                self._lead = rest[: len(rest) - len(rest.lstrip())]
+            else:
+                self._lead = "" if start[-1:].isspace() else " "
+        return self._lead
+
+    def continuation(self, answer: str) -> tuple[int, ...]:
+        """Token ids of ``answer`` as it follows a prompt.
+
+        Raises
+        ------
+        SubjectError
+            If the tokenizer gives it no token, or only unknown ones.
+        """
+        if answer not in self._continuations:
+            tokenizer = self.tokenizer
+            anchor = self._render_turns("question")[-1:] if self._answer_lead() else ""
+            anchor = anchor if anchor.strip() else ""
+            before = tokenizer(anchor, add_special_tokens=False)["input_ids"] if anchor else []
+            ids = tokenizer(anchor + self._answer_lead() + answer, add_special_tokens=False)["input_ids"]
+            if ids[: len(before)] == before and len(ids) > len(before):
+                ids = ids[len(before) :]
+            else:
+                ids = tokenizer(self._answer_lead() + answer, add_special_tokens=False)["input_ids"]
+            unknown = tokenizer.unk_token_id
+            if not ids or (unknown is not None and unknown in ids):
+                raise SubjectError(
+                    f"subject '{self.name}' cannot write the answer '{answer}': its tokenizer does not know all of it; "
+                    f"use candidates from its vocabulary."
+                )
+            self._continuations[answer] = tuple(ids)
+        return self._continuations[answer]
+
+    def encode(
+        self,
+        images: Sequence,
+        prompts: Sequence[str],
+        answers: Sequence[str] | None = None,
+        padding_side: str = "left",
+    ) -> Batch:
+        """Images and prompts as model inputs, padded to the longest.
+
+        Parameters
+        ----------
+        images : sequence, one entry per prompt
+            A PIL image, or a list of them: they precede the prompt's text in that order.
+        prompts : sequence of str
+            User text without image token.
+        answers : sequence of str, optional
+            Appended to the prompts, with ``labels`` on their tokens.
+        padding_side : {"left", "right"}
+            ``"left"`` for ``generate``.
+
+        Raises
+        ------
+        SubjectError
+            If a prompt has no image, more images than the family takes, or the inputs carry no image tokens.
+        ValueError
+            If there are not as many entries of images (and answers) as prompts.
+        """
+        pictures = self._pictures(images, prompts)
+        texts = [
+            self._render_turns(prompt, n_images=len(shown)) for prompt, shown in zip(prompts, pictures, strict=True)
+        ]
+        questions, options = texts, {}
+        if answers is not None:
+            if len(answers) != len(texts):
+                raise ValueError(f"{len(answers)} answers for {len(texts)} prompts: give one per prompt")
+            if self.anatomy.family.answer_apart:
+                options["suffix"] = list(answers)
+            else:
+                texts = [text + self._answer_lead() + answer for text, answer in zip(texts, answers, strict=True)]
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        nested = self.anatomy.family.nested_images
+        inputs = self.processor(
+            images=pictures if nested else [picture for shown in pictures for picture in shown],
+            text=texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side=padding_side,
+            **options,
+            **self._special_tokens(texts),
+        )
+        if answers is not None and "qformer_input_ids" in inputs:
+            # A Q-Former is asked the question alone: with the answer in it the image features would give it away.
+            asked = self.processor.qformer_tokenizer(
+                questions, return_tensors="pt", padding=True, padding_side=padding_side
+            )
+            inputs["qformer_input_ids"], inputs["qformer_attention_mask"] = asked["input_ids"], asked["attention_mask"]
+        # Some processors add labels of their own, which would make every forward pass compute a loss.
+        inputs = {name: value.to(self.device) for name, value in inputs.items() if name != "labels"}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.anatomy.embedding.weight.dtype)
+        image = inputs["input_ids"] == self.anatomy.image_token_id
+        if not bool(image.any(1).all()):
+            raise SubjectError(
+                f"subject '{self.name}' has no image tokens in this prompt: its processor needs the image token "
+                f"(id {self.anatomy.image_token_id}) once per image; check its chat template."
+            )
+        valid = inputs["attention_mask"].bool()
+        labels = None if answers is None else self._labels(inputs["input_ids"], valid, answers)
+        return Batch(inputs, image, valid, labels)
+
+    def _pictures(self, images: Sequence, prompts: Sequence[str]) -> list[list]:
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one, or a list of them, per prompt")
+        pictures = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in images]
+        most = self.anatomy.family.max_images
+        for prompt, shown in zip(prompts, pictures, strict=True):
+            if not shown:
+                raise SubjectError(
+                    f"subject '{self.name}' has no image tokens in the prompt '{prompt}': give it at least one image."
+                )
+            if most is not None and len(shown) > most:
+                raise SubjectError(
+                    f"subject '{self.name}' takes {most} image per prompt, got {len(shown)} for '{prompt}': its family "
+                    f"({self.anatomy.family.model_type}) has no place for more; ask about them one by one."
+                )
+        return [[picture.convert("RGB") for picture in shown] for shown in pictures]
+
+    def _labels(self, ids: torch.Tensor, valid: torch.Tensor, answers: Sequence[str]) -> torch.Tensor:
+        labels = torch.full_like(ids, -100)
+        # A processor that takes answers apart closes them with one end token.
+        ends = valid.shape[1] - valid.flip(1).int().argmax(1) - int(self.anatomy.family.answer_apart)
+        for row, answer in enumerate(answers):
+            end = int(ends[row])
+            start = end - len(self.continuation(answer))
+            labels[row, start:end] = ids[row, start:end]
+        return labels
+
+    def _special_tokens(self, texts: Sequence[str]) -> dict[str, bool]:
+        # A chat template that writes the first special token itself must not get a second one.
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and texts and texts[0].startswith(bos) else {}
+
+    def image_grid(self, image: Any) -> tuple[int, int] | None:
+        """Rows and columns of the image's tokens, row by row in sequence order; None where they form no single grid."""
+        return self.layout(image).shape
+
+    def layout(self, images: Any, prompt: str = "?") -> Layout:
+        """Where the image tokens of one prompt lie on its images.
+
+        Parameters
+        ----------
+        images : PIL image, or a list of them
+        prompt : str
+            User text without image token.
+
+        Raises
+        ------
+        SubjectError
+            See ``vlm_core.families.layout.image_layouts``.
+        """
+        batch = self.encode([images], [prompt])
+        shown = images if isinstance(images, list | tuple) else [images]
+        sizes = [[(image.height, image.width) for image in shown]]
+        return image_layouts(self.anatomy.family, self.model.config, self.processor, batch.inputs, sizes)[0]
+
+    # -- interventions ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def intervene(
+        self,
+        interventions: Intervention | tuple | Sequence | None,
+        batch: Batch,
+        observers: Sequence = (),
+        items: Sequence[int] | None = None,
+        groups: Mapping[str, torch.Tensor] | None = None,
+    ) -> Iterator[Run]:
+        """Everything the model computes on ``batch`` in this context, ``generate`` included, is intervened on.
+
+        Parameters
+        ----------
+        interventions
+            One for all prompts (an intervention, a tuple of them, or None) or a list with one per prompt.
+        batch : Batch
+            What ``model(**batch.inputs)`` or ``model.generate(**batch.inputs)`` will be called with.
+        observers : sequence
+            Their records are the run's (``run.record``).
+        items : sequence of int, optional
+            One number per prompt that names its item, for what is drawn at random.
+        groups : mapping of str to BoolTensor ``[prompt, token]``, optional
+            Named token groups for interventions and observers ("object", "background").
+
+        Raises
+        ------
+        ValueError
+            One sentence: a layer, head, position or group that is not there, parts that cannot be combined, a
+            capability that the family lacks, a source that does not fit.
+        """
+        rows = list(interventions) if isinstance(interventions, list) else [interventions] * len(batch)
+        anatomy, weight = self.anatomy, self.anatomy.embedding.weight
+        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, weight.device, weight.dtype)
+        with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:
+            yield run
+
+    def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
+        """``encode`` on the images and prompts of items."""
+        return self.encode(
+            [item_field(item, "image") for item in items],
+            [item_field(item, "prompt") for item in items],
+            padding_side=padding_side,
+        )
+
+
+def load_subject(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    check: bool = True,
+) -> Subject:
+    """Load a checkpoint and make sure that it can be measured.
+
+    Parameters
+    ----------
+    path_or_id : str or Path
+        A directory, or a model id of the Hugging Face Hub.
+    revision : str, optional
+    dtype : "auto" or dtype
+        ``"auto"``: the checkpoint's own, but float32 on a CPU.
+    device : "auto" or str
+        ``"auto"``: ``cuda`` where there is one.
+    check : bool
+        Run ``selfcheck`` (a few forward passes).
+
+    Raises
+    ------
+    SubjectError
+        One clear sentence: not found, text-only, corrupted, too large, no attention interface, failed self-check.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from vlm_core.families.processing import load_processor
+    from vlm_core.subjects.checks import selfcheck
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = inspect_checkpoint(path_or_id, revision)
+    stored = getattr(torch, str(checkpoint.dtype), torch.float32)
+    if dtype == "auto":
+        dtype = torch.float32 if str(device).startswith("cpu") else stored
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    checkpoint.require_memory(device, dtype)
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.source, revision=revision, dtype=dtype, output_loading_info=True
+        )
+        processor = load_processor(checkpoint.source, revision)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise SubjectError(
+            f"subject '{path_or_id}' could not be loaded by transformers: {_first_line(error)}"
+        ) from error
+    wrong = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
+    if wrong:
+        raise SubjectError(
+            f"subject '{path_or_id}' lacks {len(wrong)} tensor{'s' if len(wrong) > 1 else ''} that its config announces "
+            f"(first: {wrong[0]}): config and weights do not belong together; save or download the checkpoint again."
+        )
+    subject = Subject(model.to(device), processor, name=checkpoint.name, checkpoint=checkpoint)
+    if check:
+        selfcheck(subject)
+    return subject
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

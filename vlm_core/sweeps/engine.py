@@ -1,0 +1,347 @@
+"""Every row on the fastest path that is exact for it.
+
+``run_rows(...)``     run (prompt, answer prefix, intervention) rows, and hand over the final hidden states that were asked for
+``choose_path(...)``  which path one row can take, and why not a faster one
+
+Paths
+-----
+``shared prefix``   only tokens after the last image token run; the prompt's prefix is stored once for all its rows
+``resume``          rows start from the stored residual stream that enters the first layer they touch
+``whole``           the prompt runs with the row's batch (`vlm_core.subjects.rows.forward_rows`), shared up to the first layer touched
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vlm_core.errors import SubjectError
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, touches
+from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.rows import forward_rows
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches
+from vlm_core.sweeps.prefix import SuffixRow, entry_layer, forward_shared, grow_stems, why_not_shared
+from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
+from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks
+
+__all__ = ["PATHS", "PathCounts", "RowJob", "choose_path", "run_rows"]
+
+PATHS = ("shared prefix", "resume", "whole")
+
+
+@dataclass(frozen=True, eq=False)
+class RowJob:
+    """One row to run.
+
+    Parameters
+    ----------
+    prompt : int
+        Index of its prompt.
+    prefix : tuple of int
+        Answer tokens appended to the prompt.
+    intervention : Intervention, tuple of them or None
+    reads : tuple of int
+        Positions of the sequence whose final hidden state is wanted; text after the last image token.
+    """
+
+    prompt: int
+    prefix: tuple[int, ...]
+    intervention: Row
+    reads: tuple[int, ...]
+
+
+@dataclass
+class PathCounts:
+    """How many rows took each path, and how many could not take a faster one for which reason."""
+
+    paths: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+
+    def add(self, path: str, reason: str | None, n: int = 1) -> None:
+        """Count ``n`` rows."""
+        self.paths[path] += n
+        if reason is not None:
+            self.reasons[f"{path}: {reason}"] += n
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Builtins only."""
+        return {"paths": dict(self.paths), "reasons": dict(self.reasons)}
+
+
+def _resume_layer(intervention: Row, n_layers: int, contiguous: bool) -> int:
+    """The layer that a row has to start at: the first it touches, or the one before where it reads what to do there."""
+    layers = [n_layers]
+    for part in parts(intervention):
+        layer = part.touches(n_layers, contiguous).layer
+        reads_before = (isinstance(part, DropTokens) and part.policy == "attention") or (
+            isinstance(part, MergeTokens) and part.similarity == "keys"
+        )
+        layers.append(max(0, layer - 1) if reads_before and layer < n_layers else layer)
+    return min(layers)
+
+
+def choose_path(anatomy: Anatomy, sequence: Encoded, intervention: Row) -> tuple[str, str | None]:
+    """The fastest path that is exact for a row, and why no faster one is (None where there is none).
+
+    Returns
+    -------
+    path : {"shared prefix", "resume", "whole"}
+    reason : str or None
+    """
+    image = sequence.image.nonzero()[:, 0]
+    refusals = anatomy.family.refusals
+    if not len(image):
+        return "whole", "the prompt has no image tokens in its sequence"
+    if int(image[-1]) >= sequence.n_prompt - 1:
+        return "whole", "the prompt ends with its image, so there is nothing after it to run alone"
+    contiguous = int(image[-1] - image[0]) + 1 == len(image)
+    reason = refusals.get("shared_prefix") or why_not_shared(intervention, anatomy.n_layers, contiguous)
+    if reason is None:
+        return "shared prefix", None
+    layer = _resume_layer(intervention, anatomy.n_layers, contiguous)
+    if sequence.deepstack:
+        if layer < len(sequence.deepstack):
+            return "whole", f"{reason}, and visual features are added again up to layer {len(sequence.deepstack)}"
+    elif "resume" in refusals:
+        return "whole", refusals["resume"]
+    return "resume", reason
+
+
+def run_rows(
+    subject: Subject,
+    prompts: Sequence[Encoded],
+    rows: Sequence[RowJob],
+    items: Sequence[int],
+    consume: Callable[[Sequence[int], torch.Tensor], None],
+    budget: Budget,
+) -> PathCounts:
+    """Run rows, each on its fastest exact path.
+
+    Parameters
+    ----------
+    prompts : sequence of Encoded
+    rows : sequence of RowJob
+    items : sequence of int, one per prompt
+        Seeds of random token choices.
+    consume : callable
+        Called once per batch with row numbers and ``hidden [n, hidden]``: the final hidden states of their reads, row by row.
+    budget : Budget
+
+    Returns
+    -------
+    PathCounts
+    """
+    return _Engine(subject, prompts, rows, items, consume, budget).run()
+
+
+class _Engine:
+    def __init__(self, subject, prompts, rows, items, consume, budget: Budget) -> None:
+        self.subject, self.prompts, self.rows, self.items, self.consume, self.budget = subject, prompts, rows, items, consume, budget
+        self.anatomy: Anatomy = subject.anatomy
+        self.counts = PathCounts()
+        self.extended: dict[tuple[int, tuple[int, ...]], Encoded] = {}
+        self._sizes: dict[str, int] = {}
+
+    def run(self) -> PathCounts:
+        decided = self._decide()
+        fast: dict[int, dict[str, list[int]]] = {}
+        for number, (path, _) in enumerate(decided):
+            if path != "whole":
+                fast.setdefault(self.rows[number].prompt, {}).setdefault(path, []).append(number)
+        refused: str | None = None
+        for group in self._groups(fast):
+            shared, resumed = ([number for prompt in group for number in fast[prompt].get(path, ())] for path in PATHS[:2])
+            if refused is None:
+                try:
+                    self._run_fast(group, shared, resumed)
+                except Unshareable as unshareable:
+                    refused = str(unshareable)
+            if refused is not None:
+                for number in (*shared, *resumed):
+                    decided[number] = ("whole", refused)
+        self._run_whole([number for number, (path, _) in enumerate(decided) if path == "whole"])
+        for path, reason in decided:
+            self.counts.add(path, reason)
+        return self.counts
+
+    def _decide(self) -> list[tuple[str, str | None]]:
+        untouched = self._untouched_prompts()
+        known: dict[tuple, tuple[str, str | None]] = {}
+        decided = []
+        for row in self.rows:
+            key = (row.prompt, row.intervention)
+            if row.prompt in untouched:
+                known[key] = ("whole", None)
+            elif key not in known:
+                known[key] = choose_path(self.anatomy, self.prompts[row.prompt], row.intervention)
+            decided.append(known[key])
+        # A trunk pays where some row starts after the first layer.
+        pays = {row.prompt for row, (path, _) in zip(self.rows, decided, strict=True) if path == "shared prefix"}
+        resumed = [number for number, (path, _) in enumerate(decided) if path == "resume"]
+        pays |= {self.rows[number].prompt for number in resumed if self._start(number) > 0}
+        for number in resumed:
+            if self.rows[number].prompt not in pays:
+                decided[number] = ("whole", f"{decided[number][1]}, from the first layer on")
+        return decided
+
+    def _untouched_prompts(self) -> set[int]:
+        touched = {row.prompt for row in self.rows if touches(row.intervention, self.anatomy.n_layers).layer < self.anatomy.n_layers}
+        return set(range(len(self.prompts))) - touched
+
+    def sequence(self, prompt: int, prefix: tuple[int, ...]) -> Encoded:
+        """A prompt with answer tokens, made once."""
+        if (prompt, prefix) not in self.extended:
+            self.extended[prompt, prefix] = self.prompts[prompt].extended(self.subject, prefix)
+        return self.extended[prompt, prefix]
+
+    # -- whole ------------------------------------------------------------------------------------------------------
+
+    def _run_whole(self, numbers: list[int]) -> None:
+        """Batches of rows of alike cost: the same drops, then alike length."""
+        n_layers = self.anatomy.n_layers
+
+        def cost(number: int) -> tuple:
+            row = self.rows[number]
+            drops = tuple(
+                sorted((part.layer, part.keep) for part in parts(row.intervention) if isinstance(part, DropTokens | MergeTokens))
+            )
+            length = len(self.prompts[row.prompt]) + len(row.prefix)
+            return drops, length, row.prompt, row.prefix, touches(row.intervention, n_layers).layer
+
+        ordered = sorted(numbers, key=cost)
+        longest = max((len(self.prompts[self.rows[number].prompt]) + len(self.rows[number].prefix) for number in ordered), default=1)
+        self._batched("whole", ordered, self.budget.whole(longest, self.subject.batch_rows), self._whole_batch)
+
+    def _whole_batch(self, numbers: Sequence[int]) -> None:
+        sequences, items, trunk = self._distinct(numbers)
+        hidden, _ = forward_rows(
+            self.subject, sequences, trunk, [self.rows[number].intervention for number in numbers], items, self._wanted(numbers)
+        )
+        self.consume(numbers, hidden)
+
+    def _distinct(self, numbers: Sequence[int]) -> tuple[list[Encoded], list[int], np.ndarray]:
+        known: dict[tuple, int] = {}
+        trunk = []
+        for number in numbers:
+            row = self.rows[number]
+            trunk.append(known.setdefault((row.prompt, row.prefix), len(known)))
+        return (
+            [self.sequence(prompt, prefix) for prompt, prefix in known],
+            [self.items[prompt] for prompt, _ in known],
+            np.array(trunk),
+        )
+
+    def _wanted(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [(place, read) for place, number in enumerate(numbers) for read in self.rows[number].reads]
+        places, reads = zip(*pairs, strict=True)
+        return np.array(places), np.array(reads)
+
+    def _batched(self, path: str, numbers: list[int], size: int, run: Callable[[Sequence[int]], None]) -> None:
+        # A size that ran out of memory once is not tried again.
+        size = min(size, self._sizes.get(path, size))
+        found = in_batches(numbers, size, run)
+        if found < size:
+            self._sizes[path] = found
+
+    # -- from recorded trunks ---------------------------------------------------------------------------------------
+
+    def _groups(self, fast: dict[int, dict]) -> list[list[int]]:
+        """Prompts that are recorded together: of alike length, within the tokens in flight and the bytes stored."""
+        anatomy = self.anatomy
+        bytes_per_token = anatomy.embedding.weight.element_size() * anatomy.n_layers * (
+            anatomy.hidden_size + 2 * anatomy.n_kv_heads * anatomy.head_dim
+        )
+        groups: list[list[int]] = []
+        tokens = 0
+        for prompt in sorted(fast, key=lambda prompt: (len(self.prompts[prompt]), prompt)):
+            n = len(self.prompts[prompt])
+            full = tokens + n > max(n, 4 * self.budget.tokens) or (tokens + n) * bytes_per_token > self.budget.stored
+            if groups and not full:
+                groups[-1].append(prompt)
+                tokens += n
+            else:
+                groups.append([prompt])
+                tokens = n
+        return groups
+
+    def _run_fast(self, group: list[int], shared: list[int], resumed: list[int]) -> None:
+        try:
+            self._run_group(group, shared, resumed)
+        except torch.OutOfMemoryError as error:
+            if len(group) == 1:
+                raise SubjectError(NOTHING_FITS) from error
+        else:
+            return
+        for half in (group[: len(group) // 2], group[len(group) // 2 :]):
+            members = set(half)
+            self._run_fast(half, *([n for n in numbers if self.rows[n].prompt in members] for numbers in (shared, resumed)))
+
+    def _run_group(self, group: list[int], shared: list[int], resumed: list[int]) -> None:
+        prefixes: dict[int, dict[tuple[int, ...], None]] = {prompt: {} for prompt in group}
+        for number in (*shared, *resumed):
+            prefixes[self.rows[number].prompt][self.rows[number].prefix] = None
+        # Where the prompt sees itself both ways, an answer prefix cannot grow on a trunk: each runs as a trunk of its own.
+        forked = "shared_prefix" in self.anatomy.family.refusals
+        keys = [(prompt, prefix) for prompt in group for prefix in prefixes[prompt]]
+        if forked:
+            recorded, place = keys, {key: number for number, key in enumerate(keys)}
+        else:
+            recorded = [(prompt, max(prefixes[prompt], key=len)) for prompt in group]
+            place = {key: number for number, prompt in enumerate(group) for key in keys if key[0] == prompt}
+        starts = {number: self._start(number) for number in resumed}
+        entries = {number: entry_layer(self.rows[number].intervention, self.anatomy) for number in shared}
+        several = not forked and len(keys) > len(group)
+        recording = record_trunks(
+            self.subject,
+            [self.sequence(*key) for key in recorded],
+            kv_from=0 if several else min(entries.values(), default=None),
+            hidden_at=sorted(set(starts.values())),
+            suffix_at=sorted(set(entries.values())),
+        )
+        stems = grow_stems(
+            self.subject,
+            recording,
+            [(place[key], self.sequence(*key), self.items[key[0]]) for key in keys],
+            sorted({*starts.values(), *entries.values()}),
+        )
+        stem_of = dict(zip(keys, stems, strict=True))
+
+        def stem(number: int) -> Stem:
+            return stem_of[self.rows[number].prompt, self.rows[number].prefix]
+
+        def shared_batch(numbers: Sequence[int]) -> None:
+            batch = [SuffixRow(stem(number), self.rows[number].intervention, self.rows[number].reads) for number in numbers]
+            self.consume(numbers, forward_shared(self.subject, recording, batch))
+
+        def resumed_batch(numbers: Sequence[int]) -> None:
+            distinct = list(dict.fromkeys(map(stem, numbers)))
+            hidden = forward_resumed(
+                self.subject,
+                recording,
+                distinct,
+                np.array([distinct.index(stem(number)) for number in numbers]),
+                [self.rows[number].intervention for number in numbers],
+                min(starts[number] for number in numbers),
+                self._wanted(numbers),
+            )
+            self.consume(numbers, hidden)
+
+        if shared:
+            ordered = sorted(shared, key=lambda number: (entries[number], stem(number).trunk.number))
+            self._batched("shared prefix", ordered, self.budget.batch(max(stem(number).n_suffix for number in shared)), shared_batch)
+        if resumed:
+            # A batch cuts its last layer short where all its rows allow it.
+            spares = {number: spares_last_layer(self.rows[number].intervention, self.anatomy.n_layers) for number in resumed}
+            ordered = sorted(resumed, key=lambda number: (spares[number], starts[number], stem(number).trunk.number))
+            self._batched("resume", ordered, self.budget.batch(max(len(stem(number).sequence) for number in resumed)), resumed_batch)
+
+    def _start(self, number: int) -> int:
+        row = self.rows[number]
+        image = self.prompts[row.prompt].image.nonzero()[:, 0]
+        return _resume_layer(row.intervention, self.anatomy.n_layers, int(image[-1] - image[0]) + 1 == len(image))

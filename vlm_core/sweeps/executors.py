@@ -1,0 +1,249 @@
+"""Where the shards of a sweep run: anything shaped like ``concurrent.futures.Executor``.
+
+``SerialExecutor``    in this process, one after the other
+``ProcessExecutor``   a pool of processes that outlives the death of its members
+``RayExecutor``       a Ray cluster (extra ``[cluster]``): one actor per worker, over many machines
+``open_subject``      the subject of a worker, loaded once per process
+
+A task is a picklable callable with picklable arguments. A worker that dies takes its task's work with it, not the task: it runs again on
+another worker, at most ``retries`` times.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_core.subjects.subject import Subject
+
+__all__ = ["ProcessExecutor", "RayExecutor", "SerialExecutor", "SubjectSource", "open_subject"]
+
+SubjectSource = Any
+"""A ``Subject``, a path or model id, or a picklable callable without arguments that gives a ``Subject``."""
+
+_OPENED: dict[bytes, Any] = {}
+
+
+def open_subject(source: SubjectSource) -> Subject:
+    """The subject that a source stands for; one that is loaded stays for the next shard of this process."""
+    from vlm_core.subjects.subject import Subject, load_subject
+
+    if isinstance(source, Subject):
+        return source
+    # By content: a source that came from another process is another object every time.
+    key = pickle.dumps(source)
+    if key not in _OPENED:
+        # One subject at a time: another source means another sweep.
+        _OPENED.clear()
+        _OPENED[key] = load_subject(source) if isinstance(source, str | Path) else source()
+    return _OPENED[key]
+
+
+class SerialExecutor(Executor):
+    """Runs a task when it is submitted, in this process."""
+
+    in_process = True
+    max_workers = 1
+
+    def submit(self, fn: Callable, /, *args, **kwargs) -> Future:
+        """Run ``fn`` now; its result or exception is in the future."""
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Dispatcher(Executor, ABC):
+    """Threads that hand tasks to one worker each, and to a new worker where theirs has died."""
+
+    def __init__(self, max_workers: int, retries: int) -> None:
+        if max_workers < 1:
+            raise ValueError(f"max_workers must be 1 or more, got {max_workers}")
+        self.max_workers = max_workers
+        self.retries = retries
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(max_workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, fn: Callable, /, *args, **kwargs) -> Future:
+        """Queue ``fn(*args, **kwargs)`` for the next free worker."""
+        if self._closed:
+            raise RuntimeError("this executor was shut down: make a new one")
+        future: Future = Future()
+        self._tasks.put((future, fn, args, kwargs))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the workers go once their tasks are done."""
+        if not self._closed:
+            self._closed = True
+            if cancel_futures:
+                self._cancel_queued()
+            for _ in self._threads:
+                self._tasks.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _cancel_queued(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            task[0].cancel()
+
+    def _serve(self) -> None:
+        worker = None
+        while (task := self._tasks.get()) is not None:
+            future, fn, args, kwargs = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            for attempt in range(self.retries + 1):
+                try:
+                    worker = self._hire() if worker is None else worker
+                    future.set_result(self._call(worker, fn, args, kwargs))
+                    break
+                except self._deaths() as death:
+                    self._dismiss(worker)
+                    worker = None
+                    if attempt == self.retries:
+                        future.set_exception(RuntimeError(f"{attempt + 1} workers died over one task, the last: {death}"))
+                except BaseException as error:
+                    future.set_exception(error)
+                    break
+        if worker is not None:
+            self._dismiss(worker)
+
+    @abstractmethod
+    def _hire(self) -> Any:
+        """A new worker."""
+
+    @abstractmethod
+    def _call(self, worker: Any, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """The result of a task on a worker."""
+
+    @abstractmethod
+    def _dismiss(self, worker: Any) -> None:
+        """Let a worker go, dead or alive; there may be none."""
+
+    @abstractmethod
+    def _deaths(self) -> tuple[type[BaseException], ...]:
+        """Exceptions that mean that a worker is gone."""
+
+
+class ProcessExecutor(_Dispatcher):
+    """Processes on this machine.
+
+    Parameters
+    ----------
+    max_workers : int
+    retries : int
+        How often a task runs again after the death of its worker.
+    threads : int, optional
+        Torch threads per worker. Default: the machine's cores shared out.
+    """
+
+    in_process = False
+
+    def __init__(self, max_workers: int = 2, retries: int = 3, threads: int | None = None) -> None:
+        self._threads_each = threads or max(1, (os.cpu_count() or 1) // max_workers)
+        super().__init__(max_workers, retries)
+
+    def _hire(self) -> ProcessPoolExecutor:
+        # A pool of one: its death breaks no other. Spawned: torch does not survive a fork with threads.
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_set_threads, initargs=(self._threads_each,))
+
+    def _call(self, worker: ProcessPoolExecutor, fn, args, kwargs):
+        return worker.submit(fn, *args, **kwargs).result()
+
+    def _dismiss(self, worker: ProcessPoolExecutor | None) -> None:
+        if worker is not None:
+            worker.shutdown(wait=False, cancel_futures=True)
+
+    def _deaths(self) -> tuple[type[BaseException], ...]:
+        return (BrokenProcessPool,)
+
+
+def _set_threads(n: int) -> None:
+    # Before torch is imported, which reads it.
+    os.environ["OMP_NUM_THREADS"] = str(n)
+
+
+class RayExecutor(_Dispatcher):
+    """Actors on a Ray cluster, each a process that keeps its subject loaded.
+
+    Parameters
+    ----------
+    max_workers : int
+    retries : int
+        How often a task runs again after the death of its actor.
+    cpus, gpus : float
+        What each actor asks of the cluster.
+    init : dict, optional
+        For ``ray.init`` where Ray is not initialised yet (``{"address": "auto"}`` joins a running cluster).
+
+    Raises
+    ------
+    ImportError
+        Where Ray is not installed.
+    """
+
+    in_process = False
+
+    def __init__(self, max_workers: int = 2, retries: int = 3, cpus: float = 1, gpus: float = 0, init: dict | None = None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("RayExecutor needs Ray: pip install 'vlm-claims[cluster]'") from error
+        self._ray = ray
+        if not ray.is_initialized():
+            ray.init(**(init or {}))
+        self._actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)
+        self.actors: list = []
+        super().__init__(max_workers, retries)
+
+    def _hire(self):
+        actor = self._actor.remote()
+        self.actors.append(actor)
+        return actor
+
+    def _call(self, worker, fn, args, kwargs):
+        try:
+            return self._ray.get(worker.call.remote(fn, args, kwargs))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, BaseException) else error from error
+
+    def _dismiss(self, worker) -> None:
+        if worker is not None:
+            self.actors.remove(worker)
+            self._ray.kill(worker)
+
+    def _deaths(self) -> tuple[type[BaseException], ...]:
+        return (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.NodeDiedError)
+
+
+class _Worker:
+    """The process of one Ray worker."""
+
+    def pid(self) -> int:
+        """Its process id."""
+        return os.getpid()
+
+    def call(self, fn: Callable, args: tuple, kwargs: dict):
+        """Run one task."""
+        return fn(*args, **kwargs)

@@ -1,0 +1,372 @@
+"""Many interventions x many items -> one tidy table.
+
+``sweep(subject, items, interventions)``   ``DataFrame[item, cluster, task, intervention, metric, value]``
+``progress_bar``                           a progress bar with an estimate of what is left
+
+The engine owns the speed. Items are processed in blocks: every image is encoded once, every prompt runs once, and every row
+``(item, intervention)`` takes the fastest path that is exact for it (``vlm_core.sweeps.engine``). Finished blocks are stored as shards, so that a
+killed run goes on where it stopped and processes that ask for the same sweep share it; blocks run in this process or on an executor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from vlm_core.interventions import Row, describe, parts
+from vlm_core.items import item_field, item_number, take
+from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.rows import read_logits
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.budget import Budget
+from vlm_core.sweeps.engine import RowJob, run_rows
+from vlm_core.sweeps.executors import SubjectSource, open_subject
+from vlm_core.sweeps.features import encode_distinct
+from vlm_core.sweeps.scoring import METRICS, CandidateSet, candidate_set, score_candidates
+from vlm_core.sweeps.shards import ShardStore
+
+__all__ = ["progress_bar", "sweep"]
+
+COLUMNS = ("item", "cluster", "task", "intervention", "metric", "value")
+_BLOCK_ITEMS = 128
+_BLOCK_ROWS = 4096
+
+Groups = Callable[[object, Encoded], Mapping[str, np.ndarray] | None]
+
+
+def sweep(
+    subject: SubjectSource,
+    items: Sequence,
+    interventions: Mapping[str, Row] | Sequence[Row],
+    *,
+    batch_rows: int | None = None,
+    metrics: Sequence[str] = ("correct", "logit", "margin"),
+    progress: Callable[[int, int], None] | bool | None = None,
+    assignments: Sequence[tuple[int, str]] | None = None,
+    store: str | Path | None = None,
+    groups: Groups | None = None,
+    executor: Executor | None = None,
+) -> pd.DataFrame:
+    """Score every item under every intervention.
+
+    Parameters
+    ----------
+    subject : Subject, or what an executor's workers can make one of
+        A path or model id, or a picklable callable without arguments that gives a ``Subject``.
+    items : sequence of items
+        With ``id, scene_id, task, image, prompt, answer, candidates``.
+    interventions : mapping of label to intervention, or sequence
+        ``None`` (nothing), an intervention, or a tuple of them applied together. A sequence is labelled by
+        ``describe``.
+    batch_rows : int, optional
+        Rows per forward pass. Default: what the machine's caches or free memory allow. A batch that runs out of memory is halved.
+    metrics : sequence of str
+        Of ``correct, logit, logprob, margin, choice, candidate 0, candidate 1, ...``; see ``vlm_core.sweeps.scoring.score_candidates``.
+        Candidates are compared by summed log-probability. ``logit`` is the raw logit of a one-token answer (what attribution by
+        logits needs), the summed log-probability of a longer one.
+    progress : callable or bool, optional
+        Called with (rows done, rows in all) after every block; True for ``progress_bar()``.
+    assignments : sequence of (item index, label), optional
+        The rows to run, in place of the full product (random masks drawn per item).
+    store : directory, optional
+        Finished blocks are kept there and found again by content. Processes that share it share the work.
+    groups : callable, optional
+        ``groups(item, encoded)`` gives token groups of an item's prompt by name, BoolArrays ``[token]``, for interventions to refer to.
+    executor : concurrent.futures.Executor, optional
+        Where blocks run (``vlm_core.sweeps.executors``). Workers in other processes need ``subject`` as a path, id or callable, and reach
+        ``store`` under the same path.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``item, cluster, task, intervention, metric, value``, in the order of items, then rows, then metrics.
+        ``attrs["paths"]``: rows per path that the engine took (``vlm_core.sweeps.engine.PATHS``; one per answer prefix of a row);
+        ``attrs["reasons"]``: rows per reason not to take a faster one.
+    """
+    table = _labelled(interventions)
+    unknown = {metric for metric in metrics if metric not in METRICS and not re.fullmatch(r"candidate \d+", metric)}
+    if unknown:
+        raise ValueError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
+    by_item = _rows_by_item(len(items), table, assignments)
+    plan = _Plan(table, tuple(metrics), batch_rows, None if store is None else str(store), groups)
+    blocks = _blocks(by_item)
+    progress = progress_bar() if progress is True else progress or None
+    n_rows, done, pieces = sum(map(len, by_item)), 0, {}
+    run = partial(_run_here, open_subject(subject)) if executor is None else partial(_run_on, executor, subject)
+    for number, piece in run(plan, items, by_item, blocks):
+        pieces[number] = piece
+        done += sum(len(by_item[index]) for index in blocks[number])
+        if progress is not None:
+            progress(done, n_rows)
+    return _joined([pieces[number] for number in sorted(pieces)])
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    """A progress bar on the terminal, with the time that is left, for ``sweep(progress=...)``."""
+    bar: tqdm | None = None
+    started = time.time()
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="row", dynamic_ncols=True)
+            bar.start_t = started
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is asked of every block."""
+
+    table: dict[str, Row]
+    metrics: tuple[str, ...]
+    batch_rows: int | None
+    store: str | None
+    groups: Groups | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some items and their rows ``(position among the items, label)``."""
+
+    plan: _Plan
+    items: list
+    rows: list[tuple[int, str]]
+
+    @classmethod
+    def of(cls, plan: _Plan, items: Sequence, by_item: list[list[str]], indices: list[int]) -> _Block:
+        rows = [(position, label) for position, index in enumerate(indices) for label in by_item[index]]
+        needed = {label: plan.table[label] for _, label in rows}
+        return cls(replace(plan, table=needed), take(items, indices), rows)
+
+
+def _blocks(by_item: list[list[str]]) -> list[list[int]]:
+    blocks: list[list[int]] = []
+    n_rows = 0
+    for index, labels in enumerate(by_item):
+        if not labels:
+            continue
+        if not blocks or len(blocks[-1]) == _BLOCK_ITEMS or n_rows + len(labels) > _BLOCK_ROWS:
+            blocks.append([])
+            n_rows = 0
+        blocks[-1].append(index)
+        n_rows += len(labels)
+    return blocks
+
+
+def _run_here(subject: Subject, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame]]:
+    if plan.store is None:
+        for number, indices in enumerate(blocks):
+            yield number, _measure(subject, _Block.of(plan, items, by_item, indices))
+        return
+    numbers: dict[str, list[int]] = {}
+
+    def tasks() -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        for number, indices in enumerate(blocks):
+            block = _Block.of(plan, items, by_item, indices)
+            name, measure = _shard(subject, block)
+            numbers.setdefault(name, []).append(number)
+            yield name, measure
+
+    for name, piece in ShardStore(plan.store).compute(tasks()):
+        yield numbers[name].pop(0), piece
+
+
+def _run_on(executor: Executor, source: SubjectSource, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame]]:
+    if isinstance(source, Subject) and not getattr(executor, "in_process", isinstance(executor, ThreadPoolExecutor)):
+        raise ValueError(
+            f"{type(executor).__name__} runs in other processes, which cannot take a Subject in memory: give sweep the checkpoint's "
+            f"path or id, or a picklable callable that makes the Subject"
+        )
+    at_once = 2 * getattr(executor, "max_workers", getattr(executor, "_max_workers", 4))
+    todo, running = iter(enumerate(blocks)), {}
+    try:
+        while True:
+            for number, indices in todo:
+                running[executor.submit(_run_block, source, _Block.of(plan, items, by_item, indices))] = number
+                if len(running) >= at_once:
+                    break
+            if not running:
+                return
+            finished: set[Future]
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield running.pop(future), future.result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _run_block(source: SubjectSource, block: _Block) -> pd.DataFrame:
+    """One block, on whatever worker this is."""
+    subject = open_subject(source)
+    if block.plan.store is None:
+        return _measure(subject, block)
+    ((_, piece),) = ShardStore(block.plan.store).compute([_shard(subject, block)])
+    return piece
+
+
+def _shard(subject: Subject, block: _Block) -> tuple[str, Callable[[], pd.DataFrame]]:
+    encoded = None if block.plan.groups is None else _encode(subject, block)
+    return _shard_name(subject, block, encoded), partial(_measure, subject, block, encoded)
+
+
+def _joined(pieces: list[pd.DataFrame]) -> pd.DataFrame:
+    if not pieces:
+        table = pd.DataFrame({column: pd.Series(dtype=float if column == "value" else str) for column in COLUMNS})
+    else:
+        table = pd.concat(pieces, ignore_index=True)
+    attrs = [piece.attrs for piece in pieces]
+    table.attrs = {key: dict(sum((Counter(one.get(key, {})) for one in attrs), Counter())) for key in ("paths", "reasons")}
+    return table
+
+
+def _labelled(interventions: Mapping[str, Row] | Sequence[Row]) -> dict[str, Row]:
+    if isinstance(interventions, Mapping):
+        return dict(interventions)
+    table = {describe(intervention): intervention for intervention in interventions}
+    if len(table) != len(interventions):
+        raise ValueError("two interventions have the same description: pass a mapping with a label for each")
+    return table
+
+
+def _rows_by_item(n_items: int, table: dict[str, Row], assignments) -> list[list[str]]:
+    if assignments is None:
+        return [list(table) for _ in range(n_items)]
+    rows: list[list[str]] = [[] for _ in range(n_items)]
+    for index, label in assignments:
+        if label not in table:
+            raise ValueError(f"assignments name the intervention {label!r}, which is not among the interventions")
+        rows[index].append(label)
+    return rows
+
+
+def _encode(subject: Subject, block: _Block) -> list[Encoded]:
+    encoded = encode_distinct(subject, block.items)
+    if block.plan.groups is None:
+        return encoded
+    return [_with_groups(one, block.plan.groups(item, one), item) for one, item in zip(encoded, block.items, strict=True)]
+
+
+def _with_groups(encoded: Encoded, masks: Mapping[str, np.ndarray] | None, item) -> Encoded:
+    members = {name: torch.as_tensor(np.asarray(mask, dtype=bool), device=encoded.image.device) for name, mask in (masks or {}).items()}
+    for name, mask in members.items():
+        if mask.shape != encoded.image.shape:
+            raise ValueError(
+                f"token group '{name}' of item {item_field(item, 'id')!r} has shape {tuple(mask.shape)}, its prompt has "
+                f"{len(encoded)} tokens: give one boolean per token"
+            )
+    return replace(encoded, groups={**encoded.groups, **members})
+
+
+def _measure(subject: Subject, block: _Block, encoded: list[Encoded] | None = None) -> pd.DataFrame:
+    """The table of one block."""
+    items, rows, plan = block.items, block.rows, block.plan
+    table, metrics = plan.table, plan.metrics
+    encoded = _encode(subject, block) if encoded is None else encoded
+    candidates = [candidate_set(subject, item) for item in items]
+    pairs = [(number, prefix) for number, (position, _) in enumerate(rows) for prefix in range(len(candidates[position].prefixes))]
+    jobs = [_job(*rows[number], prefix, table, encoded, candidates) for number, prefix in pairs]
+    scores = _Scores(subject, candidates, rows, pairs)
+    counts = run_rows(
+        subject, encoded, jobs, [item_number(item) for item in items], scores.consume, Budget.of(subject, plan.batch_rows)
+    )
+    values = score_candidates([candidates[position] for position, _ in rows], scores.sums, scores.logits)
+    per_row = {
+        "item": [str(item_field(items[position], "id")) for position, _ in rows],
+        "cluster": [str(item_field(items[position], "scene_id")) for position, _ in rows],
+        "task": [str(item_field(items[position], "task")) for position, _ in rows],
+        "intervention": [label for _, label in rows],
+    }
+    repeat = len(metrics)
+    columns = {name: np.repeat(np.array(column, dtype=object), repeat) for name, column in per_row.items()}
+    columns["metric"] = np.tile(np.array(metrics, dtype=object), len(rows))
+    columns["value"] = np.stack([values[metric] for metric in metrics], axis=1).reshape(-1)
+    piece = pd.DataFrame(columns)
+    piece.attrs = counts.to_dict()
+    return piece
+
+
+def _job(position: int, label: str, prefix: int, table, encoded, candidates) -> RowJob:
+    one: CandidateSet = candidates[position]
+    last = encoded[position].n_prompt - 1
+    reads = tuple(last + offset for read_prefix, offset in one.reads if read_prefix == prefix)
+    return RowJob(position, one.prefixes[prefix], table[label], reads)
+
+
+class _Scores:
+    """Summed log-probabilities ``[row, candidate]`` and answer logits ``[row]``, filled batch by batch."""
+
+    def __init__(self, subject, candidates: list[CandidateSet], rows: list[tuple[int, str]], pairs: list[tuple[int, int]]) -> None:
+        self.subject, self.candidates, self.rows, self.pairs = subject, candidates, rows, pairs
+        self.sums = np.full((len(rows), max(one.n for one in candidates)), -np.inf)
+        self.logits = np.zeros(len(rows))
+
+    def consume(self, jobs: Sequence[int], hidden: torch.Tensor) -> None:
+        """Add what the reads of some (row, prefix) pairs say; ``hidden`` ``[n, hidden]`` job by job."""
+        rows, numbers, reads, tokens = [], [], [], []
+        start = 0
+        for job in jobs:
+            row, prefix = self.pairs[job]
+            one = self.candidates[self.rows[row][0]]
+            own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
+            place = {read: start + offset for offset, read in enumerate(own)}
+            start += len(own)
+            for candidate, read, token in one.terms.tolist():
+                if read in place:
+                    rows.append(row)
+                    numbers.append(candidate)
+                    reads.append(place[read])
+                    tokens.append(token)
+        read = read_logits(self.subject, hidden)
+        with torch.inference_mode():
+            normaliser = read.logsumexp(1)
+            index = torch.tensor(reads, device=read.device)
+            raw = read[index, torch.tensor(tokens, device=read.device)]
+            log_probabilities = (raw - normaliser[index]).cpu().numpy().astype(float)
+        raw = raw.cpu().numpy()
+        rows, numbers = np.array(rows), np.array(numbers)
+        touched = self.sums[rows, numbers]
+        self.sums[rows, numbers] = np.where(np.isneginf(touched), 0.0, touched)
+        np.add.at(self.sums, (rows, numbers), log_probabilities)
+        for term, (row, candidate) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True)):
+            one = self.candidates[self.rows[row][0]]
+            if candidate == one.answer:
+                single = (one.terms[:, 0] == candidate).sum() == 1
+                self.logits[row] = raw[term] if single else self.sums[row, candidate]
+
+
+def _shard_name(subject: Subject, block: _Block, encoded: list[Encoded] | None) -> str:
+    table = block.plan.table
+    digest = hashlib.sha256()
+    digest.update(repr(subject.fingerprint).encode())
+    for item in block.items:
+        fields = ("id", "scene_id", "task", "prompt", "answer", "candidates")
+        digest.update(repr([item_field(item, name) for name in fields]).encode())
+        digest.update(item_field(item, "image").tobytes())
+    for one in encoded or ():
+        digest.update(repr([(name, members.tolist()) for name, members in sorted(one.groups.items())]).encode())
+    labels = sorted({label for _, label in block.rows})
+    digest.update(repr([(label, describe(table[label]), _content(table[label])) for label in labels]).encode())
+    digest.update(repr((block.rows, block.plan.metrics)).encode())
+    return digest.hexdigest()[:24]
+
+
+def _content(row: Row) -> list:
+    return [(type(part).__name__, part.digest) for part in parts(row)]
