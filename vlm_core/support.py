@@ -76,10 +76,15 @@ def outcome_property(family: str, capability: str, verdict: str) -> tuple[str, s
 
 
 def contradiction(family: str, capability: str, verdict: str) -> str | None:
-    """What is wrong with the cell of ``SUPPORT.md`` for a verdict; None where they agree, or while it is being written."""
+    """What is wrong with the cell of ``SUPPORT.md`` for a verdict; None where they agree, or while it is being written.
+
+    A transformers version without a section yet is held to the newest section: what worked must go on working.
+    """
     if WRITING in os.environ:
         return None
-    stated = read_matrix().get(this_version(), {}).get((family, capability))
+    matrix = read_matrix()
+    newest = next(iter(matrix), None)
+    stated = matrix.get(this_version(), matrix.get(newest, {})).get((family, capability))
     if stated == verdict:
         return None
     return (

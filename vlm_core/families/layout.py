@@ -12,6 +12,7 @@ attention a token knows about the rest of its view as well. How families cut ima
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,11 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(self.kind.tolist()).items())
+        images = ", ".join(f"{width} x {height}" for height, width in self.sizes)
+        return f"Layout({len(self)} image tokens: {kinds}; images of {images} pixels)"
 
     @property
     def boxes(self) -> np.ndarray:

@@ -476,3 +476,8 @@ def test_bad_input_is_one_sentence():
         image_layouts(family, config, None, inputs, [[(4, 4)]])
     with pytest.raises(SubjectError, match=r"declares the layout 'spiral', .* \(known: whole, native"):
         image_layouts(replace(family, layout="spiral"), config, subject.processor, inputs, [[(4, 4)]])
+
+
+def test_a_layout_shows_itself_in_a_line():
+    layout = grid_layout(2, 3, size=(20, 30), thumbnail=True)
+    assert repr(layout) == "Layout(7 image tokens: 6 tile, 1 thumbnail; images of 30 x 20 pixels)"

@@ -19,8 +19,11 @@ def test_every_claim_has_a_test():
 
 
 def test_the_matrix_covers_what_is_declared():
-    assert this_version() in read_matrix(), STALE
-    assert list(read_matrix()[this_version()]) == list(product(TINY, CLAIMS)), STALE
+    matrix = read_matrix()
+    assert list(next(iter(matrix.values()))) == list(product(TINY, CLAIMS)), STALE
+    if this_version() not in matrix:
+        pytest.skip(f"{MATRIX.name} has no section for transformers {this_version()} yet: python -m vlm_core.support writes it")
+    assert list(matrix[this_version()]) == list(product(TINY, CLAIMS)), STALE
 
 
 def test_the_matrix_reads_as_it_is_written():
@@ -47,11 +50,12 @@ def test_verdicts_come_back_with_their_reasons(matrix):
     assert text.index("## transformers 5.23") < text.index("## transformers 5.9")
 
 
-def test_another_verdict_family_or_version_is_a_contradiction(matrix, monkeypatch):
+def test_another_verdict_or_family_is_a_contradiction_also_under_a_version_without_a_section(matrix, monkeypatch):
     assert contradiction("one", "drop", "no: its image is elsewhere: use KnockOut") is None
     assert "SUPPORT.md says 'no: its image is elsewhere: use KnockOut' for one and drop" in contradiction("one", "drop", "yes")
     assert "says 'None' for two and drop" in contradiction("two", "drop", "yes")
     monkeypatch.setattr(support, "this_version", lambda: "5.24")
+    assert contradiction("one", "drop", "no: its image is elsewhere: use KnockOut") is None
     assert "under transformers 5.24" in contradiction("one", "drop", "yes")
     monkeypatch.setenv(WRITING, "1")
     assert contradiction("one", "drop", "yes") is None
