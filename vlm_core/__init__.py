@@ -12,7 +12,8 @@ from importlib import import_module
 _HOMES = {
     "subjects.activations": ("capture_activations", "capture_embeddings", "capture_image_kv", "mean_token", "token_spread"),
     "families.adapters": ("lora_targets",),
-    "families.anatomy": ("FAMILIES", "Anatomy", "Family", "HeadId"),
+    "families.anatomy": ("Anatomy", "HeadId"),
+    "families.family": ("FAMILIES", "Family", "declare"),
     "subjects.checkpoint": ("Checkpoint", "inspect_checkpoint", "precheck_subject"),
     "errors": ("SubjectError",),
     "evaluation": ("accuracy_table", "evaluate"),

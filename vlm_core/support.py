@@ -58,7 +58,7 @@ _HEAD = """# Support
 
 Which capability of the instrument holds for which family: found by the conformance suite (`vlm_core/tests/test_conformance.py`)
 on tiny random-weight models built from configs, float32 unless said otherwise, on the CPU. Written by `python -m vlm_core.support`.
-A family is a row of `vlm_core/tests/family_models.py`; how it is declared is in `vlm_core/families/anatomy.py`. `no` and `n/a` carry
+A family is a row of `vlm_core/tests/family_models.py`; how it is declared is in `vlm_core/families/family.py`. `no` and `n/a` carry
 their reason below the table; a plan that asks for what is `no` is refused in that sentence.
 """
 

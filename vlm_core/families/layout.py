@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vlm_core.errors import SubjectError
-from vlm_core.families.anatomy import Family
+from vlm_core.families.family import Family
 from vlm_core.families.tiling import CUTS, Part, Source
 
 __all__ = ["KINDS", "Layout", "coverage", "heatmap", "image_layouts", "object_tokens"]

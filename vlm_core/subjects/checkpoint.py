@@ -101,7 +101,7 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
     SubjectError
         One sentence that says what is wrong with it and what to do.
     """
-    from vlm_core.families.anatomy import find_family
+    from vlm_core.families.family import find_family
 
     source = str(path_or_id)
     local = Path(source)

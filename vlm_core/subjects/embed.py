@@ -129,7 +129,7 @@ def capture(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[Encoded]:
             received = stopped.inputs
         else:
             raise SubjectError(
-                f"subject '{subject.name}' never called its language model: its Family in vlm_core/families/anatomy.py names "
+                f"subject '{subject.name}' never called its language model: its Family in vlm_core/families/family.py names "
                 f"the wrong module."
             )
     ids = inputs["input_ids"]

@@ -95,7 +95,7 @@ class Subject:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What can be done on this subject, out of ``vlm_core.families.anatomy.CAPABILITIES``."""
+        """What can be done on this subject, out of ``vlm_core.families.family.CAPABILITIES``."""
         return self.anatomy.capabilities
 
     @property

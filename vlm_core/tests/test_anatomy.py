@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 from vlm_core import FAMILIES, Batch, DropTokens, KnockOut, ReplaceImageKV, Subject, SubjectError, ZeroHeads, selfcheck
-from vlm_core.families.anatomy import CAPABILITIES, LLAVA, declare, find_family
+from vlm_core.families.family import CAPABILITIES, LLAVA, declare, find_family
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.sweeps.engine import choose_path
@@ -38,9 +38,9 @@ def undeclared():
 
 
 def test_another_family_is_one_dataclass_away(monkeypatch):
-    """As the docstring of ``vlm_core.families.anatomy`` says."""
+    """As the docstring of ``vlm_core.families.family`` says."""
     model, batch = undeclared()
-    with pytest.raises(SubjectError, match="model_type 'cohere2_vision', which is not declared in vlm_core/families/anatomy.py"):
+    with pytest.raises(SubjectError, match="model_type 'cohere2_vision', which is not declared in vlm_core/families/family.py"):
         Subject(model, name="x")
     monkeypatch.delitem(FAMILIES, "cohere2_vision", raising=False)
     monkeypatch.setitem(FAMILIES, "cohere2_vision", None)
@@ -164,7 +164,7 @@ def test_another_wrapped_language_model_is_named():
 def test_an_unknown_family_is_named():
     model, _ = BUILDERS["llava"]()
     model.config.model_type = "newvlm"
-    with pytest.raises(SubjectError, match=r"model_type 'newvlm', which is not declared in vlm_core/families/anatomy.py"):
+    with pytest.raises(SubjectError, match=r"model_type 'newvlm', which is not declared in vlm_core/families/family.py"):
         Subject(model, name="x")
 
 

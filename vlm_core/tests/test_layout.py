@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_core import Subject, SubjectError
-from vlm_core.families.anatomy import FAMILIES
+from vlm_core.families.family import FAMILIES
 from vlm_core.families.layout import KINDS, Layout, coverage, heatmap, image_layouts, object_tokens
 from vlm_core.families.tiling import CUTS
 from vlm_core.subjects.embed import capture
