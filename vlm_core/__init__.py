@@ -58,7 +58,8 @@ _HOMES = {
     "observation.recording_config": ("RecordingConfig",),
     "observation.sinks": ("SinkMass", "Sinks", "find_sinks"),
     "subjects.checks": ("selfcheck",),
-    "subjects.subject": ("Batch", "Subject", "load_subject"),
+    "subjects.load": ("load_subject",),
+    "subjects.subject": ("Batch", "Subject"),
     "sweeps.executors": ("ProcessExecutor", "RayExecutor", "SerialExecutor"),
     "sweeps.sweep": ("progress_bar", "sweep"),
 }

@@ -47,7 +47,8 @@ from vlm_core.observation.observing import Groups, observed, prepare
 from vlm_core.observation.recording_config import RecordingConfig
 from vlm_core.seam.views import Tokens
 from vlm_core.subjects.embed import Encoded
-from vlm_core.subjects.subject import Subject, load_subject
+from vlm_core.subjects.load import load_subject
+from vlm_core.subjects.subject import Subject
 
 __all__ = ["Recording", "RecordingConfig", "record"]
 

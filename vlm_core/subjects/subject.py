@@ -1,8 +1,7 @@
 """The model under test, ready to be measured.
 
-``load_subject(path_or_id)``     from a checkpoint, checked
-``Subject(model, processor)``    from a model in memory (a student that was just trained)
-``precheck_subject(...)``        lives in ``vlm_core.subjects.checkpoint``: the cheap checks, without loading weights
+``Subject(model, processor)``    a model in memory, the seam on it; ``vlm_core.subjects.load`` makes one from a checkpoint
+``Batch``                        a few prompts as its inputs
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +23,9 @@ from vlm_core.items import item_field
 from vlm_core.seam.plan import Program
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, install
-from vlm_core.subjects.checkpoint import Checkpoint, inspect_checkpoint
+from vlm_core.subjects.checkpoint import Checkpoint
 
-__all__ = ["Batch", "Subject", "load_subject"]
+__all__ = ["Batch", "Subject"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,68 +381,3 @@ class Subject:
             [item_field(item, "prompt") for item in items],
             padding_side=padding_side,
         )
-
-
-def load_subject(
-    path_or_id: str | Path,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device: str = "auto",
-    check: bool = True,
-) -> Subject:
-    """Load a checkpoint and make sure that it can be measured.
-
-    Parameters
-    ----------
-    path_or_id : str or Path
-        A directory, or a model id of the Hugging Face Hub.
-    revision : str, optional
-    dtype : "auto" or dtype
-        ``"auto"``: the checkpoint's own, but float32 on a CPU.
-    device : "auto" or str
-        ``"auto"``: ``cuda`` where there is one.
-    check : bool
-        Run ``selfcheck`` (a few forward passes).
-
-    Raises
-    ------
-    SubjectError
-        One clear sentence: not found, text-only, corrupted, too large, no attention interface, failed self-check.
-    """
-    from transformers import AutoModelForImageTextToText
-
-    from vlm_core.families.processing import load_processor
-    from vlm_core.subjects.checks import selfcheck
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = inspect_checkpoint(path_or_id, revision)
-    stored = getattr(torch, str(checkpoint.dtype), torch.float32)
-    if dtype == "auto":
-        dtype = torch.float32 if str(device).startswith("cpu") else stored
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    checkpoint.require_memory(device, dtype)
-    try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            checkpoint.source, revision=revision, dtype=dtype, output_loading_info=True
-        )
-        processor = load_processor(checkpoint.source, revision)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise SubjectError(
-            f"subject '{path_or_id}' could not be loaded by transformers: {_first_line(error)}"
-        ) from error
-    wrong = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
-    if wrong:
-        raise SubjectError(
-            f"subject '{path_or_id}' lacks {len(wrong)} tensor{'s' if len(wrong) > 1 else ''} that its config announces "
-            f"(first: {wrong[0]}): config and weights do not belong together; save or download the checkpoint again."
-        )
-    subject = Subject(model.to(device), processor, name=checkpoint.name, checkpoint=checkpoint)
-    if check:
-        selfcheck(subject)
-    return subject
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -36,7 +36,8 @@ _OPENED: dict[bytes, Any] = {}
 
 def open_subject(source: SubjectSource) -> Subject:
     """The subject that a source stands for; one that is loaded stays for the next shard of this process."""
-    from vlm_core.subjects.subject import Subject, load_subject
+    from vlm_core.subjects.load import load_subject
+    from vlm_core.subjects.subject import Subject
 
     if isinstance(source, Subject):
         return source

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -243,3 +244,27 @@ def test_a_copy_of_the_model_is_not_touched_by_the_original(subject):
         assert not torch.equal(clone(**batch.inputs).logits, expected)
     for layer in other.anatomy.layers:
         assert list(layer._forward_pre_hooks.values()).count(_before_layer) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+def test_a_model_spread_by_a_device_map_gives_the_same_numbers(saved, subject):
+    spread = {
+        "model.vision_tower": "disk",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.layers.0": "cpu",
+        "model.language_model.layers.1": "disk",
+        "model.language_model.layers.2": "cpu",
+        "model.language_model.norm": "cpu",
+        "model.language_model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    loaded = load_subject(saved, device_map=spread)
+    assert loaded.model.model.language_model.layers[1].mlp.gate_proj.weight.device.type == "meta"
+    items, rows = make_items(3), [None, ZeroHeads([(1, 0)]), ZeroHeads([(0, 1)], queries="question")]
+    pd.testing.assert_frame_equal(sweep(loaded, items, rows), sweep(subject, items, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_device_and_a_device_map_are_one_too_many(saved):
+    with pytest.raises(ValueError, match="device 'cpu' and device_map 'auto' were both given"):
+        load_subject(saved, device="cpu", device_map="auto")
