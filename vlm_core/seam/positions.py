@@ -37,7 +37,7 @@ class Positioned:
     @cached_property
     def lengths(self) -> torch.Tensor:
         """Tokens of each prompt, ``[element]``."""
-        return self.tokens.valid.sum(1)
+        return self.tokens.prompt.sum(1)
 
     def check(self, named: Sequence[frozenset[Positions]], sequences: Sequence[int]) -> None:
         """Refuse what the batch does not have: ``named`` per row, ``sequences`` the rows' sequences.
@@ -80,5 +80,5 @@ class Positioned:
         return pad(found, (0, length - found.shape[1]))
 
     def columns(self, positions: Positions, sequence: int) -> torch.Tensor:
-        """Columns of the incoming batch that ``positions`` name in one sequence, in order."""
-        return self.members(self.tokens, positions)[sequence].nonzero()[:, 0]
+        """Columns of the incoming batch that ``positions`` name in the prompt of one sequence, in order; no answer's."""
+        return (self.members(self.tokens, positions) & self.tokens.prompt)[sequence].nonzero()[:, 0]

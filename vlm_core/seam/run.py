@@ -31,7 +31,7 @@ from vlm_core.seam.plan import EMBEDDING, Program
 from vlm_core.seam.positions import Positioned
 from vlm_core.seam.residual import StreamEdits
 from vlm_core.seam.shortening import Shortening, Weighed
-from vlm_core.seam.views import AttentionView, LayerView, Tokens
+from vlm_core.seam.views import GROUPS, AttentionView, LayerView, Tokens
 
 __all__ = ["Run"]
 
@@ -357,6 +357,8 @@ class Run:
 
 def _named(groups: Mapping[str, torch.Tensor], valid: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, members in groups.items():
+        if name in GROUPS and name != "answer":
+            raise ValueError(f"token group '{name}' is one that every prompt has: give yours another name")
         if tuple(members.shape) != tuple(valid.shape):
             raise ValueError(
                 f"group '{name}' has shape {tuple(members.shape)}, the batch is {tuple(valid.shape)} (sequences, tokens)"

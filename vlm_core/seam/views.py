@@ -16,7 +16,7 @@ from torch import nn
 
 __all__ = ["GROUPS", "AttentionBlock", "AttentionView", "LayerView", "Tokens"]
 
-GROUPS = ("image", "text", "question", "preamble", "last", "bos", "all")
+GROUPS = ("image", "text", "question", "preamble", "last", "bos", "answer", "all")
 """Token groups that every sequence has; a batch may bring named ones of its own (``Tokens.named``)."""
 
 # Scores of one block: about what a core's second-level cache holds, but enough queries for a matrix product to pay.
@@ -60,17 +60,24 @@ class Tokens:
         return self._kept[key]
 
     @property
+    def prompt(self) -> torch.Tensor:
+        """Tokens of the prompt: valid, and not of an answer; ``[element, token]``."""
+        return self.valid & ~self.named["answer"] if "answer" in self.named else self.valid
+
+    @property
     def last(self) -> torch.Tensor:
-        """Index of the last valid token, ``[element]``."""
+        """Index of the prompt's last token, ``[element]``."""
         n = self.valid.shape[1]
-        return self.kept(("last",), lambda: n - 1 - self.valid.flip(1).int().argmax(1))
+        return self.kept(("last",), lambda: n - 1 - self.prompt.flip(1).int().argmax(1))
 
     def group(self, name: str) -> torch.Tensor:
         """Members of a token group, ``[element, token]``.
 
         ``image`` and ``text`` partition the valid tokens. ``preamble`` is the text before the first image token, and
         ``question`` the text after the last one (all text where there is no image); text between two images is in
-        neither. ``last`` and ``bos`` are the last and first valid token. Other names are looked up in ``named``.
+        neither. ``bos`` is the first valid token. ``answer`` are tokens that follow the prompt, appended or generated; they are text, and
+        of the question's side. ``last`` are the tokens that an answer's tokens are read from: the last one of the prompt and every one of
+        the answer. Other names are looked up in ``named``.
 
         Raises
         ------
@@ -88,9 +95,12 @@ class Tokens:
             return self.valid
         if name in ("last", "bos"):
             where = self.last if name == "last" else self.valid.int().argmax(1)
-            return torch.arange(self.valid.shape[1], device=where.device) == where[:, None]
+            found = torch.arange(self.valid.shape[1], device=where.device) == where[:, None]
+            return found | self.group("answer") if name == "last" and "answer" in self.named else found
         if name in self.named:
             return self.named[name] & self.valid
+        if name == "answer":
+            return torch.zeros_like(self.valid)
         if name in ("question", "preamble"):
             image = (self.image & self.valid).int()
             if name == "question":
@@ -125,12 +135,13 @@ class Tokens:
         if extra == 0:
             return self
         pad = nn.functional.pad
+        known = {"answer": self.group("answer"), **self.named}
         return replace(
             self,
             image=pad(self.image, (0, extra)),
             valid=pad(self.valid, (0, extra), value=True),
             index=None,
-            named={name: pad(members, (0, extra), value=name == "question") for name, members in self.named.items()},
+            named={name: pad(members, (0, extra), value=name in ("question", "answer")) for name, members in known.items()},
         )
 
 

@@ -105,7 +105,10 @@ class Encoded:
             image=pad(self.image, (0, n)),
             positions=positions,
             types={name: pad(value, (0, n), value=causal[name]) for name, value in self.types.items()},
-            groups={name: pad(members, (0, n)) for name, members in self.groups.items()},
+            groups={
+                name: pad(members, (0, n), value=name == "answer")
+                for name, members in {"answer": torch.zeros_like(self.image), **self.groups}.items()
+            },
             cross=cross,
         )
 

@@ -369,6 +369,8 @@ class Subject:
             capability that the family lacks, a source that does not fit.
         """
         rows = list(interventions) if isinstance(interventions, list) else [interventions] * len(batch)
+        if batch.labels is not None:
+            groups = {"answer": batch.labels != -100, **(groups or {})}
         anatomy, weight = self.anatomy, self.anatomy.embedding.weight
         program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, weight.device, weight.dtype)
         with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:

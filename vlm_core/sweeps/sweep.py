@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import item_field, item_number, take
+from vlm_core.seam.views import GROUPS
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import read_logits
 from vlm_core.subjects.subject import Subject
@@ -267,6 +268,8 @@ def _encode(subject: Subject, block: _Block) -> list[Encoded]:
 def _with_groups(encoded: Encoded, masks: Mapping[str, np.ndarray] | None, item) -> Encoded:
     members = {name: torch.as_tensor(np.asarray(mask, dtype=bool), device=encoded.image.device) for name, mask in (masks or {}).items()}
     for name, mask in members.items():
+        if name in GROUPS:
+            raise ValueError(f"token group '{name}' is one that every prompt has: give yours another name")
         if mask.shape != encoded.image.shape:
             raise ValueError(
                 f"token group '{name}' of item {item_field(item, 'id')!r} has shape {tuple(mask.shape)}, its prompt has "

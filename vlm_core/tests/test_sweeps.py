@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import vlm_core.sweeps.sweep
-from vlm_core import DropTokens, KnockOut, ReplaceImageKV, SubjectError, ZeroHeads, sweep
+from vlm_core import (
+    DropTokens, GaussianNoise, KnockOut, Patch, ReplaceImageKV, ReplaceTokens, Steer, SubjectError, Vector, ZeroHeads, sweep
+)
 from vlm_core.items import item_number
 from vlm_core.tests.tiny import make_items, tiny_subject
 
@@ -249,3 +251,41 @@ vlm_core.sweeps.sweep._BLOCK_ITEMS, vlm_core.sweeps.sweep._measure = 2, measure
 table = sweep(tiny_subject(), make_items(8), [None, ZeroHeads([(0, 1)])], store=folder)
 assert len(table) == 8 * 2 * 3
 """
+
+
+@pytest.mark.parametrize(
+    "intervention",
+    [
+        ZeroHeads([(0, 1), (1, 2)], queries="last"),
+        ZeroHeads([(0, 1), (1, 2)], queries=(-1,)),
+        KnockOut("last", "image", (1, 2)),
+        DropTokens(2, 0.25, "attention"),
+        Patch("mlp", [1], GaussianNoise(1.0)),
+        ReplaceTokens(Vector(torch.ones(32)), tokens="text"),
+        Steer(1, torch.ones(32), positions="last"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_an_answer_appended_is_scored_as_the_model_would_write_it(subject, intervention):
+    """Teacher-forced rows equal the steps of generation under the intervention, and a longer candidate changes no shorter one."""
+    (item,) = make_items(1)
+    item = {**item, "id": "one", "answer": "red", "candidates": ["red", "dark red", "dark circle"]}
+    batch, number = subject.encode_items([item]), item_number(item)
+    expected = []
+    for candidate in item["candidates"]:
+        tokens, cache, total = subject.continuation(candidate), None, 0.0
+        with torch.inference_mode(), subject.intervene(intervention, batch, items=[number]):
+            inputs = dict(batch.inputs)
+            for token in tokens:
+                seen = subject.model(**inputs, past_key_values=cache, use_cache=True)
+                cache = seen.past_key_values
+                total += seen.logits[0, -1].float().log_softmax(-1)[token].item()
+                mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+                where = mask.sum(1, keepdim=True) - 1
+                inputs = {"input_ids": torch.tensor([[token]]), "attention_mask": mask, "position_ids": where}
+        expected.append(total)
+    metrics = [f"candidate {number}" for number in range(3)]
+    found = sweep(subject, [item], {"cut": intervention}, metrics=metrics)["value"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    alone = sweep(subject, [{**item, "candidates": ["red"]}], {"cut": intervention}, metrics=["candidate 0"])["value"]
+    np.testing.assert_allclose(alone, found[:1], rtol=1e-5, atol=1e-5)
