@@ -24,7 +24,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vlm_core.interventions import Intervention, describe
+from vlm_core.identity import code_digest, item_digest
+from vlm_core.interventions import Intervention, describe, parts
 from vlm_core.items import item_field, take
 from vlm_core.observation.means import KeyValues, Moments
 from vlm_core.observation.observers import At
@@ -52,7 +53,7 @@ from vlm_core.subjects.subject import Subject
 
 __all__ = ["Recording", "RecordingConfig", "record"]
 
-_CONTENT = ("id", "prompt", "answer", "candidates", "image")
+_CONTENT = ("id", "prompt", "answer", "candidates")
 
 
 def record(
@@ -115,10 +116,10 @@ def record(
 def _begin(subject, items, config, out, intervention, groups) -> dict[str, Any]:
     """Observers made ready, and the run's identity written or checked."""
     identity = {
-        "subject": {"name": subject.name, **dict(zip(("weights", "dtype", "device"), subject.fingerprint, strict=True))},
+        "subject": {"name": subject.name, **dict(zip(("weights", "dtype", "device", "settings"), subject.fingerprint, strict=True))},
         "config": {key: value for key, value in config.to_dict().items() if key != "batch_rows"},
-        "intervention": describe(intervention),
-        "groups": None if groups is None else getattr(groups, "__qualname__", type(groups).__qualname__),
+        "intervention": {"what": describe(intervention), "parts": [part.digest for part in parts(intervention)]},
+        "groups": code_digest(groups),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
         },
@@ -140,14 +141,7 @@ def _begin(subject, items, config, out, intervention, groups) -> dict[str, Any]:
 
 
 def _digest(items: Sequence) -> str:
-    digest = hashlib.sha256()
-    for item in items:
-        for name in _CONTENT:
-            value = item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
-            for one in value if isinstance(value, list) else [value]:
-                content = (one.mode, one.size, one.tobytes()) if isinstance(one, Image.Image) else one
-                digest.update(repr((name, content)).encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("".join(item_digest(item, _CONTENT) for item in items).encode()).hexdigest()[:16]
 
 
 def _write_json(content: dict, path: Path) -> None:

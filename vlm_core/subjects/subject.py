@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from vlm_core.errors import SubjectError
@@ -79,7 +81,8 @@ class Subject:
         self.anatomy = Anatomy.of(model, name)
         self.seam = install(model, self.anatomy, name)
         self._lead: str | None = None
-        self._fingerprint: tuple[str | None, str, str] | None = None
+        self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
+        self._loaded_state = self._weights_state()
         self._continuations: dict[str, tuple[int, ...]] = {}
 
     def __repr__(self) -> str:
@@ -130,16 +133,40 @@ class Subject:
         }
 
     @property
-    def fingerprint(self) -> tuple[str | None, str, str]:
-        """Weights, dtype and kind of device: what a stored measurement depends on."""
-        if self._fingerprint is None:
-            identity = self.identity()
-            self._fingerprint = (
-                identity["weights"] or self._sha256(),
-                identity["dtype"],
-                self.device.type,
-            )
-        return self._fingerprint
+    def fingerprint(self) -> tuple[str, str, str, str]:
+        """Weights, dtype, kind of device, and settings: what a stored measurement depends on.
+
+        Weights are those in memory: where they were changed after loading, they are digested anew. Settings are the model's and the
+        processor's configuration, the attention that the seam delegates to, and the versions of torch and transformers.
+        """
+        state = self._weights_state()
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            untouched = state == self._loaded_state and self.checkpoint is not None
+            weights = (self.checkpoint.sha256() if untouched else None) or self._sha256()
+            self._fingerprint = state, (weights, str(self.anatomy.embedding.weight.dtype).removeprefix("torch."), self.device.type)
+        return *self._fingerprint[1], self._settings()
+
+    def _weights_state(self) -> tuple:
+        # Version counters tell of edits in place, a sample of values of those that pass them by (``.data``).
+        return tuple(
+            (tensor.data_ptr(), tensor._version, tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].double().sum().item())
+            for tensor in self.model.parameters()
+            if not tensor.is_meta
+        )
+
+    def _settings(self) -> str:
+        processor = self.processor
+        parts = [self.model.config.to_json_string(), self.seam.original, torch.__version__, transformers.__version__]
+        if processor is not None:
+            parts.append(processor.to_json_string())
+            parts.append(str(getattr(processor, "chat_template", None)))
+            if self.tokenizer.is_fast:
+                content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+                # How the last batch was padded is no setting.
+                parts.append(json.dumps({key: value for key, value in content.items() if key not in ("padding", "truncation")}))
+            else:
+                parts.append(json.dumps(sorted(self.tokenizer.get_vocab().items())))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def _sha256(self) -> str:
         digest = hashlib.sha256()

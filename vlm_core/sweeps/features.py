@@ -8,27 +8,20 @@ features that are known already (``mm_encoder_outputs``).
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from vlm_core.identity import image_digest
 from vlm_core.items import item_field
 from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded, capture, encode_items
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["encode_distinct", "image_digest", "image_features", "takes_features", "with_features"]
+__all__ = ["encode_distinct", "image_features", "takes_features", "with_features"]
 
 _PIXELS = ("pixel_values", "pixel_attention_mask")
-
-
-def image_digest(image) -> str:
-    """Digest of what an image shows."""
-    digest = hashlib.sha256(repr((image.mode, image.size)).encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()
 
 
 def encode_distinct(subject: Subject, items: Sequence, batch: int = 32) -> list[Encoded]:
@@ -40,11 +33,9 @@ def encode_distinct(subject: Subject, items: Sequence, batch: int = 32) -> list[
     batch : int
         Items whose images nobody shares are encoded in batches of so many.
     """
-    by_image: dict[object, list[int]] = {}
+    by_image: dict[str, list[int]] = {}
     for number, item in enumerate(items):
-        image = item_field(item, "image")
-        key = image_digest(image) if hasattr(image, "tobytes") and hasattr(image, "mode") else number
-        by_image.setdefault(key, []).append(number)
+        by_image.setdefault(image_digest(item_field(item, "image")), []).append(number)
     shared = [numbers for numbers in by_image.values() if len(numbers) > 1] if takes_features(subject) else []
     together = {number for numbers in shared for number in numbers}
     alone = [number for number in range(len(items)) if number not in together]

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from vlm_core.identity import item_digest
 from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import item_field, item_number, take
 from vlm_core.seam.views import GROUPS
@@ -360,9 +361,7 @@ def _shard_name(subject: Subject, block: _Block, encoded: list[Encoded] | None) 
     digest = hashlib.sha256()
     digest.update(repr(subject.fingerprint).encode())
     for item in block.items:
-        fields = ("id", "scene_id", "task", "prompt", "answer", "candidates")
-        digest.update(repr([item_field(item, name) for name in fields]).encode())
-        digest.update(item_field(item, "image").tobytes())
+        digest.update(item_digest(item).encode())
     for one in encoded or ():
         digest.update(repr([(name, members.tolist()) for name, members in sorted(one.groups.items())]).encode())
     labels = sorted({label for _, label in block.rows})

@@ -194,7 +194,7 @@ def test_the_identity_says_what_was_recorded(subject, recorded):
     identity = recorded.identity
     assert identity["subject"]["weights"] == subject.fingerprint[0]
     assert identity["versions"]["torch"] == torch.__version__
-    assert identity["intervention"] == "none"
+    assert identity["intervention"] == {"what": "none", "parts": []}
     assert RecordingConfig.from_dict(identity["config"]).observers == OBSERVERS
 
 
@@ -372,3 +372,14 @@ def test_the_command_line(subject, tmp_path, monkeypatch, capsys):
     table = Recording.open(tmp_path / "out").table("attention_mass")
     expected = observe(subject, items, AttentionMass())
     np.testing.assert_allclose(table["value"].to_numpy().reshape(expected.shape), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_recording_is_not_continued_with_other_groups(subject, tmp_path):
+    def first(count):
+        return lambda item, encoded: {"object": np.arange(len(encoded)) < count}
+
+    several, items = RecordingConfig({"mass": AttentionMass("last", ("object",))}), make_items(2)
+    record(subject, items, several, tmp_path, groups=first(4))
+    record(subject, items, several, tmp_path, groups=first(4))
+    with pytest.raises(ValueError, match="another groups"):
+        record(subject, items, several, tmp_path, groups=first(5))

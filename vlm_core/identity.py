@@ -1,0 +1,75 @@
+"""What a stored measurement depends on, as digests.
+
+``image_digest``    what an image (or several) shows
+``item_digest``     what an item asks
+``code_digest``     a callable: its code, defaults and what it closes over
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType, FunctionType
+
+__all__ = ["code_digest", "image_digest", "item_digest"]
+
+ITEM_FIELDS = ("id", "scene_id", "task", "prompt", "answer", "candidates")
+
+
+def image_digest(image) -> str:
+    """Digest of what an image shows: size, mode, palette and pixels; of a list of images, of all of them in order."""
+    if isinstance(image, list | tuple):
+        return _sha256(*(image_digest(one).encode() for one in image))
+    palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
+    return _sha256(repr((image.mode, image.size, palette, image.info.get("transparency"))).encode(), image.tobytes())
+
+
+def item_digest(item, fields: Sequence[str] = ITEM_FIELDS) -> str:
+    """Digest of an item's image and text ``fields``; a field that it does not have counts as None."""
+    def field(name: str):
+        return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
+
+    shown = field("image")
+    parts = [repr((name, field(name))).encode() for name in fields]
+    return _sha256(*parts, b"" if shown is None else image_digest(shown).encode())
+
+
+def code_digest(function: Callable | None) -> str | None:
+    """Digest of what a callable is; None for None. Global names that it reads are outside: pass what matters as an argument.
+
+    Raises
+    ------
+    ValueError
+        Where something that it closes over cannot be pickled, so that two such callables cannot be told apart.
+    """
+    if function is None:
+        return None
+    try:
+        if not isinstance(function, FunctionType):
+            return _sha256(pickle.dumps(function))
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        closed = [code_digest(one).encode() if isinstance(one, FunctionType) else pickle.dumps(one) for one in cells]
+        defaults = pickle.dumps((function.__defaults__, function.__kwdefaults__))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        raise ValueError(
+            f"'{name}' cannot be told from others like it ({error}): what is stored under it might be another's; make it a function "
+            f"of plain values"
+        ) from error
+    return _sha256(*_code(function.__code__), defaults, *closed)
+
+
+def _code(code: CodeType) -> list[bytes]:
+    parts = [code.co_code, repr((code.co_names, code.co_varnames, code.co_freevars)).encode()]
+    for constant in code.co_consts:
+        parts += _code(constant) if isinstance(constant, CodeType) else [repr(constant).encode()]
+    return parts
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
