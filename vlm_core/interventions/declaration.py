@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from vlm_core.families.anatomy import HeadId
+from vlm_core.interventions.numeric import integer, integers
 from vlm_core.interventions.sources import Source, Vector
 
 __all__ = [
@@ -56,19 +57,31 @@ def scope_of(positions: Positions) -> str:
 
 def as_heads(heads: Iterable) -> tuple[HeadId, ...]:
     """Heads once each, in order."""
-    return tuple(sorted({HeadId(int(layer), int(head)) for layer, head in heads}))
+    if isinstance(heads, str | HeadId) or not isinstance(heads, Iterable):
+        raise ValueError(f"heads must be several (layer, head) pairs, got {heads!r}: pass a list, also of one head")
+    return tuple(sorted({_head(pair) for pair in heads}))
 
 
-def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:
-    """Layers (or heads of a layer) once each, in order."""
-    return tuple(sorted({int(layer) for layer in ([layers] if isinstance(layers, int) else layers)}))
+def _head(pair) -> HeadId:
+    try:
+        if isinstance(pair, str):
+            raise TypeError
+        layer, head = pair
+    except (TypeError, ValueError):
+        raise ValueError(f"heads must be (layer, head) pairs, got {pair!r} among them: write HeadId(layer, head)") from None
+    return HeadId(integer(layer, "a head's layer"), integer(head, "a head's number"))
+
+
+def as_layers(layers: int | Iterable[int], name: str = "layers") -> tuple[int, ...]:
+    """Layers (or heads of a layer) once each, in order; a single integer is one of them."""
+    return tuple(sorted(set(integers(layers, name, f"each of {name}"))))
 
 
 def as_positions(positions: Positions | int, name: str) -> Positions:
     """A group name as it is; positions once each, in order."""
     if isinstance(positions, str):
         return positions
-    positions = (positions,) if isinstance(positions, int) else tuple(int(position) for position in positions)
+    positions = integers(positions, name, f"each of {name}")
     if not positions:
         raise ValueError(f"{name} must be a group name or at least one position, got none")
     return tuple(sorted(set(positions)))
@@ -76,7 +89,12 @@ def as_positions(positions: Positions | int, name: str) -> Positions:
 
 def as_vector(values: Vector | torch.Tensor) -> Vector:
     """A tensor ``[hidden]`` as a ``Vector``."""
-    return values if isinstance(values, Vector) else Vector(torch.as_tensor(values, dtype=torch.float32))
+    if isinstance(values, Vector):
+        return values
+    try:
+        return Vector(torch.as_tensor(values, dtype=torch.float32))
+    except (TypeError, RuntimeError):
+        raise ValueError(f"a direction must be a Vector or a tensor [hidden], got {type(values).__name__}: pass numbers") from None
 
 
 def require_kind(source, kinds: tuple[type, ...], what: str) -> None:

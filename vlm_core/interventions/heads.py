@@ -171,7 +171,7 @@ class KnockOut(Declared):
             queries=as_positions(self.queries, "queries"),
             keys=as_positions(self.keys, "keys"),
             layers=as_layers(self.layers),
-            heads=as_layers(self.heads),
+            heads=as_layers(self.heads, "heads"),
         )
 
     def describe(self) -> str:

@@ -19,6 +19,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from vlm_core.interventions.numeric import integer, real, require_finite
+
 __all__ = ["SITES", "Activations", "GaussianNoise", "HeadMeans", "ImageKV", "ImageKVMeans", "Source", "Vector"]
 
 SITES = ("residual", "attention", "mlp", "head")
@@ -28,12 +30,26 @@ SITES = ("residual", "attention", "mlp", "head")
 these modules add to it, ``head`` the outputs of single heads before the output projection.
 """
 
+_MEANS = ("layer", "head", "head_dim")
+
 
 def _digest(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        # In float64 every narrower number is itself; the shape tells a tensor from another of the same numbers.
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _check_pair(kind: str, keys: torch.Tensor, values: torch.Tensor, shape: tuple[str, ...]) -> None:
+    require_finite(keys, f"keys of {kind}", shape)
+    require_finite(values, f"values of {kind}", shape)
+    if keys.shape != values.shape:
+        raise ValueError(
+            f"keys and values of {kind} must have one shape [{', '.join(shape)}], got {tuple(keys.shape)} and {tuple(values.shape)}: "
+            f"take both from the same subject"
+        )
 
 
 class Source:
@@ -64,6 +80,7 @@ class HeadMeans(Source):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        require_finite(self.values, "values of HeadMeans", _MEANS)
         object.__setattr__(self, "digest", _digest(self.values))
 
 
@@ -82,6 +99,7 @@ class ImageKVMeans(Source):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        _check_pair("ImageKVMeans", self.keys, self.values, _MEANS)
         object.__setattr__(self, "digest", _digest(self.keys, self.values))
 
 
@@ -98,6 +116,7 @@ class ImageKV(Source):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        _check_pair("ImageKV", self.keys, self.values, ("layer", "head", "image token", "head_dim"))
         object.__setattr__(self, "digest", _digest(self.keys, self.values))
 
 
@@ -109,8 +128,9 @@ class Vector(Source):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.values.ndim != 1:
+        if isinstance(self.values, torch.Tensor) and self.values.ndim != 1:
             raise ValueError(f"a direction is one vector [hidden], got a tensor of shape {tuple(self.values.shape)}")
+        require_finite(self.values, "values of Vector")
         object.__setattr__(self, "digest", _digest(self.values))
 
 
@@ -142,6 +162,7 @@ class Activations(Source):
                     f"activations of site '{site}' at layer {layer} have {tensor.shape[0]} tokens, the prompt has "
                     f"{self.image.shape[0]}"
                 )
+            require_finite(tensor, f"activations of site '{site}' at layer {layer}")
         names, groups = sorted(self.values), sorted(self.groups)
         tensors = [self.values[name] for name in names] + [self.groups[name] for name in groups]
         digest = hashlib.sha256(repr((names, groups)).encode())
@@ -169,6 +190,8 @@ class GaussianNoise(Source):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", real(self.scale, "scale of GaussianNoise"))
+        object.__setattr__(self, "seed", integer(self.seed, "seed of GaussianNoise", least=0))
         if self.scale < 0:
             raise ValueError(f"scale must be 0 or more, got {self.scale}")
         object.__setattr__(self, "digest", f"{self.scale!r}-{self.seed}")
@@ -182,7 +205,8 @@ class GaussianNoise(Source):
         return torch.from_numpy(_normal(self.seed, item, layer, n_tokens, width)) * self.scale
 
 
-@lru_cache(maxsize=256)
+# An array is [token, hidden]: some MB each for a large model.
+@lru_cache(maxsize=16)
 def _normal(seed: int, item: int, layer: int, n_tokens: int, width: int) -> np.ndarray:
     # Drawn row by row from one stream: a longer sequence begins with the same noise.
     return np.random.default_rng((seed, item, layer)).standard_normal((n_tokens, width)).astype(np.float32)

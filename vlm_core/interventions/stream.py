@@ -27,6 +27,7 @@ from vlm_core.interventions.declaration import (
     short,
     shown_heads,
 )
+from vlm_core.interventions.numeric import integer, real, shown
 from vlm_core.interventions.sources import SITES, Activations, GaussianNoise, Vector
 
 __all__ = ["Patch", "ReplaceTokens", "Steer"]
@@ -112,14 +113,15 @@ class Steer(Declared):
 
     def __post_init__(self) -> None:
         self._seal(
+            layer=integer(self.layer, "layer of Steer"),
             direction=as_vector(self.direction),
-            scale=float(self.scale),
+            scale=real(self.scale, "scale of Steer"),
             positions=as_positions(self.positions, "positions"),
         )
 
     def describe(self) -> str:
         """A short unique label."""
-        return label("steer", f"layer {self.layer}", f"{self.scale:g} x {self.direction.digest}", positions=self.positions)
+        return label("steer", f"layer {self.layer}", f"{shown(self.scale)} x {self.direction.digest}", positions=self.positions)
 
     def touches(self, n_layers: int, contiguous: bool = True) -> Touch:
         """First layer touched, and whether tokens up to the last image token are."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from vlm_core.interventions.declaration import Declared, Positions, Touch, as_positions, label
+from vlm_core.interventions.numeric import integer, real, shown
 
 __all__ = ["DROP_POLICIES", "SIMILARITIES", "DropTokens", "MergeTokens"]
 
@@ -17,11 +20,12 @@ DROP_POLICIES = ("random", "stride", "attention")
 SIMILARITIES = ("hidden", "keys")
 
 
-def _check_keep(keep: float, layer: int) -> None:
+def _checked(keep: float, layer: int) -> dict:
+    """``keep`` and ``layer`` as plain numbers, or refused."""
+    keep = real(keep, "keep")
     if not 0.0 <= keep <= 1.0:
         raise ValueError(f"keep must be a fraction between 0 and 1, got {keep}")
-    if layer < 0:
-        raise ValueError(f"layer must be 0 or more, got {layer}")
+    return {"layer": integer(layer, "layer", least=0), "keep": keep}
 
 
 def _count(keep: float, n_image: int) -> int:
@@ -62,12 +66,12 @@ class DropTokens(Declared):
     capability: ClassVar[str] = "drop"
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep, self.layer)
+        numbers = _checked(self.keep, self.layer) | {"seed": integer(self.seed, "seed", least=0)}
         if self.policy not in DROP_POLICIES:
             raise ValueError(f"policy must be one of {', '.join(DROP_POLICIES)}, got '{self.policy}'")
         if self.policy == "attention" and self.layer == 0 and 0.0 < self.keep < 1.0:
             raise ValueError("policy 'attention' needs a layer before the drop to read attention from: use layer >= 1")
-        self._seal(tokens=as_positions(self.tokens, "tokens"))
+        self._seal(**numbers, tokens=as_positions(self.tokens, "tokens"))
 
     def count(self, n_image: int) -> int:
         """How many of ``n_image`` tokens stay."""
@@ -76,7 +80,7 @@ class DropTokens(Declared):
     def describe(self) -> str:
         """A short unique label."""
         seed = (f"seed {self.seed}",) if self.policy == "random" and 0.0 < self.keep < 1.0 else ()
-        return label("drop", f"layer {self.layer}", f"keep {self.keep:g}", self.policy, *seed, tokens=self.tokens)
+        return label("drop", f"layer {self.layer}", f"keep {shown(self.keep)}", self.policy, *seed, tokens=self.tokens)
 
     def touches(self, n_layers: int, contiguous: bool = True) -> Touch:
         """First layer touched, and whether tokens up to the last image token are."""
@@ -119,14 +123,16 @@ class MergeTokens(Declared):
     capability: ClassVar[str] = "merge"
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep, self.layer)
+        numbers = _checked(self.keep, self.layer)
         if self.keep == 0.0:
             raise ValueError("merging leaves at least one token: keep must be above 0, or use DropTokens")
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{self.similarity}'")
         if self.similarity == "keys" and self.layer == 0:
             raise ValueError("similarity 'keys' needs a layer before the merge to read keys from: use layer >= 1")
-        self._seal(tokens=as_positions(self.tokens, "tokens"))
+        if not isinstance(self.proportional, bool | np.bool_):
+            raise ValueError(f"proportional must be True or False, got {self.proportional!r}")
+        self._seal(**numbers, proportional=bool(self.proportional), tokens=as_positions(self.tokens, "tokens"))
 
     def count(self, n_image: int) -> int:
         """How many of ``n_image`` tokens are left."""
@@ -135,7 +141,7 @@ class MergeTokens(Declared):
     def describe(self) -> str:
         """A short unique label."""
         proportional = "proportional" if self.proportional else "plain"
-        rest = (f"layer {self.layer}", f"keep {self.keep:g}", self.similarity, proportional)
+        rest = (f"layer {self.layer}", f"keep {shown(self.keep)}", self.similarity, proportional)
         return label("merge", *rest, tokens=self.tokens)
 
     def touches(self, n_layers: int, contiguous: bool = True) -> Touch:

@@ -20,7 +20,7 @@ from torch import nn
 
 from vlm_core.errors import SubjectError
 from vlm_core.items import item_field
-from vlm_core.observation.observers import freeze, positions_of
+from vlm_core.observation.observers import freeze, freeze_numbers, positions_of, require_layers
 from vlm_core.seam.views import AttentionView, LayerView
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits
@@ -88,6 +88,7 @@ class LogitLens:
 
     def __post_init__(self) -> None:
         freeze(self, "layers", "positions", "words")
+        freeze_numbers(self, "layers", "positions")
         if self.top < 0:
             raise ValueError(f"top must be 0 or more, got {self.top}")
 
@@ -98,7 +99,8 @@ class LogitLens:
         return {-2: self.positions.removesuffix(" tokens")} if each else {}
 
     def parts(self, subject: Subject, items: Sequence, encoded: Sequence[Encoded]) -> tuple:
-        """The lens with the subject's unembedding and the items' words."""
+        """The lens with the subject's unembedding and the items' words; a layer that the model does not have is refused."""
+        require_layers(self, subject)
         if self.top > subject.anatomy.vocab_size:
             raise ValueError(f"top {self.top} exceeds this model's vocabulary of {subject.anatomy.vocab_size}")
         words = target_tokens(subject, items, self.words) if len(self.words) else None

@@ -10,7 +10,8 @@
 ``HiddenStates``       the residual stream
 ``At``                 any of them in some layers and heads only
 
-``vlm_core.observation.observing.observe`` runs them. Sinks are in ``vlm_core.observation.sinks``, what needs the unembedding in ``vlm_core.observation.lens``.
+``vlm_core.observation.observing.observe`` runs them. Sinks are in ``vlm_core.observation.sinks``, what needs the unembedding in
+``vlm_core.observation.lens``.
 
 An observer has ``attention(view)`` or ``layer(view)``, which returns a tensor (or a dict of them) with one entry per
 element, or None for "not this layer". ``axes`` names what follows item and layer, for observers small enough to be rows
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from vlm_core.interventions.numeric import integer, integers
 from vlm_core.seam.views import AttentionView, LayerView, Tokens
 
 __all__ = [
@@ -49,6 +51,34 @@ def freeze(observer: Any, *names: str) -> None:
             object.__setattr__(observer, name, tuple(value))
 
 
+def freeze_groups(observer: Any, name: str) -> None:
+    # A bare name is one group, not its letters.
+    value = getattr(observer, name)
+    object.__setattr__(observer, name, (value,) if isinstance(value, str) else tuple(value))
+
+
+def freeze_numbers(observer: Any, *names: str) -> None:
+    """Layers, heads or positions as tuples of ints; None and group names as they are."""
+    for name in names:
+        value = getattr(observer, name)
+        if value is not None and not isinstance(value, str):
+            what = f"{name} of {type(observer).__name__}"
+            object.__setattr__(observer, name, integers(value, what, f"each of {what}"))
+        elif isinstance(value, str) and name != "positions":
+            raise ValueError(f"{name} of {type(observer).__name__} must be integers, got {value!r}: pass a tuple of ints")
+
+
+def require_layers(observer: Any, subject: Any) -> None:
+    """Refuse a layer that the model does not have; layer ``n_layers`` is what enters the final norm."""
+    n_layers = subject.anatomy.n_layers
+    outside = [layer for layer in observer.layers or () if not 0 <= layer <= n_layers]
+    if outside:
+        raise ValueError(
+            f"{type(observer).__name__} saw nothing of layer {outside[0]}: this model has {n_layers} layers, counted from 0, "
+            f"and {n_layers} is what enters the final norm"
+        )
+
+
 @dataclass(frozen=True)
 class AttentionMass:
     """Share of attention that each head gives to token groups, averaged over a group of queries.
@@ -61,14 +91,14 @@ class AttentionMass:
     queries : str
         A token group (``vlm_core.seam.views.GROUPS`` or a named one): whose attention.
     groups : tuple of str
-        Token groups: attention on what.
+        Token groups: attention on what. A single name is one group.
     """
 
     queries: str = "last"
     groups: tuple[str, ...] = ("image", "text", "last", "bos")
 
     def __post_init__(self) -> None:
-        freeze(self, "groups")
+        freeze_groups(self, "groups")
 
     @property
     def axes(self) -> tuple:
@@ -97,14 +127,14 @@ class AttentionEntropy:
     queries : str
         A token group: whose attention.
     over : tuple of str
-        Token groups: entropy over which keys.
+        Token groups: entropy over which keys. A single name is one group.
     """
 
     queries: str = "last"
     over: tuple[str, ...] = ("all", "image")
 
     def __post_init__(self) -> None:
-        freeze(self, "over")
+        freeze_groups(self, "over")
 
     @property
     def axes(self) -> tuple:
@@ -161,7 +191,7 @@ class MaskIoU:
 
     Attention is averaged over the queries first, then compared with a threshold of its own head and item.
     Intersection over union counts image tokens; NaN where the mask is empty, and in layers whose image lies outside the
-    sequence, where a token group cannot be an object (Mllama).
+    sequence, where a token group cannot be an object (Mllama), or where a prompt has none of the queries.
 
     Parameters
     ----------
@@ -211,7 +241,8 @@ class MaskIoU:
                 level = known.nanquantile(threshold, dim=2, keepdim=True)
             high = (known > level) & present[:, None]
             scores.append((high & mask).sum(2) / (high | mask).sum(2).float())
-        return torch.stack(scores, dim=2).masked_fill(~mask.any(2)[:, :, None], torch.nan)
+        defined = mask.any(2) & view.tokens.members(self.queries)[1].any(1, keepdim=True)
+        return torch.stack(scores, dim=2).masked_fill(~defined[:, :, None], torch.nan)
 
 
 @dataclass(frozen=True)
@@ -232,8 +263,7 @@ class TopTokens:
     among: str = "all"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be 1 or more, got {self.k}")
+        object.__setattr__(self, "k", integer(self.k, "k", least=1))
 
     def attention(self, view: AttentionView) -> dict[str, torch.Tensor]:
         """``index`` and ``weight`` ``[element, head, k]`` of one layer."""
@@ -243,11 +273,19 @@ class TopTokens:
         missing = weight < 0
         if view.tokens.index is not None and not view.crossed:
             index = torch.take_along_dim(view.tokens.index[:, None], index, dim=2)
+        if not view.crossed:
+            index = index - view.tokens.kept(("first column",), lambda: _first(view.tokens))[:, None, None]
         short = (0, self.k - index.shape[2])
         return {
             "index": torch.nn.functional.pad(index.masked_fill(missing, -1), short, value=-1).int(),
             "weight": torch.nn.functional.pad(weight.masked_fill(missing, torch.nan), short, value=torch.nan),
         }
+
+
+def _first(tokens: Tokens) -> torch.Tensor:
+    """Column of each prompt's first token that is still there in the incoming batch, ``[element]``: what padding lies left of it."""
+    column = tokens.valid.int().argmax(1)
+    return column if tokens.index is None else tokens.index.gather(1, column[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -310,8 +348,8 @@ class HiddenStates:
         Default: every layer, and what enters the final norm.
     positions : str or tuple of int
         ``"last"``, ``"image"``, ``"text"`` or another token group but ``"all"``: the mean over the group's tokens,
-        ``[item, layer, hidden]``. ``"all"``, ``"image tokens"``, ``"question tokens"``, ...: every token of the group,
-        ``[item, layer, token, hidden]``, padded with NaN. Numbers: those valid tokens, negative ones from the end.
+        ``[item, layer, hidden]``, NaN where it has none. ``"all"``, ``"image tokens"``, ``"question tokens"``, ...: every token of
+        the group, ``[item, layer, token, hidden]``, padded with NaN. Numbers: those valid tokens, negative ones from the end.
 
     Notes
     -----
@@ -323,7 +361,12 @@ class HiddenStates:
     positions: str | tuple[int, ...] = "last"
 
     def __post_init__(self) -> None:
-        freeze(self, "layers", "positions")
+        freeze_numbers(self, "layers", "positions")
+
+    def prepare(self, subject, items) -> HiddenStates:
+        """The same; a layer that the model does not have is refused."""
+        require_layers(self, subject)
+        return self
 
     @property
     def ragged(self) -> dict[int, str]:
@@ -344,7 +387,8 @@ class HiddenStates:
         if not isinstance(self.positions, str):
             return picked
         weight = real[:, :, None].float()
-        return (picked * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+        # 0 / 0 of an empty group is NaN.
+        return (picked * weight).sum(1) / weight.sum(1)
 
 
 def positions_of(tokens: Tokens, positions: str | tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,7 +419,7 @@ class At:
     heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        freeze(self, "layers", "heads")
+        freeze_numbers(self, "layers", "heads")
         if not hasattr(self.observer, "attention"):
             raise ValueError(f"At restricts observers of attention, {type(self.observer).__name__} is none")
 

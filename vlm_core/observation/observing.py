@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 from vlm_core.interventions import Intervention
+from vlm_core.interventions.declaration import as_heads
+from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_number, take
 from vlm_core.observation.observers import ImageAttention
 from vlm_core.seam.run import Run
@@ -119,9 +121,7 @@ def observed(
     groups: Groups | None = None,
 ) -> Iterator[Observed]:
     """Run prepared observers over items, one forward pass at a time; see ``observe``. Memory does not grow with items."""
-    batch_rows = batch_rows or subject.batch_rows
-    if batch_rows < 1:
-        raise ValueError(f"batch_rows must be 1 or more, got {batch_rows}")
+    batch_rows = integer(subject.batch_rows if batch_rows is None else batch_rows, "batch_rows", least=1)
     for start in range(0, len(items), batch_rows):
         chunk = take(items, range(start, min(start + batch_rows, len(items))))
         encoded = encode_items(subject, chunk, batch=batch_rows)
@@ -225,6 +225,16 @@ def attention_map(subject: Subject, item, head=None, query: str = "last", interv
     Returns
     -------
     ndarray ``[layer, head, image token]``, or ``[image token]`` for one ``head`` (a ``HeadId``)
+
+    Raises
+    ------
+    ValueError
+        Where the model has no such ``head``.
     """
+    if head is not None:
+        (head,) = as_heads([head])
+        n_layers, n_heads = subject.anatomy.n_layers, subject.anatomy.n_heads
+        if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
+            raise ValueError(f"there is no head {head}: this model has {n_layers} layers of {n_heads} heads, each counted from 0")
     maps = observe(subject, [item], ImageAttention(query), intervention)[0]
-    return maps if head is None else maps[head[0], head[1]]
+    return maps if head is None else maps[head.layer, head.head]

@@ -112,7 +112,7 @@ class AttentionEdits:
                 *program.zero_at.values(),
                 program.knocks,
                 program.head_knocks,
-                *(one.mask for one in self._replacements()),
+                *(one.mask for one in program.replacements),
             )
             for layer in masks
         )
@@ -122,16 +122,6 @@ class AttentionEdits:
         """Whether any image keys are replaced."""
         program = self.program
         return any(one.mask for one in (program.image_kv, *program.image_kv_at.values(), *program.image_kv_tokens.values()))
-
-    def _replacements(self) -> list[Replacement]:
-        program = self.program
-        return [
-            program.mean,
-            program.image_kv,
-            *program.mean_at.values(),
-            *program.image_kv_at.values(),
-            *program.image_kv_tokens.values(),
-        ]
 
     def attend(self, layer: int, axes: Axes, original, module, query, key, value, mask, weights, *args, **kwargs):
         """The attention of ``layer``, its output edited.

@@ -37,7 +37,7 @@ from vlm_core.interventions import (
     touches,
 )
 
-__all__ = ["Program", "Replacement", "first_layer", "parts"]
+__all__ = ["Program", "Replacement", "forget", "parts", "require_fit"]
 
 Means = HeadMeans | ImageKVMeans | ImageKV
 Edit = Patch | Steer | ReplaceTokens
@@ -76,7 +76,8 @@ def _check_layers(part: Intervention, layers: Sequence[int], n_layers: int, last
         raise ValueError(f"{part.describe()} names a layer outside this model's {n_layers} layers")
 
 
-@lru_cache(maxsize=65536)
+# Few: an entry holds its sources' tensors. A batch names the same rows many times, a sweep in batch after batch.
+@lru_cache(maxsize=512)
 def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
     zero: dict[Positions, np.ndarray] = {}
     replaced: dict[str, dict] = {"mean": {}, "image_kv": {}, "image_kv_tokens": {}}
@@ -178,11 +179,6 @@ def _joined(one: tuple[np.ndarray, Means], other: tuple[np.ndarray, Means]) -> t
     return mask | more, replace(means, **tensors)
 
 
-def first_layer(row: Row, n_layers: int, n_heads: int) -> int:
-    """First layer that an intervention touches; ``n_layers`` where it touches none (the identity)."""
-    return _effect(row, n_layers, n_heads).touch.layer
-
-
 @dataclass(frozen=True, eq=False)
 class Replacement:
     """Rows and heads to overwrite, and by what.
@@ -249,6 +245,12 @@ class Program:
     edits: dict[tuple[str, int], list[tuple[int, Edit]]] = field(default_factory=dict)
     positions: tuple[frozenset[Positions], ...] = ()
     needs: frozenset[tuple[str, int | None]] = frozenset()
+
+    @property
+    def replacements(self) -> tuple[Replacement, ...]:
+        """Everything that puts means or another image's vectors in place."""
+        restricted = (self.mean_at, self.image_kv_at, self.image_kv_tokens)
+        return self.mean, self.image_kv, *(one for kind in restricted for one in kind.values())
 
     @classmethod
     def compile(
@@ -320,6 +322,25 @@ class Program:
         )
 
 
+def require_fit(shape: Sequence[int], n_layers: int, n_heads: int, head_dim: int) -> None:
+    """Refuse means (or another image's vectors) ``[layer, head, ..., head_dim]`` of another model.
+
+    Raises
+    ------
+    ValueError
+    """
+    if (*shape[:2], shape[-1]) != (n_layers, n_heads, head_dim):
+        raise ValueError(
+            f"means of shape {tuple(shape)} do not fit this model's {n_layers} layers x {n_heads} heads of {head_dim}: compute them on "
+            f"the same subject"
+        )
+
+
+def forget() -> None:
+    """Let go of the sources that compiled interventions hold."""
+    _effect.cache_clear()
+
+
 @lru_cache(maxsize=256)
 def _idle(n_rows: int, n_layers: int) -> Program:
     """The program of rows to which nothing is done."""
@@ -356,6 +377,8 @@ def _replacement(pairs: list, device: torch.device | str, dtype: torch.dtype) ->
             raise ValueError(
                 f"means of shape {found} do not fit this model's layers x heads: compute them on the same subject"
             )
+    if len({found[-1] for found in shapes}) > 1:
+        raise ValueError("the rows of one batch bring means of heads of different widths: compute them on the same subject")
     if len(shapes) > 1:
         raise ValueError(
             f"the rows of one batch replace image keys and values by those of images with "

@@ -27,7 +27,7 @@ from vlm_core.seam.attending import AttentionEdits, Axes
 from vlm_core.seam.branching import Branches
 from vlm_core.seam.dropping import branched
 from vlm_core.seam.layer_inputs import LayerInputs, counted_positions
-from vlm_core.seam.plan import EMBEDDING, Program
+from vlm_core.seam.plan import EMBEDDING, Program, require_fit
 from vlm_core.seam.positions import Positioned
 from vlm_core.seam.residual import StreamEdits
 from vlm_core.seam.shortening import Shortening, Weighed
@@ -87,6 +87,8 @@ class Run:
             raise ValueError(f"{program.n_rows} interventions for {len(self.trunk)} rows: give one per row")
         for capability, layer in program.needs:
             anatomy.require(capability, () if layer is None else (layer,))
+        for tensor in (tensor for replaced in program.replacements for tensor in replaced.tensors):
+            require_fit(tensor.shape[1:], anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
         self.items = [0] * n_sequences if items is None else list(items)
         self.observers = tuple(observers)
         self.records: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(len(self.observers))}
@@ -133,9 +135,14 @@ class Run:
         """Batch element that holds each row in the model's output, ``[row]``."""
         return self.elements_at[-1]
 
-    def record(self, observer: int, layer: int) -> torch.Tensor:
-        """What an observer kept at ``layer``, one entry per row."""
+    def record(self, observer: int, layer: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What an observer kept at ``layer``, one entry per row (of each tensor, where it keeps several by name)."""
         kept = self.records[observer][layer]
+        if isinstance(kept, dict):
+            return {name: self._per_row(one, layer) for name, one in kept.items()}
+        return self._per_row(kept, layer)
+
+    def _per_row(self, kept: torch.Tensor, layer: int) -> torch.Tensor:
         elements = self.elements_at[layer]
         if np.array_equal(elements, np.arange(kept.shape[0])):
             return kept

@@ -193,6 +193,11 @@ def install(model: nn.Module, anatomy: Anatomy, name: str = "subject") -> Seam:
     """
     if model not in _INSTALLED:
         seam = Seam(model, anatomy, name)
-        seam.watch(anatomy)
+        try:
+            seam.watch(anatomy)
+        except SubjectError:
+            # A family that does not fit leaves the model as it was.
+            seam.remove()
+            raise
         _INSTALLED[model] = seam
     return _INSTALLED[model]

@@ -227,7 +227,7 @@ class AttentionView:
             yield block
 
     def mean(self, queries: str) -> torch.Tensor:
-        """Attention averaged over a token group's queries, ``[element, head, key]``; 0 where it has no member."""
+        """Attention averaged over a token group's queries, ``[element, head, key]``; NaN where it has no member."""
         if ("mean", queries) not in self._kept:
             n_keys = self.key.shape[2]
             if self.tokens.kept(("all real", queries), lambda: bool(self.tokens.members(queries)[1].all())):
@@ -240,7 +240,7 @@ class AttentionView:
                 seen = block.probabilities.shape[3]
                 total[:, :, :seen] += (weight @ block.probabilities)[:, :, 0]
                 count += weight.sum(3)
-            self._kept["mean", queries] = total / count.clamp(min=1.0)
+            self._kept["mean", queries] = total / count
         return self._kept["mean", queries]
 
     def _plain_mean(self, queries: str) -> torch.Tensor:
@@ -254,7 +254,7 @@ class AttentionView:
                 continue
             total = torch.zeros(shape, device=summed.device) if total is None else total
             total[:, :, : summed.shape[2]] += summed
-        return torch.zeros(shape, device=self.query.device) if total is None else total / n
+        return total / n
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""

@@ -68,6 +68,12 @@ class Budget:
         return self.rows if self.rows is not None else max(1, min(usual, self.most // max(1, n_tokens)))
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a device or on the host."""
+    # The CPU's allocator has no error type of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def in_batches(rows: Sequence, size: int, run: Callable[[Sequence], None]) -> int:
     """Call ``run`` on batches of at most ``size`` rows, halving the size whenever memory runs out.
 
@@ -85,7 +91,9 @@ def in_batches(rows: Sequence, size: int, run: Callable[[Sequence], None]) -> in
     while start < len(rows):
         try:
             run(rows[start : start + size])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             taken = min(size, len(rows) - start)
             if taken == 1:
                 raise SubjectError(NOTHING_FITS) from error

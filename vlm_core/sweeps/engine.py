@@ -25,7 +25,7 @@ from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, touches
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches
+from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches, out_of_memory
 from vlm_core.sweeps.prefix import SuffixRow, entry_layer, forward_shared, grow_stems, why_not_shared
 from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
 from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks
@@ -273,7 +273,9 @@ class _Engine:
     def _run_fast(self, group: list[int], shared: list[int], resumed: list[int]) -> None:
         try:
             self._run_group(group, shared, resumed)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             if len(group) == 1:
                 raise SubjectError(NOTHING_FITS) from error
         else:

@@ -181,8 +181,11 @@ class ProcessExecutor(_Dispatcher):
 
 
 def _set_threads(n: int) -> None:
-    # Before torch is imported, which reads it.
+    # For a torch that is yet to be imported, and for one that the main module has imported already.
     os.environ["OMP_NUM_THREADS"] = str(n)
+    import torch
+
+    torch.set_num_threads(n)
 
 
 class RayExecutor(_Dispatcher):

@@ -21,7 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_core.interventions import ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Row, ZeroHeads, parts, touches
-from vlm_core.seam.plan import Program
+from vlm_core.seam.plan import Program, require_fit
 from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.subject import Subject
@@ -348,6 +348,8 @@ def _compile(rows: Sequence[SuffixRow], anatomy) -> dict[int, _Layer]:
                     mask("knock", layer, part.queries, part.keys, width=None)[number] = True
                 continue
             means = getattr(part, "means", None)
+            if means is not None:
+                require_fit(means.values.shape, anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
             sources[id(means)] = means
             for layer, head in part.heads:
                 mask(type(part).__name__, layer, part.queries, id(means))[number, head] = True

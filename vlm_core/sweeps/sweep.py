@@ -28,6 +28,7 @@ from tqdm import tqdm
 from vlm_core.identity import item_digest
 from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import item_field, item_number, take
+from vlm_core.seam.plan import forget
 from vlm_core.seam.views import GROUPS
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import read_logits
@@ -107,11 +108,14 @@ def sweep(
     progress = progress_bar() if progress is True else progress or None
     n_rows, done, pieces = sum(map(len, by_item)), 0, {}
     run = partial(_run_here, open_subject(subject)) if executor is None else partial(_run_on, executor, subject)
-    for number, piece in run(plan, items, by_item, blocks):
-        pieces[number] = piece
-        done += sum(len(by_item[index]) for index in blocks[number])
-        if progress is not None:
-            progress(done, n_rows)
+    try:
+        for number, piece in run(plan, items, by_item, blocks):
+            pieces[number] = piece
+            done += sum(len(by_item[index]) for index in blocks[number])
+            if progress is not None:
+                progress(done, n_rows)
+    finally:
+        forget()
     return _joined([pieces[number] for number in sorted(pieces)])
 
 

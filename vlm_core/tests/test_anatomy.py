@@ -223,3 +223,17 @@ def test_families_that_cannot_take_a_fast_path_say_so_and_take_the_slow_one():
             (sequence,) = capture(subject, batch.inputs)
         path, why = choose_path(subject.anatomy, sequence, KnockOut("question", "image", subject.anatomy.image_layers[-1:]))
         assert path != "shared prefix" and reason in why
+
+
+def test_a_family_that_does_not_fit_leaves_the_model_as_it_was():
+    model = TINY["llava"].model()
+    before = {name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()}
+    named = model.config.get_text_config()._attn_implementation
+    declare(replace(LLAVA, mlp="feed_forward"))
+    try:
+        with pytest.raises(SubjectError, match="has no module 'feed_forward'"):
+            Subject(model)
+    finally:
+        declare(LLAVA)
+    after = {name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()}
+    assert after == before and model.config.get_text_config()._attn_implementation == named

@@ -340,14 +340,14 @@ def test_named_groups_and_positions_reach_every_path(subject):
 class OutOfMemory:
     """Raises what a full device raises while more than ``most`` elements enter a layer."""
 
-    def __init__(self, subject, most: int) -> None:
-        self.most, self.sizes = most, []
+    def __init__(self, subject, most: int, error: Exception) -> None:
+        self.most, self.sizes, self.error = most, [], error
         self.handles = [layer.register_forward_pre_hook(self) for layer in subject.anatomy.layers]
 
     def __call__(self, module, args):
         self.sizes.append(args[0].shape[0])
         if args[0].shape[0] > self.most:
-            raise torch.OutOfMemoryError("simulated")
+            raise self.error
 
     def __enter__(self):
         return self
@@ -357,14 +357,21 @@ class OutOfMemory:
             handle.remove()
 
 
+FULL = {
+    "device": torch.OutOfMemoryError("simulated"),
+    "host": RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+}
+
+
+@pytest.mark.parametrize("full", FULL)
 @pytest.mark.parametrize("path", ["shared prefix", "resume", "whole"])
-def test_batches_that_run_out_of_memory_are_halved(subject, path):
+def test_batches_that_run_out_of_memory_are_halved(subject, path, full):
     sequences = encode_items(subject, make_items(4))
     layer, queries = {"shared prefix": (1, "question"), "resume": (1, "all"), "whole": (0, "all")}[path]
     jobs = [
         RowJob(prompt, (), ZeroHeads([(layer, head)], queries), (len(sequences[prompt]) - 1,)) for prompt in range(4) for head in range(4)
     ]
-    with OutOfMemory(subject, most=3) as memory:
+    with OutOfMemory(subject, most=3, error=FULL[full]) as memory:
         fast = [None] * len(jobs)
 
         def consume(numbers, hidden):
@@ -377,5 +384,5 @@ def test_batches_that_run_out_of_memory_are_halved(subject, path):
     assert max(memory.sizes) > 3
     _, slow, _ = compare(subject, sequences, jobs)
     torch.testing.assert_close(read_logits(subject, torch.stack(fast)), slow, rtol=1e-4, atol=2e-5)
-    with OutOfMemory(subject, most=0), pytest.raises(SubjectError, match="a single row does not fit"):
+    with OutOfMemory(subject, most=0, error=FULL[full]), pytest.raises(SubjectError, match="a single row does not fit"):
         run_rows(subject, sequences[:1], jobs[:2], [0], consume, BUDGET)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,17 @@ import torch
 
 import vlm_core.sweeps.sweep
 from vlm_core import (
-    DropTokens, GaussianNoise, KnockOut, Patch, ReplaceImageKV, ReplaceTokens, Steer, SubjectError, Vector, ZeroHeads, sweep
+    DropTokens,
+    GaussianNoise,
+    KnockOut,
+    Patch,
+    ReplaceImageKV,
+    ReplaceTokens,
+    Steer,
+    SubjectError,
+    Vector,
+    ZeroHeads,
+    sweep,
 )
 from vlm_core.items import item_number
 from vlm_core.tests.tiny import make_items, tiny_subject
@@ -289,3 +301,14 @@ def test_an_answer_appended_is_scored_as_the_model_would_write_it(subject, inter
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     alone = sweep(subject, [{**item, "candidates": ["red"]}], {"cut": intervention}, metrics=["candidate 0"])["value"]
     np.testing.assert_allclose(alone, found[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_sweep_lets_go_of_what_it_was_given(subject):
+    direction = torch.ones(32)
+    gone = weakref.ref(direction)
+    steer = Steer(1, direction)
+    kept = weakref.ref(steer.direction)
+    sweep(subject, make_items(1), {"x": steer})
+    del steer, direction
+    gc.collect()
+    assert gone() is None and kept() is None
