@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -97,3 +101,17 @@ def test_a_ray_cluster_equals_no_executor_though_a_worker_dies(tmp_path, expecte
     # Two workers and one in place of the dead; each loads the subject once.
     loaded = (tmp_path / "log").read_text().split()
     assert len(loaded) == len(set(loaded)) == 3
+
+
+def test_workers_keep_to_their_threads_where_the_main_module_has_imported_torch(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import torch\n"
+        "from vlm_core import ProcessExecutor\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessExecutor(1, threads=3) as pool:\n"
+        "        print(pool.submit(torch.get_num_threads).result())\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(vlm_core.__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3"
