@@ -42,8 +42,8 @@ from safetensors.torch import save_file
 from vlm_core.identity import code_digest, item_digest
 from vlm_core.interventions import Intervention, describe, parts
 from vlm_core.items import item_field, take
+from vlm_core.observation.at import At
 from vlm_core.observation.means import KeyValues, Moments
-from vlm_core.observation.observers import At
 from vlm_core.observation.observing import Groups, observed, prepare
 from vlm_core.observation.recording_config import RecordingConfig
 from vlm_core.seam.views import Tokens

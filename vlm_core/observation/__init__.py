@@ -1,6 +1,18 @@
 """What can be read from a forward pass.
 
-``observers``    attention mass, entropy, overlap, top tokens, head outputs, hidden states; ``observing`` runs them over items
+``attention``          where heads attend: mass on token groups, entropy, top tokens, the full map
+``image_attention``    attention on every image token, and its overlap with an object
+``outputs``            head outputs, the residual stream
 ``sinks``, ``lens``, ``gradients``, ``means``   attention sinks, projections to words, gradients, streaming means
-``recording_config``    which of them a recording switches on
+``at``                 an observer in some layers and heads only
+``observing``          runs them over items
+``recording_config``   which of them a recording switches on
+``declaring``          what their declarations share
+
+An observer is a small frozen declaration with ``attention(view)`` or ``layer(view)``, which returns a tensor (or a dict of them)
+with one entry per element, or None for "not this layer". ``axes`` names what follows item and layer, for observers small enough to
+be rows of a table; ``ragged`` names the axes (counted from the end) that are as long as a token group is. Two kinds need more: one
+with ``parts(subject, items, encoded)`` is observed as several plain ones, whose records its ``combine`` joins; one with
+``measure(subject, items, encoded, intervention)`` makes passes of its own (gradients). ``prepare(subject, items)``, where there is
+one, is called once before everything.
 """

@@ -20,7 +20,8 @@ from torch import nn
 
 from vlm_core.errors import SubjectError
 from vlm_core.items import item_field
-from vlm_core.observation.observers import freeze, freeze_numbers, positions_of, require_layers
+from vlm_core.observation.declaring import freeze, freeze_numbers, require_layers
+from vlm_core.observation.outputs import positions_of
 from vlm_core.seam.views import AttentionView, LayerView
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from vlm_core.interventions import HeadMeans, ImageKVMeans
-from vlm_core.observation.observers import HeadOutputs
 from vlm_core.observation.observing import observed
+from vlm_core.observation.outputs import HeadOutputs
 from vlm_core.seam.views import AttentionView
 from vlm_core.subjects.subject import Subject
 

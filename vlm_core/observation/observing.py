@@ -5,10 +5,7 @@
 ``observe_encoded(...)`` one pass over prompts that are encoded already
 ``attention_map(...)``   the common question, asked
 
-An observer is anything with ``attention(view)`` or ``layer(view)`` (``vlm_core.observation.observers``). Two kinds need more than that:
-one with ``parts(subject, items, encoded)`` is observed as several plain ones, whose records its ``combine`` joins; one with
-``measure(subject, items, encoded, intervention)`` makes passes of its own (gradients). ``prepare(subject, items)``, where
-there is one, is called once before everything.
+What an observer is, ``vlm_core.observation`` says.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from vlm_core.interventions import Intervention
 from vlm_core.interventions.declaration import as_heads
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_number, take
-from vlm_core.observation.observers import ImageAttention
+from vlm_core.observation.image_attention import ImageAttention
 from vlm_core.seam.run import Run
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.rows import forward_rows

@@ -32,20 +32,13 @@ from typing import Any
 
 import yaml
 
+from vlm_core.observation.at import At
+from vlm_core.observation.attention import AttentionEntropy, AttentionMass, FullAttention, TopTokens
 from vlm_core.observation.gradients import HeadGradients, ImageGradients, IntegratedGradients
+from vlm_core.observation.image_attention import ImageAttention, MaskIoU
 from vlm_core.observation.lens import DirectLogits, LogitLens
 from vlm_core.observation.means import KeyValues
-from vlm_core.observation.observers import (
-    At,
-    AttentionEntropy,
-    AttentionMass,
-    FullAttention,
-    HeadOutputs,
-    HiddenStates,
-    ImageAttention,
-    MaskIoU,
-    TopTokens,
-)
+from vlm_core.observation.outputs import HeadOutputs, HiddenStates
 from vlm_core.observation.sinks import SinkMass
 
 __all__ = ["KINDS", "RecordingConfig"]

@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from vlm_core import (
+    At,
+    AttentionEntropy,
+    AttentionMass,
     DropTokens,
     GaussianNoise,
     HeadMeans,
+    HiddenStates,
     ImageKV,
     ImageKVMeans,
     KnockOut,
+    MaskIoU,
     MeanHeads,
     MergeTokens,
     Patch,
     ReplaceImageKV,
     ReplaceTokens,
     Steer,
+    TopTokens,
     Vector,
     ZeroHeads,
     attention_map,
@@ -28,7 +34,6 @@ from vlm_core import (
 from vlm_core.families.anatomy import HeadId
 from vlm_core.interventions import Activations, sources
 from vlm_core.observation.lens import LogitLens
-from vlm_core.observation.observers import At, AttentionEntropy, AttentionMass, HiddenStates, MaskIoU, TopTokens
 from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items
 
