@@ -2,6 +2,7 @@
 
 ``Budget``             tokens in flight, and how many rows that is
 ``in_batches(...)``    run rows batch by batch; a batch that does not fit runs as two halves
+``free_bytes(...)``    memory that a device has left
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from vlm_core.errors import SubjectError
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["NOTHING_FITS", "Budget", "in_batches"]
+__all__ = ["NOTHING_FITS", "Budget", "free_bytes", "in_batches", "out_of_memory"]
 
 # On a CPU a batch is fastest while a layer's activations stay in the caches, yet has enough tokens for a matrix product to pay.
 _CACHE_BYTES = 6 * 2**20
@@ -54,7 +55,7 @@ class Budget:
         inner = getattr(text, "intermediate_size", None) or 4 * anatomy.hidden_size
         per_token = (12 * anatomy.hidden_size + 4 * inner) * weight.element_size()
         on_gpu = weight.device.type == "cuda"
-        free = torch.cuda.mem_get_info(weight.device)[0] if on_gpu else psutil.virtual_memory().available
+        free = free_bytes(weight.device)
         most = max(_FEWEST_TOKENS, int(free * _SHARE_IN_FLIGHT / per_token))
         tokens = min(_MOST_TOKENS, most) if on_gpu else max(_FEWEST_TOKENS, _CACHE_BYTES // per_token)
         return cls(tokens, most, int(free * _SHARE_STORED), rows)
@@ -66,6 +67,11 @@ class Budget:
     def whole(self, n_tokens: int, usual: int) -> int:
         """Rows per batch of whole prompts: ``usual``, where memory allows it (they share a trunk, so more is less work)."""
         return self.rows if self.rows is not None else max(1, min(usual, self.most // max(1, n_tokens)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where ``device`` computes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def out_of_memory(error: RuntimeError) -> bool:

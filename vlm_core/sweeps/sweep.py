@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -36,7 +38,7 @@ from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.executors import SubjectSource, open_subject
-from vlm_core.sweeps.features import encode_distinct
+from vlm_core.sweeps.features import KnownFeatures, encode_distinct
 from vlm_core.sweeps.scoring import METRICS, CandidateSet, candidate_set, score_candidates
 from vlm_core.sweeps.shards import ShardStore
 
@@ -45,6 +47,10 @@ __all__ = ["progress_bar", "sweep"]
 COLUMNS = ("item", "cluster", "task", "intervention", "metric", "value")
 _BLOCK_ITEMS = 128
 _BLOCK_ROWS = 4096
+
+# What this process has encoded for the sweep that it is at: the sweep's name and its images' features.
+_KNOWN: dict[str, KnownFeatures] = {}
+_KNOWN_LOCK = threading.Lock()
 
 Groups = Callable[[object, Encoded], Mapping[str, np.ndarray] | None]
 
@@ -103,7 +109,7 @@ def sweep(
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
     by_item = _rows_by_item(len(items), table, assignments)
-    plan = _Plan(table, tuple(metrics), batch_rows, None if store is None else str(store), groups)
+    plan = _Plan(uuid.uuid4().hex, table, tuple(metrics), batch_rows, None if store is None else str(store), groups)
     blocks = _blocks(by_item)
     progress = progress_bar() if progress is True else progress or None
     n_rows, done, pieces = sum(map(len, by_item)), 0, {}
@@ -116,6 +122,7 @@ def sweep(
                 progress(done, n_rows)
     finally:
         forget()
+        _KNOWN.pop(plan.sweep, None)
     return _joined([pieces[number] for number in sorted(pieces)])
 
 
@@ -138,8 +145,9 @@ def progress_bar() -> Callable[[int, int], None]:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is asked of every block."""
+    """What is asked of every block of a ``sweep``."""
 
+    sweep: str
     table: dict[str, Row]
     metrics: tuple[str, ...]
     batch_rows: int | None
@@ -263,8 +271,18 @@ def _rows_by_item(n_items: int, table: dict[str, Row], assignments) -> list[list
     return rows
 
 
+def _known(subject: Subject, sweep: str) -> KnownFeatures:
+    """Image features that all blocks of a sweep share in this process."""
+    with _KNOWN_LOCK:
+        if sweep not in _KNOWN:
+            # A worker is not told when a sweep ends: the next one takes the place of the last.
+            _KNOWN.clear()
+            _KNOWN[sweep] = KnownFeatures.of(subject)
+        return _KNOWN[sweep]
+
+
 def _encode(subject: Subject, block: _Block) -> list[Encoded]:
-    encoded = encode_distinct(subject, block.items)
+    encoded = encode_distinct(subject, block.items, _known(subject, block.plan.sweep))
     if block.plan.groups is None:
         return encoded
     return [_with_groups(one, block.plan.groups(item, one), item) for one, item in zip(encoded, block.items, strict=True)]
