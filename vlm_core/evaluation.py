@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vlm_core.interventions import Intervention
-from vlm_core.items import item_field, item_number, take
+from vlm_core.items import item_field, take
 from vlm_core.stats import interval
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.scoring import candidate_metric
@@ -192,8 +192,7 @@ def _generate(subject, items, plan, batch_rows, max_new_tokens) -> list[str]:
         chunk = items[start : start + size]
         batch = subject.encode_items(chunk)
         n_prompt = batch.image.shape[1]
-        numbers = [item_number(item) for item in chunk]
-        with torch.inference_mode(), subject.intervene(plan, batch, items=numbers):
+        with torch.inference_mode(), subject.intervene(plan, batch):
             tokens = subject.model.generate(
                 **batch.inputs,
                 max_new_tokens=max_new_tokens,

@@ -4,7 +4,7 @@
 ``ImageKV``                       the image keys and values of one prompt, token by token
 ``Activations``                   what one prompt had at some sites (``vlm_core.subjects.activations`` captures them)
 ``Vector``                        one direction, or one mean token
-``GaussianNoise``                 noise that depends on its seed, the item, the layer and the token, and on nothing else
+``GaussianNoise``                 noise that depends on its seed, the item, the site, the layer and the token, and on nothing else
 
 Each is frozen and compares by the ``digest`` of its content, which is the same in every process.
 """
@@ -181,8 +181,8 @@ class Activations(Source):
 class GaussianNoise(Source):
     """Normal noise of standard deviation ``scale``, *added* where it is used.
 
-    A token's noise depends on the seed, its item's number, the layer and its position, so that an item gets the same
-    noise in every batch, alone or with others, with and without padding.
+    A token's noise depends on the seed, its item's number, the site, the layer and its position, so that an item gets the same
+    noise in every batch, alone or with others, with and without padding. Embeddings are the site ``residual`` of layer 0.
     """
 
     scale: float
@@ -200,13 +200,13 @@ class GaussianNoise(Source):
         """All there is to it."""
         return {"kind": type(self).__name__, "scale": self.scale, "seed": self.seed}
 
-    def draw(self, item: int, layer: int, n_tokens: int, width: int) -> torch.Tensor:
-        """Noise of an item's first ``n_tokens`` tokens, ``[token, width]``."""
-        return torch.from_numpy(_normal(self.seed, item, layer, n_tokens, width)) * self.scale
+    def draw(self, item: int, site: str, layer: int, n_tokens: int, width: int) -> torch.Tensor:
+        """Noise of an item's first ``n_tokens`` tokens at one of ``SITES``, ``[token, width]``."""
+        return torch.from_numpy(_normal(self.seed, item, SITES.index(site), layer, n_tokens, width)) * self.scale
 
 
 # An array is [token, hidden]: some MB each for a large model.
 @lru_cache(maxsize=16)
-def _normal(seed: int, item: int, layer: int, n_tokens: int, width: int) -> np.ndarray:
+def _normal(seed: int, item: int, site: int, layer: int, n_tokens: int, width: int) -> np.ndarray:
     # Drawn row by row from one stream: a longer sequence begins with the same noise.
-    return np.random.default_rng((seed, item, layer)).standard_normal((n_tokens, width)).astype(np.float32)
+    return np.random.default_rng((seed, item, site, layer)).standard_normal((n_tokens, width)).astype(np.float32)

@@ -64,9 +64,9 @@ class StreamEdits:
         source = _source(edit)
         if isinstance(source, GaussianNoise):
             return
-        found = source.values if isinstance(source, Vector) else source.at("residual" if site == EMBEDDING else site, layer)
+        found = source.values if isinstance(source, Vector) else source.at(_place(site), layer)
         width = tuple(found.shape) if isinstance(source, Vector) else tuple(found.shape[1:])
-        expected = self.widths["residual" if site == EMBEDDING else site]
+        expected = self.widths[_place(site)]
         if width != expected:
             raise ValueError(
                 f"{edit.describe()} brings vectors of shape {width}, this model has {expected} there: capture or compute "
@@ -132,12 +132,12 @@ class StreamEdits:
         source = _source(edit)
         if isinstance(source, GaussianNoise):
             item, width = int(self.items[int(self.trunk[row])]), int(np.prod(one.shape[1:]))
-            noise = source.draw(item, layer, int(numbers.max()) + 1, width).view(-1, *one.shape[1:])
+            noise = source.draw(item, _place(site), layer, int(numbers.max()) + 1, width).view(-1, *one.shape[1:])
             new = one[at] + noise.to(one.device, one.dtype)[numbers]
         elif isinstance(source, Vector):
             new = source.values.to(one.device, one.dtype).expand(len(at), *one.shape[1:])
         else:
-            values = source.at("residual" if site == EMBEDDING else site, layer)
+            values = source.at(_place(site), layer)
             new = values.to(one.device, one.dtype)[numbers]
         heads = [head.head for head in getattr(edit, "heads", ()) if head.layer == layer]
         if heads:
@@ -145,6 +145,11 @@ class StreamEdits:
             one[at[:, None], chosen[None]] = new[:, chosen]
         else:
             one[at] = new
+
+
+def _place(site: str) -> str:
+    """The site of ``SITES`` that a program's site is: embeddings are the stream that enters the first layer."""
+    return "residual" if site == EMBEDDING else site
 
 
 def _source(edit: Patch | Steer | ReplaceTokens) -> Activations | GaussianNoise | Vector:

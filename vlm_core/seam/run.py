@@ -50,7 +50,7 @@ class Run:
     trunk : int array ``[row]``, optional
         Sequence of each row. Default: row ``i`` is sequence ``i``.
     items : sequence of int, optional
-        One number per sequence that names its item, for what is drawn at random.
+        One number per sequence that names its item, for what is drawn at random. Default: the sequence's place in the batch.
     observers : sequence
         Objects with ``attention(view)``, ``layer(view)`` or ``site(site, layer, output, tokens)``; what they return is kept per layer
         in ``records``.
@@ -89,7 +89,7 @@ class Run:
             anatomy.require(capability, () if layer is None else (layer,))
         for tensor in (tensor for replaced in program.replacements for tensor in replaced.tensors):
             require_fit(tensor.shape[1:], anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
-        self.items = [0] * n_sequences if items is None else list(items)
+        self.items = list(range(n_sequences) if items is None else items)
         self.observers = tuple(observers)
         self.records: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(len(self.observers))}
         # The first layer whose keys are the sequence's: its cache counts tokens.

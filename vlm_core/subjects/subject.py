@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy, HeadId
 from vlm_core.families.layout import Layout, image_layouts
 from vlm_core.interventions import Intervention
-from vlm_core.items import item_field
+from vlm_core.items import item_field, item_number, take
 from vlm_core.seam.plan import Program
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, install
@@ -42,12 +42,15 @@ class Batch:
         Image tokens; tokens that are not padding.
     labels : LongTensor ``[prompt, token]`` or None
         With ``answers``: answer tokens, -100 elsewhere.
+    items : tuple of int or None
+        One number per prompt that names its item, where it was made of items.
     """
 
     inputs: dict[str, torch.Tensor]
     image: torch.Tensor
     valid: torch.Tensor
     labels: torch.Tensor | None = None
+    items: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -385,7 +388,9 @@ class Subject:
         observers : sequence
             Their records are the run's (``run.record``).
         items : sequence of int, optional
-            One number per prompt that names its item, for what is drawn at random.
+            One number per prompt that names its item, for what is drawn at random (``vlm_core.items.item_number``): the same item
+            gets the same noise and the same random tokens in every batch and in a sweep. Default: ``batch.items``, or, where a
+            batch was not made of items, each prompt's place in it, so that equal prompts get noise of their own.
         groups : mapping of str to BoolTensor ``[prompt, token]``, optional
             Named token groups for interventions and observers ("object", "background").
 
@@ -393,20 +398,25 @@ class Subject:
         ------
         ValueError
             One sentence: a layer, head, position or group that is not there, parts that cannot be combined, a
-            capability that the family lacks, a source that does not fit.
+            capability that the family lacks, a source that does not fit, another number of items than prompts.
         """
         rows = list(interventions) if isinstance(interventions, list) else [interventions] * len(batch)
         if batch.labels is not None:
             groups = {"answer": batch.labels != -100, **(groups or {})}
+        items = batch.items if items is None else items
+        if items is not None and len(items) != len(batch):
+            raise ValueError(f"{len(items)} items were named for {len(batch)} prompts: give one number per prompt")
         anatomy, weight = self.anatomy, self.anatomy.embedding.weight
         program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, weight.device, weight.dtype)
         with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:
             yield run
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
-        """``encode`` on the images and prompts of items."""
-        return self.encode(
+        """``encode`` on the images and prompts of items, which stay named by their ids (``Batch.items``)."""
+        items = take(items, range(len(items)))
+        batch = self.encode(
             [item_field(item, "image") for item in items],
             [item_field(item, "prompt") for item in items],
             padding_side=padding_side,
         )
+        return replace(batch, items=tuple(map(item_number, items)))

@@ -281,7 +281,7 @@ def test_noise_is_added_and_depends_on_the_item_alone(any_subject, batch, site):
 
     def add(tensor):
         for row in range(len(batch)):
-            drawn = noise.draw(numbers[row], 1, batch.valid.shape[1], width).view(-1, *tensor.shape[2:])
+            drawn = noise.draw(numbers[row], site, 1, batch.valid.shape[1], width).view(-1, *tensor.shape[2:])
             first = int(batch.valid[row].int().argmax())
             for column in chosen[row].nonzero()[:, 0].tolist():
                 tensor[row, column] += drawn[column - first]
@@ -295,12 +295,34 @@ def test_noise_is_added_and_depends_on_the_item_alone(any_subject, batch, site):
 
 def test_noise_has_its_scale_and_differs_between_items_layers_and_seeds():
     noise = GaussianNoise(2.0, seed=1)
-    drawn = noise.draw(3, 0, 400, 64)
+    drawn = noise.draw(3, "mlp", 0, 400, 64)
     assert abs(float(drawn.std()) - 2.0) < 0.05
     assert abs(float(drawn.mean())) < 0.05
-    assert torch.equal(drawn[:100], noise.draw(3, 0, 100, 64))
-    for other in (noise.draw(4, 0, 400, 64), noise.draw(3, 1, 400, 64), GaussianNoise(2.0, seed=2).draw(3, 0, 400, 64)):
-        assert (other - drawn).abs().mean() > 1.0
+    assert torch.equal(drawn[:100], noise.draw(3, "mlp", 0, 100, 64))
+    others = [noise.draw(4, "mlp", 0, 400, 64), noise.draw(3, "mlp", 1, 400, 64), GaussianNoise(2.0, seed=2).draw(3, "mlp", 0, 400, 64)]
+    others += [noise.draw(3, site, 0, 400, 64) for site in ("residual", "attention", "head")]
+    for other in others:
+        assert abs(float((other * drawn).mean())) < 0.1, "noise of two places is correlated (4 is the variance)"
+
+
+def test_noise_and_random_drops_belong_to_items_where_a_batch_names_them_else_to_rows(subject, items):
+    """One prompt five times: as items, two of which are one item; and as five images and prompts that name no item."""
+    again = [{**items[1], "id": name} for name in ("a", "b", "b", "c", "a")]
+    named = subject.encode_items(again)
+    unnamed = subject.encode([items[1]["image"]] * 5, [items[1]["prompt"]] * 5)
+    for plan in (ReplaceTokens(GaussianNoise(1.5)), DropTokens(1, 0.3, "random")):
+        seen = intervened(subject, named, plan)[:, -1]
+        apart = torch.cdist(seen, seen) > 1e-3
+        same_item = torch.tensor([[one["id"] == other["id"] for other in again] for one in again])
+        assert torch.equal(apart, ~same_item)
+        torch.testing.assert_close(seen, intervened(subject, named, plan, items=list(map(item_number, again)))[:, -1])
+        alone = intervened(subject, subject.encode_items(again[3:4]), plan)[0, -1]
+        torch.testing.assert_close(seen[3], alone, rtol=1e-4, atol=1e-4)
+        rows = intervened(subject, unnamed, plan)[:, -1]
+        assert bool((torch.cdist(rows, rows) > 1e-3)[~torch.eye(5, dtype=torch.bool)].all())
+        torch.testing.assert_close(rows, intervened(subject, unnamed, plan, items=range(5))[:, -1])
+    with pytest.raises(ValueError, match="2 items were named for 5 prompts"):
+        intervened(subject, unnamed, plan, items=[1, 2])
 
 
 # -- tokens in embedding space, directions --------------------------------------------------------------------------
@@ -345,7 +367,7 @@ def test_tokens_become_those_of_another_item_or_noisy(any_subject, batch, items)
                 embeds[row, column] = kept[0][row, column]
             else:
                 first = int(batch.valid[row].int().argmax())
-                embeds[row, column] += noise.draw(row, 0, 64, 32)[column - first]
+                embeds[row, column] += noise.draw(row, "residual", 0, 64, 32)[column - first]
 
     with hooked(edit_embeddings(any_subject, put)):
         expected = logits(any_subject, batch)

@@ -160,7 +160,7 @@ def test_labels_do_not_round():
 def test_few_noise_arrays_are_held():
     sources._normal.cache_clear()
     for item in range(40):
-        GaussianNoise(1.0).draw(item, 0, 2, 3)
+        GaussianNoise(1.0).draw(item, "mlp", 0, 2, 3)
     assert sources._normal.cache_info().currsize == 16
 
 
