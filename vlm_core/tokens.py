@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_core.interventions import DropTokens
+from vlm_core.interventions.numeric import shown
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.sweep import sweep
 
@@ -74,7 +75,7 @@ def drop_table(
         for policy in policies
         if not (policy == "attention" and layer == 0 and 0 < keep < 1)
     ]
-    labels = {cell: "full" if cell[1] == 1 else f"{cell[0]}/{cell[1]:g}/{'any' if cell[1] == 0 else cell[2]}" for cell in grid}
+    labels = {cell: "full" if cell[1] == 1 else f"{cell[0]}/{shown(cell[1])}/{'any' if cell[1] == 0 else cell[2]}" for cell in grid}
     interventions = {label: None if label == "full" else DropTokens(*cell, seed=seed) for cell, label in labels.items()}
     measured = sweep(subject, items, interventions, metrics=("correct",), progress=progress)
     cells = pd.DataFrame([(*cell, label) for cell, label in labels.items()], columns=["layer", "keep", "policy", "intervention"])
@@ -94,7 +95,7 @@ def choose_drop(table: pd.DataFrame, keep: float, seed: int = 0) -> DropTokens:
     """
     rows = table[table["keep"] == keep]
     if rows.empty:
-        raise ValueError(f"the table has no rows at keep = {keep:g}")
+        raise ValueError(f"the table has no rows at keep = {shown(keep)}")
     mean = rows.groupby(["layer", "policy"], sort=False)["correct"].mean()
     order = {policy: i for i, policy in enumerate(POLICIES)}
     layer, policy = max(mean.index, key=lambda cell: (round(mean[cell], 12), -cell[0], -order[cell[1]]))

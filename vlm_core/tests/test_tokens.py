@@ -94,6 +94,17 @@ def test_alike_cells_run_once(monkeypatch, sensitive, grid_items):
     assert sum(one is None for one in interventions.values()) == 1
 
 
+def test_close_fractions_stay_apart(sensitive, grid_items):
+    """Alike to six digits, and yet one of 17 image tokens more or less."""
+    close = (7 / 17 + 1e-9, 7 / 17 - 1e-9, 0.5)
+    table = drop_table(sensitive, grid_items[:3], layers=(1,), keeps=close, policies=("stride",))
+    assert table.groupby("keep").size().to_dict() == dict.fromkeys(close, 3)
+    for keep in close:
+        assert choose_drop(table, keep) == DropTokens(1, keep, "stride")
+    with pytest.raises(ValueError, match="no rows at keep = 0.4117647058"):
+        choose_drop(table, 7 / 17)
+
+
 def test_progress_counts_rows(sensitive, grid_items):
     seen = []
     drop_table(sensitive, grid_items[:2], layers=(1,), keeps=(0.5,), policies=("stride",), progress=lambda *row: seen.append(row))
