@@ -44,10 +44,11 @@ from vlm_core.interventions import Intervention, describe, parts
 from vlm_core.items import item_field, take
 from vlm_core.observation.at import At
 from vlm_core.observation.means import KeyValues, Moments
-from vlm_core.observation.observing import Groups, observed, prepare
+from vlm_core.observation.observing import observed, prepare
 from vlm_core.observation.recording_config import RecordingConfig
 from vlm_core.seam.views import Tokens
 from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.groups import Groups
 from vlm_core.subjects.load import load_subject
 from vlm_core.subjects.subject import Subject
 

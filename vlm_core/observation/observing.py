@@ -10,8 +10,8 @@ What an observer is, ``vlm_core.observation`` says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from vlm_core.items import item_number, take
 from vlm_core.observation.image_attention import ImageAttention
 from vlm_core.seam.run import Run
 from vlm_core.subjects.embed import Encoded, encode_items
+from vlm_core.subjects.groups import Groups, grouped
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
 
@@ -31,8 +32,6 @@ __all__ = ["Observed", "attention_map", "observe", "observe_encoded", "observed"
 
 TOKENS_PER_PASS = 16_384
 """Tokens that run through the language model together, padding included."""
-
-Groups = Callable[[Any, Encoded], dict[str, np.ndarray] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,22 +120,9 @@ def observed(
     batch_rows = integer(subject.batch_rows if batch_rows is None else batch_rows, "batch_rows", least=1)
     for start in range(0, len(items), batch_rows):
         chunk = take(items, range(start, min(start + batch_rows, len(items))))
-        encoded = encode_items(subject, chunk, batch=batch_rows)
-        if groups is not None:
-            encoded = [_with_groups(one, groups(item, one) or {}) for item, one in zip(chunk, encoded, strict=True)]
+        encoded = grouped(encode_items(subject, chunk, batch=batch_rows), chunk, groups)
         for lower, upper in _fitting(encoded):
             yield observe_encoded(subject, chunk[lower:upper], encoded[lower:upper], observers, intervention)
-
-
-def _with_groups(encoded: Encoded, named: dict[str, np.ndarray]) -> Encoded:
-    masks = {name: torch.as_tensor(np.asarray(mask), device=encoded.ids.device) for name, mask in named.items()}
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool or tuple(mask.shape) != (len(encoded),):
-            raise ValueError(
-                f"token group '{name}' is {mask.dtype} of shape {tuple(mask.shape)}: expected one boolean for each of "
-                f"the prompt's {len(encoded)} tokens"
-            )
-    return replace(encoded, groups={**encoded.groups, **masks})
 
 
 def _fitting(encoded: Sequence[Encoded]) -> Iterator[tuple[int, int]]:

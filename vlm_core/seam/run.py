@@ -366,11 +366,12 @@ def _named(groups: Mapping[str, torch.Tensor], valid: torch.Tensor) -> dict[str,
     for name, members in groups.items():
         if name in GROUPS and name != "answer":
             raise ValueError(f"token group '{name}' is one that every prompt has: give yours another name")
-        if tuple(members.shape) != tuple(valid.shape):
+        if members.dtype != torch.bool or tuple(members.shape) != tuple(valid.shape):
             raise ValueError(
-                f"group '{name}' has shape {tuple(members.shape)}, the batch is {tuple(valid.shape)} (sequences, tokens)"
+                f"token group '{name}' is {members.dtype} of shape {tuple(members.shape)}, the batch is {tuple(valid.shape)} (sequences, "
+                f"tokens): give one boolean per token"
             )
-    return {name: members.to(valid.device).bool() for name, members in groups.items()}
+    return {name: members.to(valid.device) for name, members in groups.items()}
 
 
 def _moved(tokens: Tokens, device: torch.device) -> Tokens:

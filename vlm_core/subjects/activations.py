@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from vlm_core.interventions.sources import SITES, Activations, ImageKV, Vector
 from vlm_core.items import item_number, take
 from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.subjects.embed import Encoded, encode_items
+from vlm_core.subjects.groups import with_groups
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
 
@@ -159,10 +160,7 @@ def _image_moments(subject: Subject, items: Sequence, batch: int) -> tuple[torch
 
 def _encoded(subject: Subject, item: Any, groups: Mapping[str, np.ndarray] | None) -> Encoded:
     encoded = item if isinstance(item, Encoded) else encode_items(subject, [item])[0]
-    if groups is None:
-        return encoded
-    named = {name: torch.as_tensor(members, device=encoded.image.device).bool() for name, members in groups.items()}
-    return replace(encoded, groups={**encoded.groups, **named})
+    return with_groups(encoded, groups or {})
 
 
 def _number(item: Any) -> int:

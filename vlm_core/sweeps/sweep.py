@@ -31,8 +31,8 @@ from vlm_core.identity import item_digest
 from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import item_field, item_number, take
 from vlm_core.seam.plan import forget
-from vlm_core.seam.views import GROUPS
 from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.groups import Groups, grouped
 from vlm_core.subjects.rows import read_logits
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import Budget
@@ -51,8 +51,6 @@ _BLOCK_ROWS = 4096
 # What this process has encoded for the sweep that it is at: the sweep's name and its images' features.
 _KNOWN: dict[str, KnownFeatures] = {}
 _KNOWN_LOCK = threading.Lock()
-
-Groups = Callable[[object, Encoded], Mapping[str, np.ndarray] | None]
 
 
 def sweep(
@@ -92,7 +90,7 @@ def sweep(
     store : directory, optional
         Finished blocks are kept there and found again by content. Processes that share it share the work.
     groups : callable, optional
-        ``groups(item, encoded)`` gives token groups of an item's prompt by name, BoolArrays ``[token]``, for interventions to refer to.
+        ``groups(item, encoded)`` gives token groups of an item's prompt by name, boolean arrays ``[token]`` (others are refused), for interventions to refer to.
     executor : concurrent.futures.Executor, optional
         Where blocks run (``vlm_core.sweeps.executors``). Workers in other processes need ``subject`` as a path, id or callable, and reach
         ``store`` under the same path.
@@ -282,23 +280,7 @@ def _known(subject: Subject, sweep: str) -> KnownFeatures:
 
 
 def _encode(subject: Subject, block: _Block) -> list[Encoded]:
-    encoded = encode_distinct(subject, block.items, _known(subject, block.plan.sweep))
-    if block.plan.groups is None:
-        return encoded
-    return [_with_groups(one, block.plan.groups(item, one), item) for one, item in zip(encoded, block.items, strict=True)]
-
-
-def _with_groups(encoded: Encoded, masks: Mapping[str, np.ndarray] | None, item) -> Encoded:
-    members = {name: torch.as_tensor(np.asarray(mask, dtype=bool), device=encoded.image.device) for name, mask in (masks or {}).items()}
-    for name, mask in members.items():
-        if name in GROUPS:
-            raise ValueError(f"token group '{name}' is one that every prompt has: give yours another name")
-        if mask.shape != encoded.image.shape:
-            raise ValueError(
-                f"token group '{name}' of item {item_field(item, 'id')!r} has shape {tuple(mask.shape)}, its prompt has "
-                f"{len(encoded)} tokens: give one boolean per token"
-            )
-    return replace(encoded, groups={**encoded.groups, **members})
+    return grouped(encode_distinct(subject, block.items, _known(subject, block.plan.sweep)), block.items, block.plan.groups)
 
 
 def _measure(subject: Subject, block: _Block, encoded: list[Encoded] | None = None) -> pd.DataFrame:

@@ -187,7 +187,7 @@ def test_activations_of_a_longer_prompt_are_refused(subject, items):
 
 
 def test_groups_of_another_shape_are_refused(subject, batch):
-    with pytest.raises(ValueError, match=r"group 'object' has shape \(2, 2\), the batch is \(4, 30\)"):
+    with pytest.raises(ValueError, match=r"token group 'object' is torch.bool of shape \(2, 2\), the batch is \(4, 30\)"):
         intervened(subject, batch, None, groups={"object": torch.ones(2, 2, dtype=torch.bool)})
 
 
