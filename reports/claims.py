@@ -84,8 +84,8 @@ def instances(items):
 
 
 def family_sizes(found):
-    """Confirmatory instances per hypothesis."""
-    return Counter(instance.claim.hypothesis for instance in found.values() if instance.claim.tier == "confirmatory")
+    """Instances per (hypothesis, tier): what shares one error rate. Exploratory claims cost confirmatory ones nothing."""
+    return Counter((instance.claim.hypothesis, instance.claim.tier) for instance in found.values())
 
 
 def declares_claims(paths):

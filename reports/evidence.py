@@ -43,7 +43,7 @@ class Evidence:
     instance : reports.claims.ClaimInstance or None
         The claim instance the test is marked with.
     family_size : int
-        Confirmatory instances of the claim's hypothesis in the declared suite.
+        Instances of the claim's hypothesis and tier in the declared suite.
     seed : int
         Seed of the resampling.
     reproduce : str
@@ -62,16 +62,17 @@ class Evidence:
         self._artifacts = []
         self._about = {"subject": {}, "data": {}}
 
-    def decide(self, claim, effect, *, clusters, seeds=None, baseline=None, controls=(), p_value=None, details=None, **options):
+    def decide(self, claim, effect, *, clusters=None, seeds=None, baseline=None, controls=(), p_value=None, details=None, **options):
         """Decide the claim on per-item effects and make its verdict the test's outcome.
 
         Parameters
         ----------
         claim : vlm_core.stats.Claim
             The declaration the test is marked with.
-        effect : array, shape [item]
-            Paired effect per item (per item and seed when `seeds` is given).
+        effect : array, shape [item], or vlm_core.stats.Estimate
+            Paired effect per item (per item and seed when `seeds` is given), or a statistic with its own bounds.
         clusters : array, shape [item]
+            Needed for effects per item.
         seeds : array, shape [item], optional
         baseline : vlm_core.stats.Baseline, optional
         controls : sequence of vlm_core.stats.Control

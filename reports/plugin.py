@@ -126,7 +126,7 @@ def _evidence_of(item):
         chosen = config.stash[_OPTIONS]
         item.stash[_EVIDENCE] = Evidence(
             instance,
-            family_size=max(1, config.stash[_FAMILIES][instance.claim.hypothesis]) if instance else 1,
+            family_size=max(1, config.stash[_FAMILIES][instance.claim.hypothesis, instance.claim.tier]) if instance else 1,
             seed=chosen.seed,
             reproduce=claims.command_alone(item, config, chosen.as_arguments()),
         )

@@ -94,6 +94,13 @@ def test_families_are_counted_before_deselection(suite):
     assert records[0]["p_holm"] == pytest.approx(min(1.0, 3 * records[0]["p_value"]))
 
 
+def test_exploratory_claims_share_their_own_error_rate(suite):
+    suite.write(SUPPORTED, REFUTED, INVALID, EXPLORATORY)
+    suite.run()
+    _, records = suite.latest()
+    assert {(entry["claim_id"], entry["family_size"]) for entry in records} == {("H1.one", 3), ("H1.two", 3), ("H1.look", 1)}
+
+
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["serial", "workers"])
 def test_a_node_id_does_not_make_its_family_smaller(suite, workers):
     suite.write(SUPPORTED, REFUTED, INVALID, INCONCLUSIVE, EXPLORATORY)

@@ -13,6 +13,7 @@ from .descriptive import Interval, accuracy_interval, interval, wilson
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
 from .permutation import monte_carlo_p, sign_flip_p
+from .statistic import estimate_statistic, kendall_w, kruskal, per_cluster
 from .trend import linear_contrast, page_p
 from .verdict import Baseline, Control, Decision, Verdict, decide
 
@@ -32,11 +33,15 @@ __all__ = [
     "accuracy_interval",
     "decide",
     "estimate_mean",
+    "estimate_statistic",
     "holm",
     "interval",
+    "kendall_w",
+    "kruskal",
     "linear_contrast",
     "monte_carlo_p",
     "page_p",
+    "per_cluster",
     "sign_flip_p",
     "wilson",
 ]

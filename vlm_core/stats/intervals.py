@@ -148,7 +148,7 @@ def _standard_error(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.std(_residuals(sums, counts), axis=-1, ddof=1) / np.sqrt(sums.shape[-1])
 
 
-def _expanded(alpha: float, n: int) -> float:
+def expanded_level(alpha: float, n: int) -> float:
     """Bootstrap percentile whose bound is Student's t for normal data (Hesterberg 2015)."""
     return float(stats.norm.sf(np.sqrt(n / (n - 1)) * stats.t.isf(alpha, n - 1)))
 
@@ -175,7 +175,7 @@ def bca_bounds(
 
     @lru_cache(maxsize=256)
     def bounds(alpha: float) -> tuple[np.ndarray, np.ndarray]:
-        confidence = 1 - 2 * _expanded(alpha, n)
+        confidence = 1 - 2 * expanded_level(alpha, n)
         result = stats.bootstrap(
             (sums, counts), _ratio, n_resamples=0, bootstrap_result=first, confidence_level=confidence, **options
         )
@@ -190,7 +190,7 @@ def _percentile_bounds(sums: np.ndarray, counts: np.ndarray, rng: np.random.Gene
     draws = (weights @ sums) / (weights @ counts)
 
     def bounds(alpha: float) -> Bounds:
-        level = _expanded(alpha, n)
+        level = expanded_level(alpha, n)
         lower, upper = np.quantile(draws, [level, 1 - level])
         return float(lower), float(upper)
 
@@ -326,7 +326,7 @@ def estimate_mean(
     n, k = sums.size, labels.size
     value = float(sums.sum() / counts.sum())
     cluster_counts = counts / k
-    level = max(_expanded(smallest_alpha, max(n, 2)), 1.25e-4)
+    level = max(expanded_level(smallest_alpha, max(n, 2)), 1.25e-4)
     n_resamples = max(N_RESAMPLES, int(np.ceil(25 / level)))
     found = _cluster_bounds(sums / k, cluster_counts, bounds, rng, n_resamples, fast)
     if found is None:

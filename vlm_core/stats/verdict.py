@@ -274,9 +274,9 @@ def _own_p(kind: str, estimate: Estimate, limit: float) -> float:
 
 def decide(
     claim: Claim,
-    effect: ArrayLike,
+    effect: ArrayLike | Estimate | None,
     *,
-    clusters: ArrayLike,
+    clusters: ArrayLike | None = None,
     seeds: ArrayLike | None = None,
     family_size: int = 1,
     baseline: Baseline | None = None,
@@ -294,10 +294,11 @@ def decide(
     ----------
     claim
         The declaration.
-    effect : [item] or [item × seed]
-        Paired effects in the claim's direction: a drop, a gain, or for non-inferiority a *loss*.
+    effect : [item] or [item × seed], or Estimate
+        Paired effects in the claim's direction: a drop, a gain, or for non-inferiority a *loss*. An `Estimate` where the effect is no mean
+        over items (`estimate_statistic`); it brings its own bounds, and its None makes the claim invalid.
     clusters : [item]
-        Resampling unit of each row.
+        Resampling unit of each row; needed unless ``effect`` is an `Estimate`.
     seeds : [item], optional
         Training seed of each row; every seed measured on the same items.
     family_size
@@ -324,8 +325,17 @@ def decide(
 
     n_items = n_clusters = n_seeds = 0
     estimate: Estimate | None = None
-    problems = _misfits(effect, clusters, seeds, bounds)
-    if not problems:
+    if effect is None:
+        problems = ["the statistic is the same in every resample: zero variance where variance is needed"]
+    elif isinstance(effect, Estimate):
+        estimate = effect
+        n_items, n_clusters, n_seeds = effect.n_items, effect.n_clusters, effect.n_seeds
+        problems = _blockers(claim, n_clusters, n_seeds, baseline, controls)
+    elif clusters is None:
+        raise ValueError(f"{claim.id}: effects per item need the cluster of each")
+    else:
+        problems = _misfits(effect, clusters, seeds, bounds)
+    if estimate is None and not problems:
         estimate = estimate_mean(effect, clusters, seeds, bounds=bounds, smallest_alpha=alpha, rng=rng)
         n_clusters = np.unique(np.asarray(clusters)).size
         n_seeds = 1 if seeds is None else np.unique(np.asarray(seeds)).size
