@@ -17,6 +17,7 @@ _HOMES = {
     "subjects.checkpoint": ("Checkpoint", "inspect_checkpoint", "precheck_subject"),
     "errors": ("SubjectError",),
     "evaluation": ("accuracy_table", "evaluate"),
+    "heads.attribution": ("HeadAttribution", "head_attribution"),
     "interventions": (
         "Activations",
         "DropTokens",

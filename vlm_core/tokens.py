@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,8 @@ def drop_table(
     keeps: Sequence[float],
     policies: Sequence[str] = POLICIES,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    store: str | Path | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> pd.DataFrame:
     """Accuracy per item under every way to drop tokens.
 
@@ -62,6 +64,8 @@ def drop_table(
         are the same and run once.
     seed : int
         Of the random policy.
+    store, progress
+        As in ``vlm_core.sweep``.
 
     Returns
     -------
@@ -77,7 +81,7 @@ def drop_table(
     ]
     labels = {cell: "full" if cell[1] == 1 else f"{cell[0]}/{shown(cell[1])}/{'any' if cell[1] == 0 else cell[2]}" for cell in grid}
     interventions = {label: None if label == "full" else DropTokens(*cell, seed=seed) for cell, label in labels.items()}
-    measured = sweep(subject, items, interventions, metrics=("correct",), progress=progress)
+    measured = sweep(subject, items, interventions, metrics=("correct",), store=store, progress=progress)
     cells = pd.DataFrame([(*cell, label) for cell, label in labels.items()], columns=["layer", "keep", "policy", "intervention"])
     merged = measured.merge(cells, on="intervention", how="inner").rename(columns={"value": "correct"})
     return merged[["item", "cluster", "task", "layer", "keep", "policy", "correct"]]

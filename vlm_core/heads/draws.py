@@ -1,6 +1,5 @@
-"""Which heads carry the image: attribution, rankings, and random heads to compare with.
+"""Random heads to compare with.
 
-``attribute_heads``    HeAr: a linear model of the answer logit on which heads still see the image
 ``layer_matched``      random heads from the same layers in the same numbers
 ``layer_free``         as many random heads from anywhere
 ``assign_draws``       which items each random set is run on; ``draw_means`` sums up what it cost
@@ -9,127 +8,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import RidgeCV
 
 from vlm_core.families.anatomy import HeadId
-from vlm_core.interventions import ImageKVMeans, ReplaceImageKV
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps.sweep import sweep
 
-__all__ = ["HeadAttribution", "assign_draws", "attribute_heads", "draw_means", "layer_free", "layer_matched"]
-
-KEEP_PROBABILITY = 0.8  # COAR validates its keep-probability by held-out prediction; `HeadAttribution.r2` reports ours
-HELD_OUT = 0.2  # share of each item's masks the linear model is scored on, never fitted to
-
-
-@dataclass(frozen=True, eq=False)
-class HeadAttribution:
-    """Linear effect of each head's sight of the image on the answer logit.
-
-    Attributes
-    ----------
-    coefficients : ndarray ``[layer, head]``
-        Logits gained when the head sees the image rather than the mean image, other heads seeing it or not at random.
-    r2 : float
-        Share of the variance within items that the model explains on masks it was not fitted to.
-    n_items, n_masks : int
-        Items, and masks in all.
-    """
-
-    coefficients: np.ndarray
-    r2: float
-    n_items: int
-    n_masks: int
-
-    def ranking(self) -> list[HeadId]:
-        """Heads from the highest coefficient down; ties in (layer, head) order."""
-        order = np.argsort(-self.coefficients.ravel(), kind="stable")
-        return [HeadId(*(int(i) for i in np.unravel_index(k, self.coefficients.shape))) for k in order]
-
-    def top(self, fraction: float) -> tuple[HeadId, ...]:
-        """The top ``fraction`` of all heads, at least one, rounded to the nearest number."""
-        return tuple(self.ranking()[: max(1, round(fraction * self.coefficients.size))])
-
-
-def attribute_heads(
-    subject: Subject,
-    items: Sequence,
-    means: ImageKVMeans,
-    *,
-    masks_per_item: int = 32,
-    keep_probability: float = KEEP_PROBABILITY,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> HeadAttribution:
-    """Head attribution (HeAr).
-
-    Every item is run under random masks; in each, a head keeps its view of the image with ``keep_probability`` and has its image
-    keys and values replaced by their mean otherwise. One ridge model, with an intercept per item, predicts the right
-    answer's logit from the mask; its coefficients are the attribution.
-
-    Parameters
-    ----------
-    subject : Subject
-    items : sequence of items
-        The discovery split of one task (or several).
-    means : ImageKVMeans
-        What the image's keys and values are replaced by.
-    masks_per_item : int
-        Random masks per item; a fifth of them (at least one) is held out to score the model.
-    keep_probability : float
-        In (0, 1).
-    seed : int
-    progress : callable, optional
-        Called with (rows done, rows in all).
-
-    Returns
-    -------
-    HeadAttribution
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than five masks per item, or the probability is not inside (0, 1).
-
-    References
-    ----------
-    Kim et al. 2025, arXiv:2509.17588 (mean replacement, linear model); mask count, keep-probability and ridge are our
-    reconstruction, judged by ``r2``.
-    """
-    if masks_per_item < 5:
-        raise ValueError(f"masks_per_item is {masks_per_item}: attribution needs at least 5 (one in five is held out)")
-    if not 0.0 < keep_probability < 1.0:
-        raise ValueError(f"keep_probability is {keep_probability}: expected a number between 0 and 1, both excluded")
-    heads, n_items = list(subject.heads), len(items)
-    rng = np.random.default_rng(seed)
-    kept = rng.random((n_items, masks_per_item, len(heads))) < keep_probability
-    table, assignments = {}, []
-    for i in range(n_items):
-        for k in range(masks_per_item):
-            removed = [head for head, keep in zip(heads, kept[i, k], strict=True) if not keep]
-            label = f"{i}/{k}"
-            table[label] = ReplaceImageKV(removed, means) if removed else None
-            assignments.append((i, label))
-    measured = sweep(subject, items, table, metrics=("logit",), assignments=assignments, progress=progress)
-    logit = measured["value"].to_numpy().reshape(n_items, masks_per_item)
-    n_held = max(1, round(HELD_OUT * masks_per_item))
-    fit, held = slice(n_held, None), slice(0, n_held)
-    # an intercept per item is the same as centring each item's rows on the rows that are fitted
-    centre_x, centre_y = kept[:, fit].mean(1, keepdims=True), logit[:, fit].mean(1, keepdims=True)
-    x, y = kept - centre_x, logit - centre_y
-    model = RidgeCV(alphas=np.logspace(-2, 4, 13), fit_intercept=False)
-    model.fit(x[:, fit].reshape(-1, len(heads)), y[:, fit].ravel())
-    predicted = model.predict(x[:, held].reshape(-1, len(heads)))
-    residual = y[:, held].ravel() - predicted
-    spread = float(np.square(y[:, held]).sum())
-    r2 = 1.0 - float(np.square(residual).sum()) / spread if spread > 0 else 0.0
-    shape = (subject.anatomy.n_layers, subject.anatomy.n_heads)
-    return HeadAttribution(model.coef_.reshape(shape), r2, n_items, n_items * masks_per_item)
+__all__ = ["assign_draws", "draw_means", "layer_free", "layer_matched"]
 
 
 def layer_matched(heads: Sequence[HeadId], subject: Subject, draws: int, seed: int = 0) -> list[tuple[HeadId, ...]]:

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-import vlm_core.heads
+import vlm_core.heads.attribution
 from vlm_core import HeadId, ImageKVMeans, ReplaceImageKV, Subject, image_kv_means
-from vlm_core.heads import HeadAttribution, assign_draws, attribute_heads, draw_means, layer_free, layer_matched
+from vlm_core.heads.attribution import HeadAttribution, head_attribution
+from vlm_core.heads.draws import assign_draws, draw_means, layer_free, layer_matched
+from vlm_core.heads.ranking import order_heads, top_heads
 from vlm_core.tests.tiny import WORDS, make_items, tiny_llava
 
 IMAGE_FIRST = (
@@ -80,8 +82,9 @@ def with_answers_the_image_raises(subject, items, planted, means):
     return answered
 
 
+@pytest.mark.parametrize("queries", ["text", "all"])
 @pytest.mark.parametrize("planted", [[(0, 1), (2, 3)], [(1, 0), (1, 2)], [(2, 2)]])
-def test_planted_heads_are_found_by_id(planted):
+def test_planted_heads_are_found_by_id(planted, queries):
     subject, items = planted_subject(planted), make_items(12)
     means = image_kv_means(subject, items)
     others = ReplaceImageKV([head for head in subject.heads if head not in planted], means)
@@ -90,14 +93,14 @@ def test_planted_heads_are_found_by_id(planted):
         torch.testing.assert_close(next_token_logits(subject, item, others), full)
         assert (next_token_logits(subject, item, ReplaceImageKV(planted, means)) - full).abs().max() > 0.1
     items = with_answers_the_image_raises(subject, items, planted, means)
-    found = attribute_heads(subject, items, means, masks_per_item=20, seed=1)
-    assert found.coefficients.shape == (3, 4)
-    assert (found.n_items, found.n_masks) == (12, 240)
+    found = head_attribution(subject, items, means, masks_per_item=40, keep_probability=0.8, queries=queries, seed=1)
+    assert found.per_item.shape == (12, 3, 4)
+    assert (found.n_items, found.n_masks) == (12, 40)
     assert set(found.ranking()[: len(planted)]) == set(planted)
     assert set(found.top(len(planted) / 12)) == set(planted)
     weakest = min(found.coefficients[head] for head in planted)
     assert max(abs(found.coefficients[head]) for head in subject.heads if head not in planted) < weakest / 3
-    assert found.r2 > 0.3
+    assert found.r2 > 0.7
 
 
 # -- the linear model -------------------------------------------------------------------------------------------------
@@ -109,25 +112,25 @@ class SimulatedSweep:
     def __init__(self, answer, heads):
         self.answer, self.heads, self.kept = answer, heads, {}
 
-    def __call__(self, subject, items, table, *, metrics, assignments, progress):
-        assert metrics == ("logit",)
+    def __call__(self, subject, items, table, *, metrics, assignments, store, progress):
         rows = []
         for index, label in assignments:
             removed = set() if table[label] is None else set(table[label].heads)
             kept = np.array([head not in removed for head in self.heads], dtype=float)
             number = len(self.kept.setdefault(index, []))
             self.kept[index].append(kept)
-            rows.append((items[index], label, "logit", self.answer(index, number, kept)))
+            rows.append((items[index]["id"], label, metrics[0], self.answer(index, number, kept)))
         return pd.DataFrame(rows, columns=["item", "intervention", "metric", "value"])
 
 
-def simulate(monkeypatch, answer, *, n_layers=3, n_heads=4, n_items=6, masks_per_item=20, **options):
+def simulate(monkeypatch, answer, *, n_layers=3, n_heads=4, n_items=6, masks_per_item=20, sweep=None, **options):
     heads = [HeadId(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     subject = SimpleNamespace(heads=heads, anatomy=SimpleNamespace(n_layers=n_layers, n_heads=n_heads))
     swept = SimulatedSweep(answer, heads)
-    monkeypatch.setattr(vlm_core.heads, "sweep", swept)
+    monkeypatch.setattr(vlm_core.heads.attribution, "sweep", sweep or swept)
     means = ImageKVMeans(torch.zeros(n_layers, n_heads, 2), torch.zeros(n_layers, n_heads, 2))
-    found = attribute_heads(subject, [f"item-{i}" for i in range(n_items)], means, masks_per_item=masks_per_item, **options)
+    items = [{"id": f"item-{i}", "scene_id": f"scene-{i}"} for i in range(n_items)]
+    found = head_attribution(subject, items, means, masks_per_item=masks_per_item, **{"keep_probability": 0.8, **options})
     return found, swept
 
 
@@ -156,6 +159,26 @@ def test_coefficients_are_least_squares_of_the_logit_on_mask_and_item(monkeypatc
     oracle = np.linalg.lstsq(design, logit.ravel(), rcond=None)[0][:12]
     np.testing.assert_allclose(found.coefficients.ravel(), oracle, atol=0.04)  # ridge shrinks a little
     assert 0.5 < found.r2 < 1.0
+
+
+def test_items_have_their_own_coefficients_and_the_task_has_their_mean(monkeypatch):
+    own = np.random.default_rng(9).normal(size=(6, 12))
+    found, _ = simulate(monkeypatch, lambda item, mask, kept: float(kept @ own[item]), masks_per_item=60)
+    np.testing.assert_allclose(found.per_item.reshape(6, 12), own, atol=0.05)
+    np.testing.assert_allclose(found.coefficients.ravel(), own.mean(0), atol=0.02)
+    assert found.r2 > 0.99 > 0.8 > found.r2_task
+
+
+def test_the_target_is_what_is_modelled(monkeypatch):
+    effect, answer = linear()
+    asked = []
+
+    def swept(subject, items, table, **options):
+        asked.append(options["metrics"])
+        return SimulatedSweep(answer, [HeadId(layer, head) for layer in range(3) for head in range(4)])(subject, items, table, **options)
+
+    assert [simulate(monkeypatch, answer, sweep=swept, **options)[0].target for options in ({}, {"target": "logit"})] == ["margin", "logit"]
+    assert asked == [("margin",), ("logit",)]
 
 
 def test_pure_noise_is_not_explained(monkeypatch):
@@ -202,23 +225,40 @@ def test_masks_follow_seed_and_keep_probability(monkeypatch):
         ({"masks_per_item": 4}, "masks_per_item is 4: attribution needs at least 5"),
         ({"keep_probability": 0.0}, "keep_probability is 0.0: expected a number between 0 and 1, both excluded"),
         ({"keep_probability": 1.0}, "keep_probability is 1.0"),
+        ({"target": "accuracy"}, "target is 'accuracy'"),
     ],
 )
 def test_attribution_that_cannot_be_fitted_is_refused(subject, items, means, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        attribute_heads(subject, items, means, **options)
+        head_attribution(subject, items, means, **options)
 
 
 def test_top_rounds_and_is_never_empty_and_ties_keep_head_order():
-    coefficients = np.array([[0.0, 3.0, 0.0, 1.0], [0.0, 3.0, -1.0, 2.0]])
-    ranked = HeadAttribution(coefficients, 1.0, 1, 5)
-    assert ranked.ranking() == [(0, 1), (1, 1), (1, 3), (0, 3), (0, 0), (0, 2), (1, 0), (1, 2)]
-    assert ranked.top(0.01) == ((0, 1),)
-    assert ranked.top(0.25) == ((0, 1), (1, 1))
-    assert ranked.top(0.30) == ((0, 1), (1, 1))  # 2.4 heads
-    assert ranked.top(0.32) == ((0, 1), (1, 1), (1, 3))  # 2.56 heads
-    assert len(ranked.top(1.0)) == 8
-    assert all(isinstance(head, HeadId) and type(head.layer) is int for head in ranked.top(0.5))
+    scores = np.array([[0.0, 3.0, 0.0, 1.0], [0.0, 3.0, -1.0, 2.0]])
+    assert order_heads(scores) == [(0, 1), (1, 1), (1, 3), (0, 3), (0, 0), (0, 2), (1, 0), (1, 2)]
+    assert top_heads(scores, 0.01) == ((0, 1),)
+    assert top_heads(scores, 0.25) == ((0, 1), (1, 1))
+    assert top_heads(scores, 0.30) == ((0, 1), (1, 1))  # 2.4 heads
+    assert top_heads(scores, 0.32) == ((0, 1), (1, 1), (1, 3))  # 2.56 heads
+    assert len(top_heads(scores, 1.0)) == 8
+    assert top_heads(scores, 1) == ((0, 1),)
+    assert all(isinstance(head, HeadId) and type(head.layer) is int for head in top_heads(scores, 0.5))
+
+
+def test_an_attribution_ranks_by_its_mean_over_items():
+    per_item = np.array([[[4.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]]])
+    ranked = HeadAttribution(per_item, ("a", "b"), ("s", "s"), "margin", 1.0, 1.0, 5)
+    assert ranked.coefficients.tolist() == [[2.0, 0.5], [1.5, 0.0]]
+    assert ranked.top(2) == ((0, 0), (1, 0)) and ranked.ranking() == order_heads(ranked.coefficients)
+
+
+@pytest.mark.parametrize(
+    ("scores", "most", "says"),
+    [(np.zeros((2, 2)), 0, "number of heads"), (np.zeros((2, 2)), 5, "1 to 4"), (np.zeros((2, 2)), 1.5, "share"), (np.full((2, 2), np.nan), 1, "NaN"), (np.zeros(4), 1, "layer, head")],
+)  # fmt: skip
+def test_scores_that_cannot_be_ranked_are_refused(scores, most, says):
+    with pytest.raises(ValueError, match=says):
+        top_heads(scores, most)
 
 
 # -- random heads -----------------------------------------------------------------------------------------------------
