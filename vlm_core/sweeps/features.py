@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -65,11 +65,14 @@ class Prompt:
         Image tokens, of all images of the prompt.
     n_prompt : int
         Its tokens: all of them.
+    groups : dict of str to BoolTensor ``[token]``
+        Named token groups (``vlm_core.subjects.groups``).
     """
 
     ids: torch.Tensor
     image: torch.Tensor
     n_prompt: int
+    groups: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.n_prompt

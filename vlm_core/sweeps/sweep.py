@@ -32,13 +32,13 @@ from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import item_field, item_number, take
 from vlm_core.seam.plan import forget
 from vlm_core.subjects.embed import Encoded
-from vlm_core.subjects.groups import Groups, grouped
+from vlm_core.subjects.groups import Groups, grouped, with_groups
 from vlm_core.subjects.rows import read_logits
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.executors import SubjectSource, open_subject
-from vlm_core.sweeps.features import KnownFeatures, encode_distinct
+from vlm_core.sweeps.features import KnownFeatures, Prompt, encode_distinct, prompts_of
 from vlm_core.sweeps.scoring import METRICS, CandidateSet, candidate_set, score_candidates
 from vlm_core.sweeps.shards import ShardStore
 
@@ -90,7 +90,9 @@ def sweep(
     store : directory, optional
         Finished blocks are kept there and found again by content. Processes that share it share the work.
     groups : callable, optional
-        ``groups(item, encoded)`` gives token groups of an item's prompt by name, boolean arrays ``[token]`` (others are refused), for interventions to refer to.
+        ``groups(item, prompt)`` gives token groups of an item's prompt by name, boolean arrays ``[token]`` (others are refused), for
+        interventions to refer to. ``prompt`` (``vlm_core.sweeps.features.Prompt``) holds the prompt's tokens and which of them are image
+        tokens: what it takes no model to know, so that a stored block is found without one.
     executor : concurrent.futures.Executor, optional
         Where blocks run (``vlm_core.sweeps.executors``). Workers in other processes need ``subject`` as a path, id or callable, and reach
         ``store`` under the same path.
@@ -235,8 +237,9 @@ def _run_block(source: SubjectSource, block: _Block) -> pd.DataFrame:
 
 
 def _shard(subject: Subject, block: _Block) -> tuple[str, Callable[[], pd.DataFrame]]:
-    encoded = None if block.plan.groups is None else _encode(subject, block)
-    return _shard_name(subject, block, encoded), partial(_measure, subject, block, encoded)
+    asked = block.plan.groups
+    prompts = None if asked is None else grouped(prompts_of(subject, block.items), block.items, asked)
+    return _shard_name(subject, block, prompts), partial(_measure, subject, block, prompts)
 
 
 def _joined(pieces: list[pd.DataFrame]) -> pd.DataFrame:
@@ -279,15 +282,20 @@ def _known(subject: Subject, sweep: str) -> KnownFeatures:
         return _KNOWN[sweep]
 
 
-def _encode(subject: Subject, block: _Block) -> list[Encoded]:
-    return grouped(encode_distinct(subject, block.items, _known(subject, block.plan.sweep)), block.items, block.plan.groups)
+def _encode(subject: Subject, block: _Block, prompts: list[Prompt] | None) -> list[Encoded]:
+    encoded = encode_distinct(subject, block.items, _known(subject, block.plan.sweep))
+    if block.plan.groups is None:
+        return encoded
+    if prompts is None:
+        prompts = grouped([Prompt.of(one) for one in encoded], block.items, block.plan.groups)
+    return [with_groups(one, prompt.groups) for one, prompt in zip(encoded, prompts, strict=True)]
 
 
-def _measure(subject: Subject, block: _Block, encoded: list[Encoded] | None = None) -> pd.DataFrame:
-    """The table of one block."""
+def _measure(subject: Subject, block: _Block, prompts: list[Prompt] | None = None) -> pd.DataFrame:
+    """The table of one block; ``prompts`` with their token groups, where those are known already."""
     items, rows, plan = block.items, block.rows, block.plan
     table, metrics = plan.table, plan.metrics
-    encoded = _encode(subject, block) if encoded is None else encoded
+    encoded = _encode(subject, block, prompts)
     candidates = [candidate_set(subject, item) for item in items]
     pairs = [(number, prefix) for number, (position, _) in enumerate(rows) for prefix in range(len(candidates[position].prefixes))]
     jobs = [_job(*rows[number], prefix, table, encoded, candidates) for number, prefix in pairs]
@@ -360,13 +368,13 @@ class _Scores:
                 self.logits[row] = raw[term] if single else self.sums[row, candidate]
 
 
-def _shard_name(subject: Subject, block: _Block, encoded: list[Encoded] | None) -> str:
+def _shard_name(subject: Subject, block: _Block, prompts: list[Prompt] | None) -> str:
     table = block.plan.table
     digest = hashlib.sha256()
     digest.update(repr(subject.fingerprint).encode())
     for item in block.items:
         digest.update(item_digest(item).encode())
-    for one in encoded or ():
+    for one in prompts or ():
         digest.update(repr([(name, members.tolist()) for name, members in sorted(one.groups.items())]).encode())
     labels = sorted({label for _, label in block.rows})
     digest.update(repr([(label, describe(table[label]), _content(table[label])) for label in labels]).encode())

@@ -215,6 +215,35 @@ def test_token_groups_of_items_reach_the_interventions(tmp_path, subject):
         sweep(subject, items, knock, groups=lambda item, encoded: {"half": [True]})
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_stored_sweep_is_found_without_any_forward_pass(tmp_path, subject, grouped):
+    items = make_items(3)
+    knock = {"x": KnockOut("last", "half" if grouped else "image", (0, 1, 2))}
+    ran, part = [], 0.5
+
+    def half(item, prompt):
+        return {"half": prompt.image.numpy() & (prompt.image.numpy().cumsum() <= int(prompt.image.sum()) * part)}
+
+    def work():
+        ran.clear()
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: ran.append(type(module).__name__))
+        try:
+            return sweep(subject, items, knock, metrics=("logprob",), store=tmp_path, groups=half if grouped else None)
+        finally:
+            handle.remove()
+
+    first = work()
+    assert "CLIPVisionModel" in ran
+    again = work()
+    assert not ran
+    pd.testing.assert_frame_equal(first, again)
+    if grouped:
+        # What the groups say counts, not what they are called or who says it.
+        part = 1.0
+        other = work()
+        assert ran and not np.allclose(other["value"], first["value"])
+
+
 def test_a_progress_bar_counts_rows_and_tells_the_time_left(subject, capsys, monkeypatch):
     monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ITEMS", 2)
     sweep(subject, make_items(4), [None, ZeroHeads([(0, 1)])], progress=True)
