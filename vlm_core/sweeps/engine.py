@@ -147,6 +147,7 @@ class _Engine:
         self.counts = PathCounts()
         self.extended: dict[tuple[int, tuple[int, ...]], Encoded] = {}
         self._sizes: dict[str, int] = {}
+        self._delivered: set[int] = set()
 
     def run(self) -> PathCounts:
         decided = self._decide()
@@ -163,7 +164,8 @@ class _Engine:
                 except Unshareable as unshareable:
                     refused = str(unshareable)
             if refused is not None:
-                for number in (*shared, *resumed):
+                # Of a group that ran in halves, one may have run before the other was refused.
+                for number in {*shared, *resumed} - self._delivered:
                     decided[number] = ("whole", refused)
         self._run_whole([number for number, (path, _) in enumerate(decided) if path == "whole"])
         for path, reason in decided:
@@ -194,6 +196,11 @@ class _Engine:
         touched = {row.prompt for row in self.rows if touches(row.intervention, self.anatomy.n_layers).layer < self.anatomy.n_layers}
         return set(range(len(self.prompts))) - touched
 
+    def deliver(self, numbers: Sequence[int], hidden: torch.Tensor) -> None:
+        """Hand over what some rows read, each row once."""
+        self.consume(numbers, hidden)
+        self._delivered.update(numbers)
+
     def sequence(self, prompt: int, prefix: tuple[int, ...]) -> Encoded:
         """A prompt with answer tokens, made once."""
         if (prompt, prefix) not in self.extended:
@@ -223,7 +230,7 @@ class _Engine:
         hidden, _ = forward_rows(
             self.subject, sequences, trunk, [self.rows[number].intervention for number in numbers], items, self._wanted(numbers)
         )
-        self.consume(numbers, hidden)
+        self.deliver(numbers, hidden)
 
     def _distinct(self, numbers: Sequence[int]) -> tuple[list[Encoded], list[int], np.ndarray]:
         known: dict[tuple, int] = {}
@@ -319,7 +326,7 @@ class _Engine:
 
         def shared_batch(numbers: Sequence[int]) -> None:
             batch = [SuffixRow(stem(number), self.rows[number].intervention, self.rows[number].reads) for number in numbers]
-            self.consume(numbers, forward_shared(self.subject, recording, batch))
+            self.deliver(numbers, forward_shared(self.subject, recording, batch))
 
         def resumed_batch(numbers: Sequence[int]) -> None:
             distinct = list(dict.fromkeys(map(stem, numbers)))
@@ -332,7 +339,7 @@ class _Engine:
                 min(starts[number] for number in numbers),
                 self._wanted(numbers),
             )
-            self.consume(numbers, hidden)
+            self.deliver(numbers, hidden)
 
         if shared:
             ordered = sorted(shared, key=lambda number: (entries[number], stem(number).trunk.number))

@@ -5,6 +5,10 @@
 A shard is one Parquet file. It appears under its name only when it is whole (written beside, synced, renamed), so a process that is killed
 at any moment leaves either a shard or none. Who computes a shard holds its lock, which the operating system gives back when the process
 ends, however it ends: what a dead process had claimed is free for the next one, and what a living one is computing is waited for.
+
+A lock's file goes when its shard is in place, and only then. Whoever had opened the file before may still lock what is no longer there,
+beside somebody who locks a new file of the same name; but both look for the shard next, and find it. The file of a task that failed stays:
+with no shard to find, two such holders would both compute. So there are as many files as shards under way, failed or killed.
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ class ShardStore:
         self.folder = Path(folder)
         self._locks = self.folder / "locks"
         self._locks.mkdir(parents=True, exist_ok=True)
+        # Killed between its shard and its lock.
+        for left_behind in self._locks.glob("*.lock"):
+            self._tidy(left_behind.stem)
 
     def path(self, name: str) -> Path:
         """Where the shard ``name`` is, or will be."""
@@ -55,10 +62,18 @@ class ShardStore:
             os.fsync(file.fileno())
         os.replace(partial, self.path(name))
 
+    def _lock(self, name: str) -> Path:
+        return self._locks / f"{name}.lock"
+
+    def _tidy(self, name: str) -> None:
+        """Remove the lock of a shard that is in place."""
+        if self.path(name).is_file():
+            self._lock(name).unlink(missing_ok=True)
+
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether this process may compute the shard ``name`` now: nobody else is at it."""
-        lock = FileLock(self._locks / f"{name}.lock")
+        lock = FileLock(self._lock(name))
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -69,6 +84,7 @@ class ShardStore:
                 left_behind.unlink(missing_ok=True)
             yield True
         finally:
+            self._tidy(name)
             lock.release()
 
     def compute(self, tasks: Iterable[tuple[str, Callable[[], pd.DataFrame]]]) -> Iterator[tuple[str, pd.DataFrame]]:

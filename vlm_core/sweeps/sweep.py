@@ -84,7 +84,8 @@ def sweep(
         Candidates are compared by summed log-probability. ``logit`` is the raw logit of a one-token answer (what attribution by
         logits needs), the summed log-probability of a longer one.
     progress : callable or bool, optional
-        Called with (rows done, rows in all) after every block; True for ``progress_bar()``.
+        Called with (rows done, rows in all) after every block; True for ``progress_bar()``. One with a method ``found`` is told before
+        how many of those rows were in the store, so that no speed is made of them.
     assignments : sequence of (item index, label), optional
         The rows to run, in place of the full product (random masks drawn per item).
     store : directory, optional
@@ -115,9 +116,12 @@ def sweep(
     n_rows, done, pieces = sum(map(len, by_item)), 0, {}
     run = partial(_run_here, open_subject(subject)) if executor is None else partial(_run_on, executor, subject)
     try:
-        for number, piece in run(plan, items, by_item, blocks):
+        for number, piece, computed in run(plan, items, by_item, blocks):
             pieces[number] = piece
-            done += sum(len(by_item[index]) for index in blocks[number])
+            rows = sum(len(by_item[index]) for index in blocks[number])
+            done += rows
+            if not computed and hasattr(progress, "found"):
+                progress.found(rows)
             if progress is not None:
                 progress(done, n_rows)
     finally:
@@ -126,21 +130,35 @@ def sweep(
     return _joined([pieces[number] for number in sorted(pieces)])
 
 
-def progress_bar() -> Callable[[int, int], None]:
-    """A progress bar on the terminal, with the time that is left, for ``sweep(progress=...)``."""
-    bar: tqdm | None = None
-    started = time.time()
+class _ProgressBar:
+    """See ``progress_bar``."""
 
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit="row", dynamic_ncols=True)
-            bar.start_t = started
-        bar.update(done - bar.n)
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self._started = time.time()
+        self._found = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            # Without smoothing the speed is that of all rows but the initial ones.
+            self.bar = tqdm(total=total, unit="row", dynamic_ncols=True, smoothing=0)
+            self.bar.start_t = self._started
+        self.bar.initial = self._found
+        self.bar.update(done - self.bar.n)
         if done >= total:
-            bar.close()
+            self.bar.close()
 
-    return show
+    def found(self, rows: int) -> None:
+        """So many of the rows done next took no time here."""
+        self._found += rows
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    """A progress bar on the terminal, with the time that is left, for ``sweep(progress=...)``.
+
+    The time left is that of rows computed by this sweep: what it finds in the store counts as done, not as speed.
+    """
+    return _ProgressBar()
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,25 +202,33 @@ def _blocks(by_item: list[list[str]]) -> list[list[int]]:
     return blocks
 
 
-def _run_here(subject: Subject, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame]]:
+def _run_here(subject: Subject, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame, bool]]:
+    """Number and table of every block, and whether it was computed here."""
     if plan.store is None:
         for number, indices in enumerate(blocks):
-            yield number, _measure(subject, _Block.of(plan, items, by_item, indices))
+            yield number, _measure(subject, _Block.of(plan, items, by_item, indices)), True
         return
     numbers: dict[str, list[int]] = {}
+    computed: set[str] = set()
 
     def tasks() -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         for number, indices in enumerate(blocks):
             block = _Block.of(plan, items, by_item, indices)
             name, measure = _shard(subject, block)
             numbers.setdefault(name, []).append(number)
-            yield name, measure
+            yield name, partial(_noted, measure, name, computed)
 
     for name, piece in ShardStore(plan.store).compute(tasks()):
-        yield numbers[name].pop(0), piece
+        yield numbers[name].pop(0), piece, name in computed
+        computed.discard(name)
 
 
-def _run_on(executor: Executor, source: SubjectSource, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame]]:
+def _noted(measure: Callable[[], pd.DataFrame], name: str, computed: set[str]) -> pd.DataFrame:
+    computed.add(name)
+    return measure()
+
+
+def _run_on(executor: Executor, source: SubjectSource, plan: _Plan, items, by_item, blocks) -> Iterator[tuple[int, pd.DataFrame, bool]]:
     if isinstance(source, Subject) and not getattr(executor, "in_process", isinstance(executor, ThreadPoolExecutor)):
         raise ValueError(
             f"{type(executor).__name__} runs in other processes, which cannot take a Subject in memory: give sweep the checkpoint's "
@@ -221,19 +247,21 @@ def _run_on(executor: Executor, source: SubjectSource, plan: _Plan, items, by_it
             finished: set[Future]
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                yield running.pop(future), future.result()
+                yield running.pop(future), *future.result()
     finally:
         for future in running:
             future.cancel()
 
 
-def _run_block(source: SubjectSource, block: _Block) -> pd.DataFrame:
-    """One block, on whatever worker this is."""
+def _run_block(source: SubjectSource, block: _Block) -> tuple[pd.DataFrame, bool]:
+    """One block, on whatever worker this is, and whether it was computed there."""
     subject = open_subject(source)
     if block.plan.store is None:
-        return _measure(subject, block)
-    ((_, piece),) = ShardStore(block.plan.store).compute([_shard(subject, block)])
-    return piece
+        return _measure(subject, block), True
+    name, measure = _shard(subject, block)
+    computed: set[str] = set()
+    ((_, piece),) = ShardStore(block.plan.store).compute([(name, partial(_noted, measure, name, computed))])
+    return piece, name in computed
 
 
 def _shard(subject: Subject, block: _Block) -> tuple[str, Callable[[], pd.DataFrame]]:

@@ -13,9 +13,11 @@ from vlm_core import HeadMeans, ImageKVMeans, KnockOut, MeanHeads, ReplaceImageK
 from vlm_core.interventions import DropTokens, Steer
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
+from vlm_core.sweeps import engine
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
 from vlm_core.sweeps.prefix import why_not_shared
+from vlm_core.sweeps.trunk import Unshareable
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, VISION
 from vlm_core.tests.tiny import loud, make_items, tiny_subject
 
@@ -386,3 +388,34 @@ def test_batches_that_run_out_of_memory_are_halved(subject, path, full):
     torch.testing.assert_close(read_logits(subject, torch.stack(fast)), slow, rtol=1e-4, atol=2e-5)
     with OutOfMemory(subject, most=0, error=FULL[full]), pytest.raises(SubjectError, match="a single row does not fit"):
         run_rows(subject, sequences[:1], jobs[:2], [0], consume, BUDGET)
+
+
+def test_a_group_halved_for_memory_and_then_refused_hands_over_every_row_once(subject, monkeypatch):
+    sequences = encode_items(subject, make_items(4))
+    jobs = [RowJob(prompt, (), ZeroHeads([(1, head)], "question"), (len(sequences[prompt]) - 1,)) for prompt in range(4) for head in range(2)]
+    recorded, record = [], engine.record_trunks
+
+    def fails(subject, sequences, **wanted):
+        recorded.append(len(sequences))
+        if len(sequences) > 2:
+            raise FULL["device"]
+        if len(recorded) > 2:
+            raise Unshareable("the second half is refused")
+        return record(subject, sequences, **wanted)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "record_trunks", fails)
+        fast = [None] * len(jobs)
+
+        def consume(numbers, hidden):
+            for number, one in zip(numbers, hidden, strict=True):
+                assert fast[number] is None
+                fast[number] = one
+
+        counts = run_rows(subject, sequences, jobs, [0] * 4, consume, BUDGET)
+    assert recorded == [4, 2, 2]
+    assert counts.to_dict() == {
+        "paths": {"shared prefix": 4, "whole": 4}, "reasons": {"whole: the second half is refused": 4},
+    }
+    _, slow, _ = compare(subject, sequences, jobs)
+    torch.testing.assert_close(read_logits(subject, torch.stack(fast)), slow, rtol=1e-4, atol=2e-5)

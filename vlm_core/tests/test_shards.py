@@ -20,7 +20,7 @@ import sys, time
 import pandas as pd
 from vlm_core.sweeps.shards import ShardStore
 
-folder, log, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
+folder, log, pause, n_shards = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 
 def task(number):
     def compute():
@@ -32,13 +32,21 @@ def task(number):
         return pd.DataFrame({"value": [number]})
     return compute
 
-values = [int(table["value"][0]) for _, table in ShardStore(folder).compute((f"shard-{n}", task(n)) for n in range(6))]
+values = [int(table["value"][0]) for _, table in ShardStore(folder).compute((f"shard-{n}", task(n)) for n in range(n_shards))]
 print(sorted(values))
 """
 
 
-def start(folder, log, pause=0.0):
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(log), str(pause)], stdout=subprocess.PIPE, text=True)
+def start(folder, log, pause=0.0, n_shards=6):
+    command = [sys.executable, "-c", WORKER, str(folder), str(log), str(pause), str(n_shards)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(done):
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def lines(log, word):
@@ -52,12 +60,53 @@ def test_two_processes_share_the_work(tmp_path):
     assert sorted(lines(log, "end")) == [f"end {n}" for n in range(6)]
 
 
+def test_three_processes_that_race_for_many_shards_compute_none_twice(tmp_path):
+    log = tmp_path / "log"
+    workers = [start(tmp_path / "store", log, 0.0, 60) for _ in range(3)]
+    assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == [str(list(range(60)))] * 3
+    assert sorted(lines(log, "start")) == sorted(f"start {n}" for n in range(60))
+    assert not list((tmp_path / "store" / "locks").iterdir())
+
+
+def test_who_waits_for_a_process_that_is_killed_goes_on_at_once(tmp_path):
+    log, other_log, store = tmp_path / "log", tmp_path / "other", tmp_path / "store"
+    victim = start(store, log, 600.0, 1)
+    wait_for(lambda: lines(log, "start"))
+    other = start(store, other_log, 0.0, 3)
+    # The other has done everything else and waits for the first shard.
+    wait_for(lambda: len(lines(other_log, "end")) == 2)
+    time.sleep(0.2)
+    assert other.poll() is None and len(lines(other_log, "start")) == 2
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    victim.stdout.close()
+    assert other.communicate(timeout=30)[0].strip() == "[0, 1, 2]"
+    assert lines(other_log, "end") == ["end 1", "end 2", "end 0"]
+    assert not list((store / "locks").iterdir())
+
+
+def test_a_lock_goes_with_its_shard_in_place_and_stays_where_a_task_failed(tmp_path):
+    store, locks = ShardStore(tmp_path), tmp_path / "locks"
+
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.once("a", fails)
+    assert [lock.name for lock in locks.iterdir()] == ["a.lock"]
+    store.once("a", lambda: pd.DataFrame({"value": [1]}))
+    assert not list(locks.iterdir())
+    # Killed between its shard and its lock; another has not come to its shard.
+    for name in ("a", "b"):
+        (locks / f"{name}.lock").touch()
+    ShardStore(tmp_path)
+    assert [lock.name for lock in locks.iterdir()] == ["b.lock"]
+
+
 def test_a_killed_process_loses_nothing_and_its_claim_is_taken_over(tmp_path):
     log = tmp_path / "log"
     victim = start(tmp_path / "store", log, 0.3)
-    deadline = time.monotonic() + 30
-    while len(lines(log, "start")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(lines(log, "start")) == 3)
     other = start(tmp_path / "store", log, 0.0)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()

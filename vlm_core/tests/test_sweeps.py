@@ -22,6 +22,7 @@ from vlm_core import (
     Patch,
     ReplaceImageKV,
     ReplaceTokens,
+    SerialExecutor,
     Steer,
     SubjectError,
     Vector,
@@ -249,6 +250,46 @@ def test_a_progress_bar_counts_rows_and_tells_the_time_left(subject, capsys, mon
     sweep(subject, make_items(4), [None, ZeroHeads([(0, 1)])], progress=True)
     shown = capsys.readouterr().err
     assert "8/8" in shown and "<00:0" in shown
+
+
+def test_the_time_left_is_that_of_rows_computed_here(capsys):
+    bar = vlm_core.sweeps.sweep.progress_bar()
+    bar.found(80)
+    bar(80, 100)
+    # Ten rows in a hundred seconds, ten to go.
+    bar.bar.start_t -= 100
+    bar(90, 100)
+    assert "90/100 [01:40<01:40" in str(bar.bar)
+    bar.found(5)
+    bar(95, 100)
+    assert "95/100 [01:40<00:50" in str(bar.bar)
+    bar(100, 100)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("where", ["here", "executor"])
+def test_what_comes_from_the_store_is_told_apart_from_what_is_computed(tmp_path, subject, monkeypatch, where):
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ITEMS", 1)
+
+    class Progress:
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, done, total):
+            self.seen.append((done, total))
+
+        def found(self, rows):
+            self.seen.append(rows)
+
+    def work(items):
+        progress, executor = Progress(), None if where == "here" else SerialExecutor()
+        sweep(subject, items, [None, ZeroHeads([(0, 1)])], store=tmp_path, progress=progress, executor=executor)
+        return progress.seen
+
+    items = make_items(3)
+    assert work(items[:2]) == [(2, 4), (4, 4)]
+    assert work(items) == [2, (2, 6), 2, (4, 6), (6, 6)]
+    assert not list((tmp_path / "locks").iterdir())
 
 
 def test_blocks_hold_so_many_rows_at_most(subject, monkeypatch):
