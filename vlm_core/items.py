@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["item_field", "item_number", "take"]
+__all__ = ["item_field", "item_number", "require_distinct", "take"]
 
 
 def item_field(item: Any, name: str) -> Any:
@@ -26,6 +26,22 @@ def item_field(item: Any, name: str) -> Any:
 def item_number(item: Any) -> int:
     """A number that names the item in every process, for reproducible draws."""
     return zlib.crc32(str(item_field(item, "id")).encode())
+
+
+def require_distinct(items: Sequence) -> None:
+    """Refuse two items of one id: a table could not tell them apart.
+
+    Raises
+    ------
+    ValueError
+    """
+    # A dataset gives its ids alone, without decoding an image.
+    ids = items["id"] if hasattr(items, "column_names") else [item_field(item, "id") for item in items]
+    seen: set[str] = set()
+    for one in map(str, ids):
+        if one in seen:
+            raise ValueError(f"two items have the id {one!r}: the table of a sweep tells items by their ids, give each its own")
+        seen.add(one)
 
 
 def take(items: Sequence, indices: Sequence[int]) -> list:

@@ -24,7 +24,7 @@ from vlm_core.subjects.embed import Encoded
 __all__ = ["Groups", "grouped", "with_groups"]
 
 Groups = Callable[[Any, Encoded], Mapping[str, np.ndarray] | None]
-"""From (item, ``Encoded``; in a sweep ``Prompt``, its tokens alone) to token groups of the prompt by name, boolean arrays ``[token]``; None for none."""
+"""From (item, ``Encoded``; in a sweep its tokens alone, ``Prompt``) to token groups by name, boolean arrays ``[token]``; None for none."""
 
 
 def grouped(encoded: Sequence[Encoded], items: Sequence, groups: Groups | None) -> list[Encoded]:

@@ -1,5 +1,9 @@
 """Candidates of an item as token sequences, and their scores from row logits.
 
+``candidate_set(subject, item)``   the candidates of an item as rows, reads and terms
+``RowScores``                      what rows say of their candidates, batch by batch
+``score_candidates(...)``          the metrics
+
 An item's candidates need one row per *maximal prefix* ``candidate[:-1]``: one-token candidates share a single row, the
 prompt itself, and a row whose prefix extends another's also yields the other's log-probabilities.
 """
@@ -10,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from vlm_core.items import item_field
+from vlm_core.subjects.rows import read_logits
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["METRICS", "CandidateSet", "candidate_set", "score_candidates"]
+__all__ = ["METRICS", "CandidateSet", "RowScores", "candidate_set", "score_candidates"]
 
 METRICS = ("correct", "logit", "logprob", "margin", "choice")
 
@@ -50,11 +56,13 @@ def candidate_set(subject: Subject, item) -> CandidateSet:
     Raises
     ------
     ValueError
-        Where the answer is no candidate, or two candidates have the same tokens.
+        Where the answer is no candidate, or the only one, or two candidates have the same tokens.
     """
     candidates, answer = list(item_field(item, "candidates")), item_field(item, "answer")
     if answer not in candidates:
         raise ValueError(f"item {item_field(item, 'id')!r}: answer {answer!r} is not among its candidates {candidates}")
+    if len(set(candidates)) == 1:
+        raise ValueError(f"item {item_field(item, 'id')!r} has the single candidate {answer!r}, which nothing could beat: give it a wrong one too")
     tokens = [subject.continuation(candidate) for candidate in candidates]
     if len(set(tokens)) != len(tokens):
         raise ValueError(f"item {item_field(item, 'id')!r} has candidates that the tokenizer cannot tell apart")
@@ -91,24 +99,83 @@ def score_candidates(
         ``correct``: 1 where the right candidate scores strictly above every other, else 0 (a tie is wrong).
         ``logit``: ``answer_logits``. ``logprob``: summed log-probability of the right answer.
         ``margin``: that minus the best wrong candidate's. ``choice``: index of the best candidate.
+        All of them are NaN in a row that has a candidate whose score is.
     """
     rows = np.arange(len(sets))
     answers = np.array([candidates.answer for candidates in sets], dtype=np.int64)
     right = candidate_scores[rows, answers]
     wrong = candidate_scores.copy()
     wrong[rows, answers] = -np.inf
-    # An item with a single candidate has nothing to be wrong with.
-    margin = right - wrong.max(1, initial=-np.inf)
-    return {
-        "correct": (margin > 0).astype(float),
-        "logit": answer_logits.astype(float),
-        "logprob": right.astype(float),
-        "margin": margin.astype(float),
-        "choice": candidate_scores.argmax(1).astype(float),
-        **{candidate_metric(k): candidate_scores[:, k].astype(float) for k in range(candidate_scores.shape[1])},
+    margin = right - wrong.max(1)
+    metrics = {
+        "correct": margin > 0,
+        "logit": answer_logits,
+        "logprob": right,
+        "margin": margin,
+        "choice": candidate_scores.argmax(1),
+        **{candidate_metric(k): candidate_scores[:, k] for k in range(candidate_scores.shape[1])},
     }
+    unknown = np.isnan(candidate_scores).any(1)
+    return {name: np.where(unknown, np.nan, values.astype(float)) for name, values in metrics.items()}
 
 
 def candidate_metric(number: int) -> str:
     """Name of the metric that holds one candidate's summed log-probability (``-inf`` where an item has fewer candidates)."""
     return f"candidate {number}"
+
+
+class RowScores:
+    """Summed log-probabilities ``[row, candidate]`` and answer logits ``[row]``, filled batch by batch.
+
+    What is read from numbers that are not finite is NaN: a model that overflows has not answered.
+
+    Parameters
+    ----------
+    candidates : sequence of CandidateSet, one per item
+    rows : sequence of (item, label)
+        Positions among the items.
+    pairs : sequence of (row, prefix)
+        What ``consume`` is told the numbers of.
+    """
+
+    def __init__(
+        self, subject: Subject, candidates: Sequence[CandidateSet], rows: Sequence[tuple[int, str]], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        self.subject, self.candidates, self.rows, self.pairs = subject, candidates, rows, pairs
+        self.sums = np.full((len(rows), max(one.n for one in candidates)), -np.inf)
+        self.logits = np.zeros(len(rows))
+
+    def consume(self, jobs: Sequence[int], hidden: torch.Tensor) -> None:
+        """Add what the reads of some (row, prefix) pairs say; ``hidden`` ``[n, hidden]`` job by job."""
+        rows, numbers, reads, tokens = [], [], [], []
+        start = 0
+        for job in jobs:
+            row, prefix = self.pairs[job]
+            one = self.candidates[self.rows[row][0]]
+            own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
+            place = {read: start + offset for offset, read in enumerate(own)}
+            start += len(own)
+            for candidate, read, token in one.terms.tolist():
+                if read in place:
+                    rows.append(row)
+                    numbers.append(candidate)
+                    reads.append(place[read])
+                    tokens.append(token)
+        read = read_logits(self.subject, hidden)
+        with torch.inference_mode():
+            normaliser = read.logsumexp(1)
+            index = torch.tensor(reads, device=read.device)
+            raw = read[index, torch.tensor(tokens, device=read.device)]
+            finite = raw.isfinite() & normaliser[index].isfinite()
+            raw = raw.masked_fill(~finite, torch.nan)
+            log_probabilities = (raw - normaliser[index]).cpu().numpy().astype(float)
+        raw = raw.cpu().numpy()
+        rows, numbers = np.array(rows), np.array(numbers)
+        touched = self.sums[rows, numbers]
+        self.sums[rows, numbers] = np.where(np.isneginf(touched), 0.0, touched)
+        np.add.at(self.sums, (rows, numbers), log_probabilities)
+        for term, (row, candidate) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True)):
+            one = self.candidates[self.rows[row][0]]
+            if candidate == one.answer:
+                single = (one.terms[:, 0] == candidate).sum() == 1
+                self.logits[row] = raw[term] if single else self.sums[row, candidate]

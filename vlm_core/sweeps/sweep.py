@@ -24,22 +24,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from vlm_core.identity import item_digest
 from vlm_core.interventions import Row, describe, parts
-from vlm_core.items import item_field, item_number, take
+from vlm_core.items import item_field, item_number, require_distinct, take
 from vlm_core.seam.plan import forget
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups, grouped, with_groups
-from vlm_core.subjects.rows import read_logits
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.executors import SubjectSource, open_subject
 from vlm_core.sweeps.features import KnownFeatures, Prompt, encode_distinct, prompts_of
-from vlm_core.sweeps.scoring import METRICS, CandidateSet, candidate_set, score_candidates
+from vlm_core.sweeps.scoring import METRICS, CandidateSet, RowScores, candidate_set, score_candidates
 from vlm_core.sweeps.shards import ShardStore
 
 __all__ = ["progress_bar", "sweep"]
@@ -103,12 +101,20 @@ def sweep(
     DataFrame
         Columns ``item, cluster, task, intervention, metric, value``, in the order of items, then rows, then metrics.
         ``attrs["paths"]``: rows per path that the engine took (``vlm_core.sweeps.engine.PATHS``; one per answer prefix of a row);
-        ``attrs["reasons"]``: rows per reason not to take a faster one.
+        ``attrs["reasons"]``: rows per reason not to take a faster one. A row in which the model's numbers stop being finite is NaN in
+        every metric: neither right nor wrong.
+
+    Raises
+    ------
+    ValueError
+        One sentence: two items of one id, an item that cannot be scored (``vlm_core.sweeps.scoring.candidate_set``), an unknown metric,
+        assignments of no intervention, token groups that do not fit.
     """
     table = _labelled(interventions)
     unknown = {metric for metric in metrics if metric not in METRICS and not re.fullmatch(r"candidate \d+", metric)}
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
+    require_distinct(items)
     by_item = _rows_by_item(len(items), table, assignments)
     plan = _Plan(uuid.uuid4().hex, table, tuple(metrics), batch_rows, None if store is None else str(store), groups)
     blocks = _blocks(by_item)
@@ -327,7 +333,7 @@ def _measure(subject: Subject, block: _Block, prompts: list[Prompt] | None = Non
     candidates = [candidate_set(subject, item) for item in items]
     pairs = [(number, prefix) for number, (position, _) in enumerate(rows) for prefix in range(len(candidates[position].prefixes))]
     jobs = [_job(*rows[number], prefix, table, encoded, candidates) for number, prefix in pairs]
-    scores = _Scores(subject, candidates, rows, pairs)
+    scores = RowScores(subject, candidates, rows, pairs)
     counts = run_rows(
         subject, encoded, jobs, [item_number(item) for item in items], scores.consume, Budget.of(subject, plan.batch_rows)
     )
@@ -352,48 +358,6 @@ def _job(position: int, label: str, prefix: int, table, encoded, candidates) -> 
     last = encoded[position].n_prompt - 1
     reads = tuple(last + offset for read_prefix, offset in one.reads if read_prefix == prefix)
     return RowJob(position, one.prefixes[prefix], table[label], reads)
-
-
-class _Scores:
-    """Summed log-probabilities ``[row, candidate]`` and answer logits ``[row]``, filled batch by batch."""
-
-    def __init__(self, subject, candidates: list[CandidateSet], rows: list[tuple[int, str]], pairs: list[tuple[int, int]]) -> None:
-        self.subject, self.candidates, self.rows, self.pairs = subject, candidates, rows, pairs
-        self.sums = np.full((len(rows), max(one.n for one in candidates)), -np.inf)
-        self.logits = np.zeros(len(rows))
-
-    def consume(self, jobs: Sequence[int], hidden: torch.Tensor) -> None:
-        """Add what the reads of some (row, prefix) pairs say; ``hidden`` ``[n, hidden]`` job by job."""
-        rows, numbers, reads, tokens = [], [], [], []
-        start = 0
-        for job in jobs:
-            row, prefix = self.pairs[job]
-            one = self.candidates[self.rows[row][0]]
-            own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
-            place = {read: start + offset for offset, read in enumerate(own)}
-            start += len(own)
-            for candidate, read, token in one.terms.tolist():
-                if read in place:
-                    rows.append(row)
-                    numbers.append(candidate)
-                    reads.append(place[read])
-                    tokens.append(token)
-        read = read_logits(self.subject, hidden)
-        with torch.inference_mode():
-            normaliser = read.logsumexp(1)
-            index = torch.tensor(reads, device=read.device)
-            raw = read[index, torch.tensor(tokens, device=read.device)]
-            log_probabilities = (raw - normaliser[index]).cpu().numpy().astype(float)
-        raw = raw.cpu().numpy()
-        rows, numbers = np.array(rows), np.array(numbers)
-        touched = self.sums[rows, numbers]
-        self.sums[rows, numbers] = np.where(np.isneginf(touched), 0.0, touched)
-        np.add.at(self.sums, (rows, numbers), log_probabilities)
-        for term, (row, candidate) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True)):
-            one = self.candidates[self.rows[row][0]]
-            if candidate == one.answer:
-                single = (one.terms[:, 0] == candidate).sum() == 1
-                self.logits[row] = raw[term] if single else self.sums[row, candidate]
 
 
 def _shard_name(subject: Subject, block: _Block, prompts: list[Prompt] | None) -> str:

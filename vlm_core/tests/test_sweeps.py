@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+import vlm_core.sweeps.scoring
 import vlm_core.sweeps.sweep
 from vlm_core import (
     DropTokens,
@@ -174,6 +175,67 @@ def test_what_cannot_be_scored_is_refused(subject):
         sweep(subject, [{name: value for name, value in item.items() if name != "candidates"}], [None])
 
 
+def test_an_item_with_nothing_to_be_wrong_with_is_refused(subject):
+    item = make_items(1)[0]
+    with pytest.raises(ValueError, match="item 'item-0' has the single candidate 'red', which nothing could beat"):
+        sweep(subject, [{**item, "answer": "red", "candidates": ["red"]}], [None])
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_two_items_of_one_id_are_refused_before_anything_is_done(tmp_path, subject, kind):
+    items = make_items(3)
+    items[2] = {**items[2], "id": "item-1"}
+    given = items if kind == "list" else Columns(items)
+    with pytest.raises(ValueError, match="two items have the id 'item-1'.*give each its own"):
+        sweep(subject, given, [None], store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+class Columns:
+    """A dataset that gives columns by name and must not be asked for an item."""
+
+    column_names = ("id",)
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        assert key == "id"
+        return [item["id"] for item in self.items]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["hidden", "logits", "a token that is no candidate"])
+def test_numbers_that_are_not_finite_are_neither_right_nor_wrong(subject, monkeypatch, where, value):
+    items = make_items(2, multi_token=True)
+    metrics = (*METRICS, "candidate 0", "candidate 1")
+    table = sweep(subject, items, {"none": None, "zero": ZeroHeads([(2, 1)])}, metrics=metrics)
+    assert np.isfinite(table["value"]).all()
+    read = vlm_core.sweeps.scoring.read_logits
+    token = subject.continuation(items[0]["answer"])[-1]
+
+    def overflowing(subject, hidden):
+        if where == "hidden":
+            hidden = hidden.clone()
+            hidden[0, 3] = value
+            return read(subject, hidden)
+        logits = read(subject, hidden).clone()
+        logits[0, token if where == "logits" else 1] = value
+        return logits
+
+    monkeypatch.setattr(vlm_core.sweeps.scoring, "read_logits", overflowing)
+    found = sweep(subject, items[:1], {"none": None, "zero": ZeroHeads([(2, 1)])}, metrics=metrics, batch_rows=1)
+    values = found.pivot(index="intervention", columns="metric", values="value")
+    if where == "a token that is no candidate" and value == -np.inf:
+        # A model that never writes a token says so.
+        assert np.isfinite(values.to_numpy()).all()
+    else:
+        assert values.isna().to_numpy().all()
+
+
 def test_an_empty_sweep_is_an_empty_table(subject):
     assert list(sweep(subject, [], [None]).columns) == list(vlm_core.sweeps.sweep.COLUMNS)
 
@@ -314,6 +376,7 @@ def test_a_killed_process_loses_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import vlm_core.sweeps.scoring
 import vlm_core.sweeps.sweep
 from vlm_core import ZeroHeads, sweep
 from vlm_core.tests.tiny import make_items, tiny_subject
@@ -369,7 +432,7 @@ def test_an_answer_appended_is_scored_as_the_model_would_write_it(subject, inter
     metrics = [f"candidate {number}" for number in range(3)]
     found = sweep(subject, [item], {"cut": intervention}, metrics=metrics)["value"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    alone = sweep(subject, [{**item, "candidates": ["red"]}], {"cut": intervention}, metrics=["candidate 0"])["value"]
+    alone = sweep(subject, [{**item, "candidates": ["red", "green"]}], {"cut": intervention}, metrics=["candidate 0"])["value"]
     np.testing.assert_allclose(alone, found[:1], rtol=1e-5, atol=1e-5)
 
 
