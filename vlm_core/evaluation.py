@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from vlm_core.errors import SubjectError
 from vlm_core.interventions import Intervention
 from vlm_core.items import item_field, take
 from vlm_core.stats import interval
@@ -61,6 +62,11 @@ def evaluate(
     DataFrame
         ``item, cluster, task, prompt, image, output, answer, correct, score``. ``image`` names the scene that was shown
         (``"mean"`` for the mean image); ``score`` is the margin in ``"candidates"`` mode, NaN in ``"greedy"``.
+
+    Raises
+    ------
+    SubjectError
+        In ``"candidates"`` mode where the model's numbers are not finite: there is no answer to be right or wrong.
     """
     if mode not in ("candidates", "greedy"):
         raise ValueError(f"mode must be 'candidates' or 'greedy', got '{mode}'")
@@ -171,6 +177,12 @@ def _partners(items: Sequence) -> list:
 def _by_candidates(subject, items, plan, batch_rows) -> tuple[list[str], np.ndarray, np.ndarray]:
     table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=("correct", "margin", "choice"))
     values = table["value"].to_numpy().reshape(len(items), 3)
+    unknown = np.flatnonzero(np.isnan(values).any(1))
+    if len(unknown):
+        raise SubjectError(
+            f"subject '{subject.name}' gives numbers that are not finite for item {item_field(items[int(unknown[0])], 'id')!r} "
+            f"({len(unknown)} of {len(items)} items), so it has no answer there: load it in float32 or bfloat16, or weaken the plan."
+        )
     outputs = [
         item_field(item, "candidates")[int(choice)] for item, choice in zip(items, values[:, 2], strict=True)
     ]

@@ -21,7 +21,7 @@ import torch
 
 from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy
-from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, touches
+from vlm_core.interventions import DropTokens, ImageKV, MergeTokens, ReplaceImageKV, Row, parts, touches
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
@@ -84,6 +84,12 @@ def _resume_layer(intervention: Row, n_layers: int, contiguous: bool) -> int:
         )
         layers.append(max(0, layer - 1) if reads_before and layer < n_layers else layer)
     return min(layers)
+
+
+def _source_tokens(intervention: Row) -> tuple[tuple[str, int], ...]:
+    """For which queries a row takes other images' keys and values token by token, and how many tokens those have."""
+    replaced = [part for part in parts(intervention) if isinstance(part, ReplaceImageKV) and isinstance(part.means, ImageKV)]
+    return tuple(sorted((repr(part.queries), part.means.keys.shape[2]) for part in replaced))
 
 
 def choose_path(anatomy: Anatomy, sequence: Encoded, intervention: Row) -> tuple[str, str | None]:
@@ -250,11 +256,19 @@ class _Engine:
         return np.array(places), np.array(reads)
 
     def _batched(self, path: str, numbers: list[int], size: int, run: Callable[[Sequence[int]], None]) -> None:
-        # A size that ran out of memory once is not tried again.
-        size = min(size, self._sizes.get(path, size))
-        found = in_batches(numbers, size, run)
-        if found < size:
-            self._sizes[path] = found
+        for together in self._stackable(numbers):
+            # A size that ran out of memory once is not tried again.
+            size = min(size, self._sizes.get(path, size))
+            found = in_batches(together, size, run)
+            if found < size:
+                self._sizes[path] = found
+
+    def _stackable(self, numbers: list[int]) -> list[list[int]]:
+        """Rows whose sources one batch can hold: images of another size give keys and values of another shape."""
+        apart: dict[tuple, list[int]] = {}
+        for number in numbers:
+            apart.setdefault(_source_tokens(self.rows[number].intervention), []).append(number)
+        return list(apart.values()) if len(apart.keys() - {()}) > 1 else [numbers]
 
     # -- from recorded trunks ---------------------------------------------------------------------------------------
 

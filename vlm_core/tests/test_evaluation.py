@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_core import DropTokens, accuracy_table, evaluate, sweep
+from vlm_core import DropTokens, SubjectError, accuracy_table, evaluate, sweep
 from vlm_core.evaluation import _mean_image, _partners, _plain
 from vlm_core.tests.tiny import make_items
 
@@ -79,6 +79,19 @@ def test_unknown_modes_are_refused(subject, items):
         evaluate(subject, items, mode="loud")
     with pytest.raises(ValueError, match="blind must be"):
         evaluate(subject, items, blind="fold")
+
+
+def test_a_model_that_overflows_is_not_wrong_but_refused(subject, items):
+    weight = subject.anatomy.head.weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(torch.nan)
+        with pytest.raises(SubjectError, match=r"not finite for item 'item-0' \(\d+ of \d+ items\)"):
+            evaluate(subject, items)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
 
 
 def test_accuracy_table_gives_an_interval_per_task(subject, items):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_core import HeadMeans, ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Subject, SubjectError, ZeroHeads
+from vlm_core import HeadMeans, ImageKV, ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Subject, SubjectError, ZeroHeads
 from vlm_core.interventions import DropTokens, Steer
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
@@ -18,7 +18,7 @@ from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
 from vlm_core.sweeps.prefix import why_not_shared
 from vlm_core.sweeps.trunk import Unshareable
-from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, VISION
+from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, TINY, VISION
 from vlm_core.tests.tiny import loud, make_items, tiny_subject
 
 BUDGET = Budget(tokens=4096, most=65536, stored=2**28)
@@ -337,6 +337,35 @@ def test_named_groups_and_positions_reach_every_path(subject):
     fast, slow, counts = compare(subject, [sequence], jobs)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     assert counts["paths"] == {"shared prefix": 10, "resume": 2}
+
+
+@pytest.mark.parametrize("layer, path", [(0, "whole"), (2, "resume")])
+def test_rows_that_take_images_of_other_sizes_run_in_batches_of_their_own(layer, path):
+    """Prompts with one image and with two, each replaced by others of its own length, beside rows that replace nothing."""
+    subject = Subject(BUILDERS["llava"]()[0], name="llava")
+    with torch.inference_mode():
+        sequences = capture(subject, TINY["llava"].prompts((1, 2), ((12, 13, 14), (12, 13))))
+    anatomy, generator = subject.anatomy, torch.Generator().manual_seed(0)
+
+    def other(n):
+        shape = (anatomy.n_layers, anatomy.n_heads, n, anatomy.head_dim)
+        return ImageKV(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+
+    images = [int(sequence.image.sum()) for sequence in sequences]
+    assert images[0] != images[1]
+    rows = [
+        (prompt, row)
+        for prompt in (0, 1)
+        for row in (
+            ReplaceImageKV([(layer, 0)], other(images[prompt])),
+            ZeroHeads([(layer, 1)]),
+            (ReplaceImageKV([(layer, 1)], other(images[prompt]), "question"), ZeroHeads([(layer, 2)])),
+        )
+    ]
+    jobs = [RowJob(prompt, (), row, (len(sequences[prompt]) - 1,)) for prompt, row in rows]
+    fast, slow, counts = compare(subject, sequences, jobs)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    assert counts["paths"] == {path: 6}
 
 
 class OutOfMemory:
