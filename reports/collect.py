@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import re
 import secrets
-import shutil
 import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
@@ -104,12 +103,6 @@ class Run:
         self._write_json("run.json", {**identity, "files": sorted(tables + artifacts)})
         page.render(self.folder)
         return self._settle()
-
-    def discard(self):
-        """Remove what was begun: nothing was measured."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder)
-            self.folder = None
 
     def _settle(self):
         final = self.options.out / (self.name if not self.problems else f"{self.name}-incomplete")

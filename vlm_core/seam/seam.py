@@ -167,11 +167,6 @@ class Seam:
                 del module._forward_hooks[key]
             self._handles.append(module.register_forward_hook(hook))
 
-    @property
-    def installed(self) -> bool:
-        """Whether the seam still is on the model."""
-        return bool(self._handles)
-
     def remove(self) -> None:
         """Restore the model as it was before ``install``."""
         for handle in self._handles:

@@ -9,7 +9,7 @@ NumPy, SciPy and pandas only: a report can be rendered, and a verdict re-read, w
 """
 
 from .claims import Claim, ClaimTest, Equivalence, NonInferiority, Superiority, Trend
-from .descriptive import Interval, accuracy_interval, interval, wilson
+from .descriptive import Interval, interval
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
 from .permutation import monte_carlo_p, sign_flip_p
@@ -30,7 +30,6 @@ __all__ = [
     "Superiority",
     "Trend",
     "Verdict",
-    "accuracy_interval",
     "decide",
     "estimate_mean",
     "estimate_statistic",
@@ -43,5 +42,4 @@ __all__ = [
     "page_p",
     "per_cluster",
     "sign_flip_p",
-    "wilson",
 ]

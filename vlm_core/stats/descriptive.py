@@ -2,8 +2,6 @@
 
 ``interval``
     mean of clustered values, fast enough for every point of a curve
-``accuracy_interval``, ``wilson``
-    accuracies, of scenes that share items or of independent items
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from .intervals import Bounds, estimate_mean
 
@@ -68,28 +65,3 @@ def interval(
     return Interval(
         found.value, float(lower), float(upper), confidence, found.n_items, found.n_clusters, found.method
     )
-
-
-def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson score interval for ``k`` right answers among ``n`` independent items."""
-    result = stats.binomtest(int(k), int(n)).proportion_ci(confidence, method="wilson")
-    return Interval(int(k) / int(n), float(result.low), float(result.high), confidence, int(n), int(n), "Wilson score")
-
-
-def accuracy_interval(correct: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval:
-    """Interval for an accuracy: Wilson where items are independent, cluster bootstrap where scenes share items.
-
-    Parameters
-    ----------
-    correct : [item]
-        0/1, or a share right per item.
-    clusters : [item], optional
-        Scene of each item; independent items where absent.
-    """
-    correct = np.asarray(correct, dtype=float)
-    if not np.all((correct >= 0) & (correct <= 1)):
-        raise ValueError("accuracy_interval needs values between 0 and 1")
-    independent = clusters is None or np.unique(np.asarray(clusters)).size == correct.size
-    if independent and np.all((correct == 0) | (correct == 1)):
-        return wilson(int(correct.sum()), correct.size, confidence)
-    return interval(correct, np.arange(correct.size) if clusters is None else clusters, confidence, bounds=(0.0, 1.0))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlm_core.stats import accuracy_interval, estimate_mean, interval, wilson
+from vlm_core.stats import estimate_mean, interval
 from vlm_core.stats.intervals import cluster_totals
 
 from .test_permutation import DARWIN
@@ -14,17 +14,6 @@ def skewed(n=60, per_cluster=3, seed=0):
     rng = np.random.default_rng(seed)
     effect = rng.beta(1, 4, size=(n, 1)) + rng.normal(0, 0.05, size=(n, per_cluster))
     return np.clip(effect, -1, 1).ravel(), np.repeat(np.arange(n), per_cluster)
-
-
-# Newcombe 1998, "Two-sided confidence intervals for the single proportion", Stat. Med. 17:857-872, Table I, method 3.
-@pytest.mark.parametrize(
-    ("k", "n", "lower", "upper"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_matches_newcombe(k, n, lower, upper):
-    found = wilson(k, n)
-    assert (found.lower, found.upper) == pytest.approx((lower, upper), abs=5e-5)
-    assert found.estimate == pytest.approx(k / n)
 
 
 def test_few_clusters_use_student_t():
@@ -245,20 +234,7 @@ def test_descriptive_interval_refuses_what_it_cannot_read(effect):
         interval(effect, range(len(effect)))
 
 
-def test_accuracy_is_wilson_for_independent_items_and_clustered_for_scenes():
-    correct = np.array([1, 0, 1, 1] * 30)
-    independent, scenes = accuracy_interval(correct), accuracy_interval(correct, np.arange(120) // 4)
-    assert (independent.lower, independent.upper) == (wilson(90, 120).lower, wilson(90, 120).upper)
-    assert scenes.n_clusters == 30
-    assert scenes.method.startswith("exact binomial bound")
-
-
 def test_perfect_accuracy_is_not_certain():
-    found = accuracy_interval(np.ones(100), np.arange(100) // 2)
+    found = interval(np.ones(100), np.arange(100) // 2, bounds=(0.0, 1.0))
     assert found.upper == 1.0
     assert found.lower == pytest.approx(0.025 ** (1 / 50))
-
-
-def test_accuracy_refuses_values_outside_zero_to_one():
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        accuracy_interval([0.5, 1.5])
