@@ -10,8 +10,10 @@ import base64
 import io
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 
 from reports.figures import COLOURS
 from reports.wording import number
@@ -192,51 +194,46 @@ def slope(data):
 
 
 def attention_overlay(data):
-    """``{"image": PNG base64, "values": [row][column], "prompt", "answer", "mask"?: [row][column] of 0/1}``."""
+    """``{"image": PNG base64, "values": [row][column], "prompt", "answer", "mask"?: [row][column] of 0/1}``.
+
+    Values and mask lie over the whole image, each at its own resolution.
+    """
     import matplotlib.image
 
     pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data["image"])), format="png")
     values = _matrix(data["values"])
-    figure = Figure(figsize=(WIDTH, 2.8))
-    plain, seen = figure.subplots(1, 2)
     height, width = pixels.shape[:2]
+    prompt = _wrapped(data["prompt"])
+    # Two pictures side by side, the question's lines above them.
+    figure = Figure(figsize=(WIDTH, 0.15 + 0.18 * (1 + prompt.count("\n")) + 0.5 * WIDTH * min(max(height / width, 0.3), 3.0)))
+    plain, seen = figure.subplots(1, 2)
     for axes in (plain, seen):
-        axes.imshow(pixels, cmap="gray", extent=(0, width, height, 0))
+        axes.imshow(pixels, cmap="gray", extent=(0, width, height, 0), interpolation="nearest")
         axes.set_axis_off()
-    rows, columns = values.shape
-    peak = np.nanmax(np.abs(values)) or 1.0
-    step_y, step_x = height / rows, width / columns
-    tips = {}
-    for row, column in np.ndindex(rows, columns):
-        value = values[row, column]
-        share = 0.0 if np.isnan(value) else abs(value) / peak
-        if share > 0.02:
-            cell = Rectangle(
-                (column * step_x, row * step_y), step_x, step_y, facecolor=_ON_IMAGE, alpha=0.75 * share,
-                linewidth=0,
-            )  # fmt: skip
-            cell.set_gid(f"cell-{row}-{column}")
-            tips[f"cell-{row}-{column}"] = f"token row {row}, column {column}: {number(float(value))}"
-            seen.add_patch(cell)
+    peak = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0.0
+    heat = np.empty((*values.shape, 4))
+    heat[..., :3] = to_rgb(_ON_IMAGE)
+    heat[..., 3] = 0.75 * np.nan_to_num(np.abs(values)) / (peak or 1.0)
+    seen.imshow(heat, extent=(0, width, height, 0), interpolation="nearest")
     if data.get("mask") is not None:
-        _outline(seen, np.asarray(data["mask"]) > 0, step_x, step_y)
-    plain.set_title(_wrapped(data["prompt"]), fontsize=9.5, loc="left")
+        seen.add_patch(_outline(np.asarray(data["mask"]) > 0, width, height))
+    plain.set_title(prompt, fontsize=9.5, loc="left")
     seen.set_title(f"answer: {data['answer']}", fontsize=9.5, loc="left")
-    return figure, tips
+    return figure, {}
 
 
-def _outline(axes, mask, step_x, step_y):
+def _outline(mask, width, height):
+    """The edges between a mask's inside and outside, the mask stretched over ``width`` and ``height``."""
     padded = np.pad(mask, 1)
-    for row, column in np.argwhere(mask):
-        left, top = column * step_x, row * step_y
-        for neighbour, x, y in (
-            ((row, column + 1), [left, left + step_x], [top, top]),
-            ((row + 2, column + 1), [left, left + step_x], [top + step_y, top + step_y]),
-            ((row + 1, column), [left, left], [top, top + step_y]),
-            ((row + 1, column + 2), [left + step_x, left + step_x], [top, top + step_y]),
-        ):
-            if not padded[neighbour]:
-                axes.plot(x, y, color=_OUTLINE, linewidth=2)
+    rows, columns = mask.shape
+    across, down = np.arange(columns + 1) * width / columns, np.arange(rows + 1) * height / rows
+    edges = []
+    for row, column in np.argwhere(padded[:-1, 1:-1] != padded[1:, 1:-1]):
+        edges.append([(across[column], down[row]), (across[column + 1], down[row])])
+    for row, column in np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:]):
+        edges.append([(across[column], down[row]), (across[column], down[row + 1])])
+    path = Path(np.reshape(edges, (-1, 2)), [Path.MOVETO, Path.LINETO] * len(edges))
+    return PathPatch(path, facecolor="none", edgecolor=_OUTLINE, linewidth=1.5, capstyle="projecting")
 
 
 def _axes(*, height):

@@ -14,6 +14,7 @@ import pandas as pd
 from vlm_core.stats import interval
 
 REFERENCE_POLICIES = ("random", "stride")  # drawn in grey: what an informed policy has to beat
+SHOWN_PIXELS = 256  # of a shown image's longer side
 
 
 def mean_with_interval(values, clusters) -> dict:
@@ -101,22 +102,39 @@ def null_draws(evidence, task: str, draws, observed: float, p_value: float) -> N
     )
 
 
-def attention_overlay(evidence, item: dict, values, grid: tuple[int, int], mask, answer: str, title: str) -> None:
-    """One image with attention on its patches and the asked object's outline."""
-    out = io.BytesIO()
-    item["image"].resize((256, 256), 0).save(out, "PNG")
+def attention_overlay(evidence, item: dict, heat, mask, title: str) -> None:
+    """One image with attention over it and the asked object's outline.
+
+    Parameters
+    ----------
+    item : dict
+        With ``image``, ``prompt`` and ``answer``.
+    heat : float array ``[height, width]``
+        Attention over the image's pixels, at any resolution up to 256 a side; NaN where the subject saw nothing
+        (``vlm_core.heatmap`` draws it, whatever the subject cuts images into).
+    mask : bool array ``[height, width]``
+        The asked object's pixels, at any resolution.
+    title : str
+    """
+    heat, mask = np.asarray(heat, dtype=float), np.asarray(mask, dtype=bool)
+    if heat.ndim != 2 or max(heat.shape) > SHOWN_PIXELS:
+        raise ValueError(f"a heatmap is [height, width] of at most {SHOWN_PIXELS} pixels a side, got {heat.shape}: draw it smaller")
+    image, out = item["image"], io.BytesIO()
+    scale = SHOWN_PIXELS / max(image.size)
+    image.resize(tuple(max(1, round(side * scale)) for side in image.size), 0).save(out, "PNG")
+    values = [[float(f"{value:.4g}") for value in row] for row in heat.tolist()]
     evidence.figure(
         "attention_overlay",
         {
             "image": base64.b64encode(out.getvalue()).decode(),
-            "values": np.asarray(values, dtype=float).reshape(grid).tolist(),
-            "mask": np.asarray(mask, dtype=int).tolist(),
+            "values": values,
+            "mask": mask.astype(int).tolist(),
             "prompt": item["prompt"],
-            "answer": answer,
+            "answer": item["answer"],
         },
         title=title,
-        caption="Attention from the last prompt token to the image, summed over the targeted heads. The outline marks the patches of the asked object.",
-        alt=f"An image of coloured shapes with attention from the targeted heads, for the question: {item['prompt']} (answered {answer}).",
+        caption="Attention from the last prompt token to the image, summed over the targeted heads. The outline marks the asked object.",
+        alt=f"An image with attention from the targeted heads, for the question: {item['prompt']} (answered {item['answer']}).",
     )
 
 

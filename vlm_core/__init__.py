@@ -46,7 +46,7 @@ _HOMES = {
     "observation.at": ("At",),
     "observation.attention": ("AttentionEntropy", "AttentionMass", "FullAttention", "TopTokens"),
     "observation.image_attention": ("ImageAttention", "MaskIoU"),
-    "observation.observing": ("attention_map", "observe"),
+    "observation.observing": ("attention_heatmap", "attention_map", "observe"),
     "observation.outputs": ("HeadOutputs", "HiddenStates"),
     "recording": ("Recording", "record"),
     "observation.recording_config": ("RecordingConfig",),

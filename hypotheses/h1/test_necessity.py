@@ -8,9 +8,9 @@ tell one image from another.
 import pytest
 
 from fixtures.measurements import TOP_HEADS
-from probes import GROUNDING_TASKS, patch_mask, target_mask
+from probes import GROUNDING_TASKS, target_mask
 from reports import exhibits
-from vlm_core import attention_map
+from vlm_core import attention_heatmap
 from vlm_core.heads.draws import assign_draws, draw_means, layer_free, layer_matched
 from vlm_core.stats import Claim, Control, Superiority, monte_carlo_p
 
@@ -106,14 +106,12 @@ def prediction_of_unseen_masks(ranked) -> Control:
 
 
 def show_attention(evidence, task, subject, items, floors, heads) -> None:
-    """Attention of the targeted heads over the first item that was answered right, where image tokens form one grid."""
+    """Attention of the targeted heads over the first item that was answered right, where image tokens have places on the image."""
     right = floors.seeing[(floors.seeing["task"] == task) & floors.seeing["correct"]]["item"]
     item = next((item for item in items if item["id"] in set(right)), None)
     if item is None:
         return
-    maps = attention_map(subject, item)
-    attention = sum(maps[head] for head in heads)
-    grid = subject.image_grid(item["image"])
-    if grid is not None:
-        mask = patch_mask(target_mask(item), grid)
-        exhibits.attention_overlay(evidence, item, attention, grid, mask, item["answer"], f"{task}: where the targeted heads look")
+    mask = target_mask(item)
+    if not subject.layout(item["image"], item["prompt"]).reason:
+        heat = attention_heatmap(subject, item, heads, mask.shape)
+        exhibits.attention_overlay(evidence, item, heat, mask, f"{task}: where the targeted heads look")

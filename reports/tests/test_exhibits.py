@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import exhibits, figures
+from reports import drawings, exhibits, figures
 from reports.evidence import Evidence
 from vlm_core import HeadId
 from vlm_core.stats import interval
@@ -90,17 +90,50 @@ def test_null_draws_keep_every_draw(evidence):
     assert "against 4 layer-matched" in figure["title"] and "lose 0.30" in figure["alt"]
 
 
-def test_attention_lies_on_the_image_row_by_row(evidence):
+def test_attention_and_mask_lie_on_the_image(evidence):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     mask = np.array([[True, False, False], [False, False, True]])
-    exhibits.attention_overlay(evidence, {"image": image, "prompt": "what ?"}, np.arange(6.0), (2, 3), mask, "red", "where it looks")
+    heat = np.array([[0.0, 1.0, 2.0], [3.0, np.nan, 5.0]])
+    item = {"image": image, "prompt": "what ?", "answer": "red"}
+    exhibits.attention_overlay(evidence, item, heat, mask, "where it looks")
     _, figure = one_figure(evidence)
     data = figure["data"]
-    assert data["values"] == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert data["values"] == [[0.0, 1.0, 2.0], [3.0, None, 5.0]]
     assert data["mask"] == [[1, 0, 0], [0, 0, 1]] and (data["prompt"], data["answer"]) == ("what ?", "red")
     shown = Image.open(io.BytesIO(base64.b64decode(data["image"])))
     assert shown.size == (256, 256)
     assert shown.getpixel((0, 0)) == image.getpixel((0, 0)) and shown.getpixel((255, 255)) == image.getpixel((7, 7))
+    with pytest.raises(ValueError, match=r"at most 256 pixels a side, got \(3, 257\)"):
+        exhibits.attention_overlay(evidence, item, np.zeros((3, 257)), mask, "where it looks")
+
+
+def test_a_wide_image_stays_wide(evidence):
+    item = {"image": Image.new("RGB", (90, 30)), "prompt": "what ?", "answer": "red"}
+    exhibits.attention_overlay(evidence, item, np.ones((30, 90)), np.zeros((30, 90)), "where it looks")
+    _, figure = one_figure(evidence)
+    assert Image.open(io.BytesIO(base64.b64decode(figure["data"]["image"]))).size == (256, 85)
+
+
+def test_heat_and_outline_are_drawn_over_the_whole_image_each_at_its_own_resolution():
+    """A wide image; heat in its right half, strongest below; a mask of its left lower quarter."""
+    out = io.BytesIO()
+    Image.new("RGB", (60, 20)).save(out, "PNG")
+    data = {"image": base64.b64encode(out.getvalue()).decode(), "values": [[0.0, 1.0], [None, 2.0]], "prompt": "p", "answer": "a"}
+    mask = np.zeros((4, 6), int)
+    mask[2:, :3] = 1
+    figure, _ = drawings.attention_overlay({**data, "mask": mask.tolist()})
+    plain, seen = figure.axes
+    assert len(plain.images) == 1 and not plain.patches
+    photo, heat = seen.images
+    assert photo.get_extent() == heat.get_extent() == [0, 60, 20, 0]
+    np.testing.assert_allclose(heat.get_array()[..., 3], [[0, 0.375], [0, 0.75]])
+    (outline,) = seen.patches
+    corners = outline.get_path().get_extents()
+    assert (corners.x0, corners.y0, corners.x1, corners.y1) == (0, 10, 30, 20)
+    # Each side once: 3 columns of 10 wide and 2 rows of 5 high, top and bottom, left and right.
+    ends = outline.get_path().vertices.reshape(-1, 2, 2)
+    assert len(ends) == 2 * (3 + 2) and np.abs(ends[:, 1] - ends[:, 0]).sum() == 2 * (30 + 10)
+    assert not drawings.attention_overlay(data)[0].axes[1].patches
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -229,7 +262,7 @@ def test_every_kind_of_figure_has_an_exhibit(evidence):
     exhibits.head_ablation(evidence, "t", {"full": ("baseline", pd.Series([1.0, 0.0]))}, [0, 1], [HeadId(0, 0)], 0.5)
     exhibits.head_map(evidence, "t", [[0.1]], [HeadId(0, 0)], 0.5)
     exhibits.null_draws(evidence, "t", [0.1, 0.2], 0.3, 0.5)
-    exhibits.attention_overlay(evidence, {"image": Image.new("RGB", (4, 4)), "prompt": "p"}, [1.0], (1, 1), [[1]], "a", "t")
+    exhibits.attention_overlay(evidence, {"image": Image.new("RGB", (4, 4)), "prompt": "p", "answer": "a"}, [[1.0]], [[1]], "t")
     exhibits.drop_curves(evidence, grid({(0, 0.5, "stride"): 4, (0, 1.0, "stride"): 5}), "t", 0)
     exhibits.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
     exhibits.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)

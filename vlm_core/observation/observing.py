@@ -3,7 +3,7 @@
 ``observe(...)``         one array for each observer, all items
 ``observed(...)``        the same a few items at a time, for what streams
 ``observe_encoded(...)`` one pass over prompts that are encoded already
-``attention_map(...)``   the common question, asked
+``attention_map(...)``   the common question, asked; ``attention_heatmap(...)`` draws the answer on the image
 
 What an observer is, ``vlm_core.observation`` says.
 """
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_core.families.anatomy import HeadId
+from vlm_core.families.layout import heatmap
 from vlm_core.interventions import Intervention
 from vlm_core.interventions.declaration import as_heads
 from vlm_core.interventions.numeric import integer
-from vlm_core.items import item_number, take
+from vlm_core.items import item_field, item_number, take
 from vlm_core.observation.image_attention import ImageAttention
 from vlm_core.seam.run import Run
 from vlm_core.subjects.embed import Encoded, encode_items
@@ -28,7 +30,7 @@ from vlm_core.subjects.groups import Groups, grouped
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["Observed", "attention_map", "observe", "observe_encoded", "observed", "prepare"]
+__all__ = ["Observed", "attention_heatmap", "attention_map", "observe", "observe_encoded", "observed", "prepare"]
 
 TOKENS_PER_PASS = 16_384
 """Tokens that run through the language model together, padding included."""
@@ -215,9 +217,46 @@ def attention_map(subject: Subject, item, head=None, query: str = "last", interv
         Where the model has no such ``head``.
     """
     if head is not None:
-        (head,) = as_heads([head])
-        n_layers, n_heads = subject.anatomy.n_layers, subject.anatomy.n_heads
-        if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
-            raise ValueError(f"there is no head {head}: this model has {n_layers} layers of {n_heads} heads, each counted from 0")
+        (head,) = _known_heads(subject, [head])
     maps = observe(subject, [item], ImageAttention(query), intervention)[0]
     return maps if head is None else maps[head.layer, head.head]
+
+
+def attention_heatmap(
+    subject: Subject, item, heads: Sequence, size: tuple[int, int], query: str = "last", intervention=None, image: int = 0
+) -> np.ndarray:
+    """Attention of one item's last query (or the mean over a token group), summed over ``heads``, drawn on its image.
+
+    Parameters
+    ----------
+    heads : sequence of (layer, head)
+        A head of a layer without image keys (Mllama's self-attention) adds nothing.
+    size : (height, width)
+        Of the drawing.
+    image : int
+        Which image of the prompt.
+
+    Returns
+    -------
+    float array ``[height, width]``
+        See ``vlm_core.families.layout.heatmap``: tiles, thumbnails and pooled tokens lie where they were cut from; NaN where the
+        model saw nothing.
+
+    Raises
+    ------
+    ValueError
+        Where the model has no such head, or its image tokens have no place on the image (``subject.layout(...).reason``).
+    """
+    heads = _known_heads(subject, heads)
+    layout = subject.layout(item_field(item, "image"), item_field(item, "prompt"))
+    maps = attention_map(subject, item, query=query, intervention=intervention)
+    return heatmap(layout, np.nansum([maps[head.layer, head.head] for head in heads], axis=0), size, image)
+
+
+def _known_heads(subject: Subject, heads: Sequence) -> tuple[HeadId, ...]:
+    heads = as_heads(heads)
+    n_layers, n_heads = subject.anatomy.n_layers, subject.anatomy.n_heads
+    for head in heads:
+        if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
+            raise ValueError(f"there is no head {head}: this model has {n_layers} layers of {n_heads} heads, each counted from 0")
+    return heads

@@ -343,10 +343,6 @@ class Subject:
         bos = self.tokenizer.bos_token
         return {"add_special_tokens": False} if bos and texts and texts[0].startswith(bos) else {}
 
-    def image_grid(self, image: Any) -> tuple[int, int] | None:
-        """Rows and columns of the image's tokens, row by row in sequence order; None where they form no single grid."""
-        return self.layout(image).shape
-
     def layout(self, images: Any, prompt: str = "?") -> Layout:
         """Where the image tokens of one prompt lie on its images.
 

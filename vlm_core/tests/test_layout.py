@@ -426,8 +426,8 @@ def test_masks_belong_to_one_image_of_the_prompt():
 def test_a_subject_lays_out_its_own_prompts():
     subject = subject_of("internvl")
     layout = subject.layout([Image.new("RGB", (64, 32)), Image.new("RGB", (32, 32))], PROMPT)
-    assert [len(runs) for runs in layout.spans] == [1, 1] and subject.image_grid(Image.new("RGB", (32, 32))) == (2, 2)
-    assert subject.image_grid(Image.new("RGB", (64, 32))) is None
+    assert [len(runs) for runs in layout.spans] == [1, 1] and subject.layout(Image.new("RGB", (32, 32))).shape == (2, 2)
+    assert subject.layout(Image.new("RGB", (64, 32))).shape is None
 
 
 @pytest.mark.parametrize("name", QUERIES)

@@ -218,10 +218,10 @@ def test_grey_images_and_tokenizers_without_padding_are_taken():
 def test_the_image_grid_is_read_off_the_encoded_image(subject):
     # One CLS token beside 4 x 4 patches is no grid; the patches alone are.
     item = make_items(1)[0]
-    assert subject.image_grid(item["image"]) is None
+    assert subject.layout(item["image"]).shape is None
     plain = tiny_subject()
     plain.processor.num_additional_image_tokens = 0
-    assert plain.image_grid(item["image"]) == (4, 4)
+    assert plain.layout(item["image"]).shape == (4, 4)
 
 
 def test_a_prompt_without_image_token_is_refused():
