@@ -26,8 +26,9 @@ from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches, out_of_memory
-from vlm_core.sweeps.prefix import SuffixRow, entry_layer, forward_shared, grow_stems, why_not_shared
+from vlm_core.sweeps.prefix import forward_shared, grow_stems
 from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
+from vlm_core.sweeps.sharing import SuffixRow, entry_layer, why_not_shared
 from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks
 
 __all__ = ["PATHS", "PathCounts", "RowJob", "choose_path", "run_rows"]

@@ -21,7 +21,7 @@ from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import batch_groups
 from vlm_core.subjects.rows import read_hidden
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps.prefix import KeysKnown, call_layer
+from vlm_core.sweeps.layers import KeysKnown, call_layer
 from vlm_core.sweeps.trunk import Recording, Stem
 
 __all__ = ["forward_resumed", "spares_last_layer"]

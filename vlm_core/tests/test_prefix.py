@@ -16,7 +16,7 @@ from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.sweeps import engine
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
-from vlm_core.sweeps.prefix import why_not_shared
+from vlm_core.sweeps.sharing import why_not_shared
 from vlm_core.sweeps.trunk import Unshareable
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, TINY, VISION
 from vlm_core.tests.tiny import loud, make_items, tiny_subject
