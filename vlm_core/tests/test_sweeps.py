@@ -361,39 +361,62 @@ def test_blocks_hold_so_many_rows_at_most(subject, monkeypatch):
     assert seen == [4, 8]
 
 
-def test_a_killed_process_loses_nothing(tmp_path):
-    """Killed in its third block, really: the next process computes that one and those after it, none before."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    killed = subprocess.run(command, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list(tmp_path.glob("*.parquet"))) == 2
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "blocks").read_text().split() == ["1", "2", "3", "1", "2"]
-    assert len(list(tmp_path.glob("*.parquet"))) == 4
+def test_two_processes_share_a_sweep_and_one_killed_in_its_block_holds_up_nobody(tmp_path):
+    """The first is killed, really, while it holds its second block and the other has nothing else to do."""
+    processes = {
+        role: subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(tmp_path), role], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for role in ("victim", "other")
+    }
+    said = {role: process.communicate(timeout=120) for role, process in processes.items()}
+    assert processes["victim"].returncode == -signal.SIGKILL, said["victim"]
+    assert processes["other"].returncode == 0, said["other"]
+    log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert [block for role, word, block in log if role == "victim"] == ["item-0", "item-0", "item-2"]
+    # Nothing that was finished is computed again, and what the dead one was at is, once.
+    assert [block for role, word, block in log if role == "other" and word == "end"] == ["item-4", "item-6", "item-2"]
+    assert len(list((tmp_path / "store").glob("*.parquet"))) == 4
+    assert not list((tmp_path / "store" / "locks").iterdir())
 
 
-KILLED = """
-import os, signal, sys
+SHARED = """
+import os, signal, sys, time
 from pathlib import Path
-import vlm_core.sweeps.scoring
 import vlm_core.sweeps.sweep
 from vlm_core import ZeroHeads, sweep
 from vlm_core.tests.tiny import make_items, tiny_subject
 
-folder = Path(sys.argv[1])
-first, work, done = not (folder / "blocks").exists(), vlm_core.sweeps.sweep._measure, []
+folder, role = Path(sys.argv[1]), sys.argv[2]
+work, log = vlm_core.sweeps.sweep._measure, folder / "log"
 
-def measure(*args):
-    done.append(1)
-    with open(folder / "blocks", "a") as file:
-        file.write(f"{len(done)} ")
-    if first and len(done) == 3:
+def note(*words):
+    with log.open("a") as file:
+        file.write(" ".join((role, *words)) + chr(10))
+
+def wait_for(line):
+    deadline = time.monotonic() + 100
+    while not (log.exists() and line in log.read_text().splitlines()):
+        assert time.monotonic() < deadline, line
+        time.sleep(0.01)
+
+def measure(subject, block, *more):
+    name = block.items[0]["id"]
+    note("start", name)
+    if role == "victim" and name == "item-2":
+        wait_for("other end item-6")
+        # Long enough for the other to ask for this block, and be told to wait.
+        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
-    return work(*args)
+    table = work(subject, block, *more)
+    note("end", name)
+    return table
 
 vlm_core.sweeps.sweep._BLOCK_ITEMS, vlm_core.sweeps.sweep._measure = 2, measure
-table = sweep(tiny_subject(), make_items(8), [None, ZeroHeads([(0, 1)])], store=folder)
+subject = tiny_subject()
+if role == "other":
+    wait_for("victim start item-2")
+table = sweep(subject, make_items(8), [None, ZeroHeads([(0, 1)])], store=folder / "store")
 assert len(table) == 8 * 2 * 3
 """
 
