@@ -192,6 +192,8 @@ def _recall(original: Callable, signature: inspect.Signature, known: KnownFeatur
         for number, piece in zip(missing, found, strict=True):
             pieces[keys[number]] = type(output), piece
             known.keep(keys[number], pieces[keys[number]])
+        if len(missing) == len(keys):
+            return output
     kind, _ = pieces[keys[0]]
     return kind(**cut.joined([pieces[key][1] for key in keys]))
 
