@@ -38,7 +38,7 @@ class _GatedRun(Run):
 
     def attend(self, layer, *args, **kwargs):
         output, weights = super().attend(layer, *args, **kwargs)
-        gates = self.gates[self._tokens_at[layer].rows, layer].to(output.device, output.dtype)
+        gates = self.gates[self.tokens.rows, layer].to(output.device, output.dtype)
         return output * gates[:, None, :, None], weights
 
 

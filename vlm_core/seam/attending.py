@@ -105,17 +105,7 @@ class AttentionEdits:
     def __init__(self, program: Program, n_heads: int) -> None:
         self.program = program
         self.n_heads = n_heads
-        self.layers = frozenset(
-            layer
-            for masks in (
-                program.zero,
-                *program.zero_at.values(),
-                program.knocks,
-                program.head_knocks,
-                *(one.mask for one in program.replacements),
-            )
-            for layer in masks
-        )
+        self.layers = program.attention_layers
 
     @property
     def replaces_keys(self) -> bool:

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn.functional import pad
 
@@ -21,17 +19,10 @@ CROSSED = ("cross_attention_states", "cross_attention_mask", "full_text_row_mask
 
 
 class LayerInputs:
-    """Per-token inputs, cut once for all layers that share them.
+    """Per-token inputs, cut once for all layers that share them."""
 
-    Parameters
-    ----------
-    moved : callable
-        ``moved(tokens, device)`` gives the tokens on a layer's own device.
-    """
-
-    def __init__(self, anatomy: Anatomy, moved: Callable[[Tokens, torch.device], Tokens]) -> None:
+    def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        self._on = moved
         self._selected: dict[int, tuple] = {}
 
     def forget(self) -> None:
@@ -43,16 +34,16 @@ class LayerInputs:
         kwargs = dict(kwargs)
         if isinstance(kwargs.get("position_embeddings"), tuple):
             kwargs["position_embeddings"] = tuple(
-                self._once(tensor, lambda t: select(t, self._on(tokens, t.device), -2)) for tensor in kwargs["position_embeddings"]
+                self._once(tensor, lambda t: select(t, tokens.on(t.device), -2)) for tensor in kwargs["position_embeddings"]
             )
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = self._once(kwargs["position_ids"], lambda t: select(t, self._on(tokens, t.device), -1))
+            kwargs["position_ids"] = self._once(kwargs["position_ids"], lambda t: select(t, tokens.on(t.device), -1))
         for name in CROSSED:
             if isinstance(kwargs.get(name), torch.Tensor) and tokens.source is not None:
                 kwargs[name] = self._once(kwargs[name], lambda t: t[tokens.source.to(t.device)])
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            kwargs["attention_mask"] = self._once(mask, lambda t: select_mask(t, self._on(tokens, t.device)))
+            kwargs["attention_mask"] = self._once(mask, lambda t: select_mask(t, tokens.on(t.device)))
         elif tokens.left and tokens.index is not None and not bool(tokens.valid.all()):
             kwargs["attention_mask"] = self._once(tokens.valid, _causal)
         return kwargs
@@ -83,7 +74,7 @@ class LayerInputs:
                 f"DropTokens and MergeTokens cannot generate through layer {layer} ({kind}): its cache has no fixed window; "
                 f"score candidates instead"
             )
-        tokens = self._on(tokens, hidden.device)
+        tokens = tokens.on(hidden.device)
         cached = kwargs["past_key_values"].layers[layer]
         length = tokens.valid.shape[1] + generated
         n_keys = min(cached.keys.shape[2] + 1, length)

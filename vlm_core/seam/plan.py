@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -245,6 +245,18 @@ class Program:
     edits: dict[tuple[str, int], list[tuple[int, Edit]]] = field(default_factory=dict)
     positions: tuple[frozenset[Positions], ...] = ()
     needs: frozenset[tuple[str, int | None]] = frozenset()
+
+    @cached_property
+    def attention_layers(self) -> frozenset[int]:
+        """Layers in which keys, edges or heads' outputs are edited."""
+        masks = (self.zero, *self.zero_at.values(), self.knocks, self.head_knocks, *(one.mask for one in self.replacements))
+        return frozenset().union(*masks)
+
+    @cached_property
+    def idle(self) -> bool:
+        """Whether nothing is done to any row, and nothing named that a batch or family may lack."""
+        asked = self.needs or any(self.positions)
+        return not (asked or self.attention_layers or self.drops or self.merges or self.edits)
 
     @property
     def replacements(self) -> tuple[Replacement, ...]:

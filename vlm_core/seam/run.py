@@ -16,7 +16,7 @@ What is done has its own homes: ``vlm_core.seam.residual`` (patches, directions,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -82,39 +82,60 @@ class Run:
         self.anatomy = anatomy
         self.program = program
         alone = Branches.none(n_sequences, program.n_layers)
-        self.trunk = alone.rows[-1] if trunk is None else np.asarray(trunk)
+        self._alone = alone.rows[-1]
+        self.trunk = self._alone if trunk is None else np.asarray(trunk)
         if len(self.trunk) != program.n_rows:
             raise ValueError(f"{program.n_rows} interventions for {len(self.trunk)} rows: give one per row")
-        for capability, layer in program.needs:
-            anatomy.require(capability, () if layer is None else (layer,))
-        for tensor in (tensor for replaced in program.replacements for tensor in replaced.tensors):
-            require_fit(tensor.shape[1:], anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
         self.items = list(range(n_sequences) if items is None else items)
         self.observers = tuple(observers)
         self.records: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(len(self.observers))}
         # The first layer whose keys are the sequence's: its cache counts tokens.
         self._own = anatomy.first_own_layer
         self._branches = alone if trunk is None else Branches.plan(program.first, self.trunk, program.n_layers)
+        # Whether every layer has the tokens that came in.
+        self._steady = not (self._branches.gather or program.drops or program.merges)
         self.elements_at = self._branches.elements_at
-        self._start = Tokens(
-            image=image & valid,
-            valid=valid,
-            rows=torch.as_tensor(self._branches.rows[-1], device=image.device),
-            left=bool(program.drops or program.merges) and bool(valid[:, -1].all()) if left is None else left,
-            named=_named(groups or {}, valid),
-        )
-        where = Positioned(self._start)
-        where.check(program.positions, self.trunk.tolist())
+        self._image, self._valid = image, valid
+        self._named = _named(groups or {}, valid)
+        self._left = bool(program.drops or program.merges) and bool(valid[:, -1].all()) if left is None else left
+        numbered = list(enumerate(self.observers))
+        self._attention_observers = [(number, one) for number, one in numbered if hasattr(one, "attention")]
+        self._layer_observers = [(number, one) for number, one in numbered if hasattr(one, "layer")]
+        self._site_observers = [(number, one) for number, one in numbered if hasattr(one, "site")]
+        self._attends = bool(self._attention_observers or self._site_observers)
+        self.hears_modules = bool(self._site_observers) or any(site in ("attention", "mlp") for site, _ in program.edits)
+        self._untouched = program.idle and self._steady
+        self._idle = self._untouched and not self.observers
+        if not self._untouched:
+            self._prepare_edits()
+        self._begin()
+
+    def _prepare_edits(self) -> None:
+        anatomy, program = self.anatomy, self.program
+        for capability, layer in program.needs:
+            anatomy.require(capability, () if layer is None else (layer,))
+        for tensor in (tensor for replaced in program.replacements for tensor in replaced.tensors):
+            require_fit(tensor.shape[1:], anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
+        self._where = Positioned(self._start)
+        self._where.check(program.positions, self.trunk.tolist())
         widths = {site: (anatomy.hidden_size,) for site in ("residual", "attention", "mlp")}
         widths["head"] = (anatomy.n_heads, anatomy.head_dim)
-        self._where = where
-        self._stream = StreamEdits(program, where, self.trunk, self.items, widths)
+        self._stream = StreamEdits(program, self._where, self.trunk, self.items, widths)
         self._attention = AttentionEdits(program, anatomy.n_heads)
-        self._inputs = LayerInputs(anatomy, self._on)
-        self._shortening = Shortening(program, where, self.trunk, self.items)
-        self._site_observers = [number for number, one in enumerate(self.observers) if hasattr(one, "site")]
+        self._inputs = LayerInputs(anatomy)
+        self._shortening = Shortening(program, self._where, self.trunk, self.items)
         self._check_image_tokens()
-        self._begin()
+
+    @cached_property
+    def _start(self) -> Tokens:
+        """Tokens of the incoming batch."""
+        rows = torch.as_tensor(self._branches.rows[-1], device=self._image.device)
+        return Tokens(self._image & self._valid, self._valid, rows, left=self._left, named=self._named)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Tokens of the layer that was entered last."""
+        return self._start if self._shorter is None else self._shorter
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
@@ -144,7 +165,7 @@ class Run:
 
     def _per_row(self, kept: torch.Tensor, layer: int) -> torch.Tensor:
         elements = self.elements_at[layer]
-        if np.array_equal(elements, np.arange(kept.shape[0])):
+        if elements is self._alone or np.array_equal(elements, np.arange(kept.shape[0])):
             return kept
         return kept[torch.as_tensor(elements, device=kept.device)]
 
@@ -164,32 +185,28 @@ class Run:
 
     def _begin(self) -> None:
         self.decoding = False
-        self.tokens = self._start
+        self._shorter: Tokens | None = None
         self._generated = 0
         self._tokens_at: dict[int, Tokens] = {}
         self._weighed_at: dict[int, Weighed | None] = {}
-        self._moved: dict[tuple, Tokens] = {}
-        self._inputs.forget()
         self._entered: torch.Tensor | None = None
-        self._shortening.reset()
-
-    def _on(self, tokens: Tokens, device: torch.device) -> Tokens:
-        """The same tokens on a layer's own device (``device_map="auto"`` spreads layers over several)."""
-        if tokens.valid.device == device:
-            return tokens
-        key = (id(tokens), str(device))
-        if key not in self._moved:
-            # The original is kept beside its copy so that its id stays its own.
-            self._moved[key] = (tokens, _moved(tokens, device))
-        return self._moved[key][1]
+        if not self._untouched:
+            self._inputs.forget()
+            self._shortening.reset()
 
     # -- entering a layer -------------------------------------------------------------------------------------------
 
     def enter_layer(self, layer: int, args: tuple, kwargs: dict):
         """Branch, edit, shorten and observe before decoder layer ``layer``; None where nothing changes."""
+        if self._idle and layer:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer == 0:
             self._enter_model(hidden, kwargs.get("past_key_values"))
+        if self._untouched:
+            if self.observers and not self.decoding:
+                self._look(layer, hidden)
+            return None
         if self.decoding:
             return self._decode_layer(layer, args, kwargs)
         before = hidden
@@ -201,26 +218,30 @@ class Run:
         if layer in self._shortening.layers:
             hidden, tokens = self._shortening.apply(layer, hidden, self.tokens)
             if tokens is not self.tokens:
-                self.tokens = tokens
+                self._shorter = tokens
                 self._inputs.forget()
         if ("residual", layer) in self._stream:
             hidden = self._stream.apply("residual", layer, hidden, elements, self.tokens)
         self._tokens_at[layer] = self.tokens
         self._weighed_at[layer] = self._shortening.weighed
-        self._entered = hidden
-        for number, observer in enumerate(self.observers):
-            if hasattr(observer, "layer"):
-                self._keep(number, layer, observer.layer(LayerView(layer, hidden, self._on(self.tokens, hidden.device))))
-        for number in self._site_observers:
-            self._keep(number, layer, self.observers[number].site("residual", layer, hidden, self.tokens))
+        self._look(layer, hidden)
         if hidden is before and self.tokens.source is None and self.tokens.index is None:
             return None
         if layer < self.anatomy.n_layers:
             kwargs = self._inputs.select(kwargs, self.tokens)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
+    def _look(self, layer: int, hidden: torch.Tensor) -> None:
+        self._entered = hidden
+        for number, observer in self._layer_observers:
+            self._keep(number, layer, observer.layer(LayerView(layer, hidden, self.tokens.on(hidden.device))))
+        for number, observer in self._site_observers:
+            self._keep(number, layer, observer.site("residual", layer, hidden, self.tokens))
+
     def enter_model(self, kwargs: dict) -> dict | None:
         """Refuse, before the language model runs, what would break inside it; its inputs, where they must change."""
+        if self._untouched:
+            return None
         n_deep = len(kwargs.get("deepstack_visual_embeds") or ())
         early = [layer for layer in (*self._shortening.layers, *self._branches.gather) if layer < n_deep]
         if early:
@@ -247,12 +268,15 @@ class Run:
         past = 0 if cache is None else int(cache.get_seq_length(self._own))
         if past == 0:
             self._begin()
-            expected = tuple(self._start.valid.shape)
-            if tuple(hidden.shape[:2]) != expected:
+            if hidden.shape[:2] != self._valid.shape:
                 raise ValueError(
                     f"the batch that entered the model is {tuple(hidden.shape[:2])} (sequences, tokens), the run was made "
-                    f"for {expected}: pass the batch that the model is called with"
+                    f"for {tuple(self._valid.shape)}: pass the batch that the model is called with"
                 )
+            if self._steady and not self._idle:
+                self._tokens_at = dict.fromkeys(range(self.anatomy.n_layers + 1), self._start)
+            return
+        if self._idle:
             return
         if self._own not in self._tokens_at:
             raise ValueError(
@@ -268,7 +292,7 @@ class Run:
     def _branch(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         device = self.tokens.valid.device
         gather = torch.as_tensor(self._branches.gather[layer], device=device)
-        self.tokens = branched(self.tokens, gather, torch.as_tensor(self._branches.rows[layer], device=device))
+        self._shorter = branched(self.tokens, gather, torch.as_tensor(self._branches.rows[layer], device=device))
         self._inputs.forget()
         self._shortening.branch(gather)
         return hidden[gather.to(hidden.device)]
@@ -294,9 +318,16 @@ class Run:
 
     def attend(self, layer, original, module, query, key, value, mask, *args, **kwargs):
         """The attention of ``layer`` with this run's interventions."""
+        if self._untouched:
+            output, maps = original(module, query, key, value, mask, *args, **kwargs)
+            if self._attends and not self.decoding:
+                tokens = self._attended(layer, query, key)
+                self._observe(self._view(layer, tokens, query, key, value, output, mask, kwargs))
+            return output, maps
         weighed = self._weighed_at.get(layer)
         edited = layer in self._attention.layers or ("head", layer) in self._stream or weighed is not None
-        if not edited and (self.decoding or not (self.observers or self._reads(layer))):
+        seen = not self.decoding and (self._attends or layer in self._shortening.scored or layer in self._shortening.keyed)
+        if not (edited or seen):
             return original(module, query, key, value, mask, *args, **kwargs)
         axes = self._axes(layer, query, key)
         weights = None if weighed is None or axes.crossed else weighed.log_sizes(axes.length)
@@ -309,53 +340,56 @@ class Run:
         if ("head", layer) in self._stream and not self.decoding:
             output = self._stream.apply("head", layer, output, self.elements_at[layer], axes.tokens)
         output = self._attention.silence(layer, axes, output)
-        if not self.decoding:
-            scaling = kwargs.get("scaling")
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            softcap = kwargs.get("softcap")
-            seen = (layer, query, key, value, output, mask, scaling, softcap, axes.tokens)
-            view = AttentionView(*seen, self._entered, axes.crossed)
-            self._observe(view, own_key)
+        if seen:
+            view = self._view(layer, axes.tokens, query, key, value, output, mask, kwargs)
+            if layer in self._shortening.scored:
+                self._shortening.read(scores=view.probabilities(view.tokens.last[:, None])[:, :, 0].mean(1))
+            if layer in self._shortening.keyed:
+                self._shortening.read(keys=own_key.float().mean(1))
+            self._observe(view)
         return output, maps
 
-    def _reads(self, layer: int) -> bool:
-        return layer in self._shortening.scored or layer in self._shortening.keyed
+    def _view(self, layer: int, tokens: Tokens, query, key, value, output, mask, kwargs: dict) -> AttentionView:
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        seen = (layer, query, key, value, output, mask, scaling, kwargs.get("softcap"), tokens)
+        return AttentionView(*seen, self._entered, layer in self.anatomy.cross_layers)
 
-    def _axes(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> Axes:
-        tokens = self._on(self._tokens_at[layer], query.device)
+    def _attended(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> Tokens:
+        """The prompt's tokens in the attention of ``layer``."""
+        tokens = self._tokens_at[layer].on(query.device)
         length = tokens.valid.shape[1] + self._generated
-        crossed = layer in self.anatomy.cross_layers
-        if key.shape[2] > length and not crossed:
+        if key.shape[2] > length and layer not in self.anatomy.cross_layers:
             raise ValueError(
                 f"layer {layer} holds {key.shape[2]} keys for {length} tokens: static caches cannot generate under an "
                 f"intervention, use the default (dynamic) cache"
             )
-        return Axes(self._where, tokens, length, query.shape[2], key.shape[2], crossed)
+        return tokens
 
-    def _observe(self, view: AttentionView, own_key: torch.Tensor) -> None:
+    def _axes(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> Axes:
+        tokens = self._attended(layer, query, key)
+        length = tokens.valid.shape[1] + self._generated
+        return Axes(self._where, tokens, length, query.shape[2], key.shape[2], layer in self.anatomy.cross_layers)
+
+    def _observe(self, view: AttentionView) -> None:
         layer = view.layer
-        if layer in self._shortening.scored:
-            self._shortening.read(scores=view.probabilities(view.tokens.last[:, None])[:, :, 0].mean(1))
-        if layer in self._shortening.keyed:
-            self._shortening.read(keys=own_key.float().mean(1))
-        for number, observer in enumerate(self.observers):
-            if hasattr(observer, "attention"):
-                self._keep(number, layer, observer.attention(view))
-        for number in self._site_observers:
-            self._keep(number, layer, self.observers[number].site("head", layer, view.output, view.tokens))
+        for number, observer in self._attention_observers:
+            self._keep(number, layer, observer.attention(view))
+        for number, observer in self._site_observers:
+            self._keep(number, layer, observer.site("head", layer, view.output, view.tokens))
 
     def leave(self, site: str, layer: int, output):
         """What the attention or MLP module of ``layer`` gives back, patched and observed; None where nothing changes."""
-        edited = (site, layer) in self._stream
+        edited = (site, layer) in self.program.edits
         if self.decoding or not (edited or self._site_observers) or layer not in self._tokens_at:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        tokens = self._on(self._tokens_at[layer], hidden.device)
+        tokens = self._tokens_at[layer].on(hidden.device)
         # Some families (OPT) hand their MLP all tokens in one row.
         shaped = hidden.view(*tokens.valid.shape, -1)
-        after = self._stream.apply(site, layer, shaped, self.elements_at[layer], tokens)
-        for number in self._site_observers:
-            self._keep(number, layer, self.observers[number].site(site, layer, after, tokens))
+        after = self._stream.apply(site, layer, shaped, self.elements_at[layer], tokens) if edited else shaped
+        for number, observer in self._site_observers:
+            self._keep(number, layer, observer.site(site, layer, after, tokens))
         if after is shaped:
             return None
         after = after.view(hidden.shape)
@@ -372,12 +406,3 @@ def _named(groups: Mapping[str, torch.Tensor], valid: torch.Tensor) -> dict[str,
                 f"tokens): give one boolean per token"
             )
     return {name: members.to(valid.device) for name, members in groups.items()}
-
-
-def _moved(tokens: Tokens, device: torch.device) -> Tokens:
-    def move(value):
-        if isinstance(value, torch.Tensor):
-            return value.to(device)
-        return {name: move(one) for name, one in value.items()} if isinstance(value, dict) else value
-
-    return type(tokens)(**{one.name: move(getattr(tokens, one.name)) for one in fields(tokens) if one.init})

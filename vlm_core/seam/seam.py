@@ -8,10 +8,11 @@ Two attention names are registered with transformers, each with its own mask fun
 no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
 run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
 layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
-read and edit what they add to it.
+read and edit what they add to it. These are there from the first run on that ``hears_modules``, ahead of anyone else's: every hook makes a
+forward pass slower, and few runs need them.
 
 What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
-has no use for, ``enter_model`` and ``leave``, may be missing.
+has no use for, ``enter_model`` and ``leave`` with ``hears_modules``, may be missing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from threading import Lock
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
@@ -38,6 +40,8 @@ ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
 _ACTIVE: ContextVar[Run | None] = ContextVar("vlm_core_run", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("vlm_core_capturing", default=False)
 _INSTALLED: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
+_LISTENERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
+_LISTENING = Lock()
 
 
 def current_run() -> Run | None:
@@ -48,6 +52,10 @@ def current_run() -> Run | None:
 @contextmanager
 def active(run: Run) -> Iterator[Run]:
     """Make ``run`` the active one; the previous state is back on exit, exceptions included."""
+    if getattr(run, "hears_modules", False):
+        seam = _LISTENERS.get(run.anatomy.language_model)
+        if seam is not None:
+            seam.listen()
     token = _ACTIVE.set(run)
     try:
         yield run
@@ -129,6 +137,10 @@ class Seam:
     """The seam on one model. ``remove()`` gives back the original attention and all hooks."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, name: str = "subject") -> None:
+        # A family that does not fit is refused before anything is done to the model.
+        self._heard = [(module, _after_attention) for module in anatomy.attentions]
+        self._heard += [(module, _after_mlp) for module in anatomy.mlps]
+        self._listens = False
         text_config = model.config.get_text_config()
         self._model = ref(model)
         named = text_config._attn_implementation
@@ -157,21 +169,25 @@ class Seam:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def watch(self, anatomy: Anatomy) -> None:
-        """Also hook what attention and MLP modules give back."""
-        hooked = [(module, _after_attention) for module in anatomy.attentions]
-        hooked += [(module, _after_mlp) for module in anatomy.mlps]
-        for module, hook in hooked:
+        for module, hook in self._heard:
             for key in [key for key, found in module._forward_hooks.items() if found is hook]:
                 del module._forward_hooks[key]
-            self._handles.append(module.register_forward_hook(hook))
+        _LISTENERS[anatomy.language_model] = self
+
+    def listen(self) -> None:
+        """From now on also hook what attention and MLP modules give back."""
+        with _LISTENING:
+            if not self._listens:
+                self._handles += [module.register_forward_hook(hook, prepend=True) for module, hook in self._heard]
+                self._listens = True
 
     def remove(self) -> None:
         """Restore the model as it was before ``install``."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        with _LISTENING:
+            for handle in self._handles:
+                handle.remove()
+            # Not to be woken again by a run that outlives it.
+            self._handles, self._heard = [], []
         model = self._model()
         if model is not None:
             model.set_attn_implementation({self._key: self.original})
@@ -187,12 +203,5 @@ def install(model: nn.Module, anatomy: Anatomy, name: str = "subject") -> Seam:
         If the language model does not dispatch its attention through transformers' ``AttentionInterface``.
     """
     if model not in _INSTALLED:
-        seam = Seam(model, anatomy, name)
-        try:
-            seam.watch(anatomy)
-        except SubjectError:
-            # A family that does not fit leaves the model as it was.
-            seam.remove()
-            raise
-        _INSTALLED[model] = seam
+        _INSTALLED[model] = Seam(model, anatomy, name)
     return _INSTALLED[model]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ GROUPS = ("image", "text", "question", "preamble", "last", "bos", "answer", "all
 # Scores of one block: about what a core's second-level cache holds, but enough queries for a matrix product to pay.
 _BLOCK_SCORES = 2**18
 _BLOCK_QUERIES = 16
+_LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +56,22 @@ class Tokens:
 
     def kept(self, key: tuple, compute: Callable):
         """``compute()`` on the first call with ``key``, the same afterwards: layers share their tokens, so most is asked often."""
-        if key not in self._kept:
-            self._kept[key] = compute()
-        return self._kept[key]
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = compute()
+        return found
+
+    def on(self, device: torch.device) -> Tokens:
+        """The same tokens on a layer's own device (``device_map="auto"`` spreads layers over several)."""
+        return self if self.valid.device == device else self.kept(("on", device), lambda: self._moved(device))
+
+    def _moved(self, device: torch.device) -> Tokens:
+        def move(value):
+            if isinstance(value, torch.Tensor):
+                return value.to(device)
+            return {name: move(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+        return Tokens(**{one.name: move(getattr(self, one.name)) for one in fields(self) if one.init})
 
     @property
     def prompt(self) -> torch.Tensor:
@@ -120,6 +134,9 @@ class Tokens:
         if name == "last":
             return self.last[:, None], torch.ones_like(self.last[:, None], dtype=torch.bool)
         members = self.group(name)
+        if members.shape[0] == 1:
+            order = members[0].nonzero().T
+            return order, torch.ones_like(order, dtype=torch.bool)
         n = int(members.sum(1).max())
         order = (~members).int().argsort(dim=1, stable=True)[:, :n]
         return order, members.gather(1, order)
@@ -163,14 +180,16 @@ class AttentionBlock:
 class _Asked:
     """Queries of a block: ``all_see`` leading keys need no causal mask, keys from ``some_see`` on are left out.
 
-    ``later`` ``[element, 1, n, all_see to some_see]``: which of the keys between lie after the query; None where none does.
+    ``whole``: all of them are members. ``causal`` ``[element, 1, n, all_see to some_see]``: added to the scores of the keys between, 0
+    or, where a key lies after the query, the lowest number there is; None where none does.
     """
 
     positions: torch.Tensor
     real: torch.Tensor
+    whole: bool
     all_see: int
     some_see: int
-    later: torch.Tensor | None
+    causal: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,55 +225,45 @@ class AttentionView:
     def probabilities(self, queries: torch.Tensor) -> torch.Tensor:
         """Attention of the queries at ``[element, n]``: ``[element, head, n, key]``. The whole map is never built."""
         (asked,) = self._asked(queries, torch.ones_like(queries, dtype=torch.bool), max(1, queries.shape[1]))
-        return self._probabilities(asked, whole=True)
+        found = self._probabilities(asked)
+        return nn.functional.pad(found, (0, self.key.shape[2] - found.shape[3]))
 
     def blocks(self, queries: str) -> Iterator[AttentionBlock]:
         """Attention of a token group's members, a block of queries at a time. One block serves all who ask for it."""
-        if ("block", queries) in self._kept:
-            yield self._kept["block", queries]
-            return
-        n_elements, n_heads, n_queries = self.query.shape[:3]
-        n_keys = self.key.shape[2]
-        # At most a quarter of many queries: a small model's whole map would fit a block.
-        quarter = -(-self.tokens.members(queries)[0].shape[1] // 4)
-        step = max(_BLOCK_QUERIES, min(quarter, _BLOCK_SCORES // (n_elements * n_heads * n_keys)))
-        key = ("asked", queries, n_queries, n_keys, step, self._causal)
-        asked = self.tokens.kept(key, lambda: self._asked(*self.tokens.members(queries), step))
+        asked = self._asked_of(queries)
         for one in asked:
-            block = AttentionBlock(one.positions, one.real, self._probabilities(one))
-            if len(asked) == 1:
-                self._kept["block", queries] = block
-            yield block
+            yield AttentionBlock(one.positions, one.real, self._of_block(queries, one, len(asked) == 1))
+
+    def _of_block(self, queries: str, asked: _Asked, only: bool) -> torch.Tensor:
+        found = self._kept.get(("block", queries)) if only else None
+        if found is None:
+            found = self._probabilities(asked)
+            if only:
+                self._kept["block", queries] = found
+        return found
 
     def mean(self, queries: str) -> torch.Tensor:
         """Attention averaged over a token group's queries, ``[element, head, key]``; NaN where it has no member."""
-        if ("mean", queries) not in self._kept:
-            n_keys = self.key.shape[2]
-            if self.tokens.kept(("all real", queries), lambda: bool(self.tokens.members(queries)[1].all())):
-                self._kept["mean", queries] = self._plain_mean(queries)
-                return self._kept["mean", queries]
-            total = torch.zeros((*self.query.shape[:2], n_keys), device=self.query.device)
-            count = torch.zeros((self.query.shape[0], 1, 1), device=self.query.device)
-            for block in self.blocks(queries):
-                weight = block.real[:, None, None].float()
-                seen = block.probabilities.shape[3]
-                total[:, :, :seen] += (weight @ block.probabilities)[:, :, 0]
-                count += weight.sum(3)
-            self._kept["mean", queries] = total / count
-        return self._kept["mean", queries]
+        found = self._kept.get(("mean", queries))
+        if found is None:
+            found = self._kept["mean", queries] = self._mean(queries)
+        return found
 
-    def _plain_mean(self, queries: str) -> torch.Tensor:
-        # Every query of every block is a member: nothing to weigh.
-        shape, n = (*self.query.shape[:2], self.key.shape[2]), self.tokens.members(queries)[0].shape[1]
-        total = None
-        for block in self.blocks(queries):
-            summed = block.probabilities.sum(2)
-            if total is None and summed.shape == shape:
-                total = summed
-                continue
-            total = torch.zeros(shape, device=summed.device) if total is None else total
-            total[:, :, : summed.shape[2]] += summed
-        return total / n
+    def _mean(self, queries: str) -> torch.Tensor:
+        n_keys, total, count, blocks = self.key.shape[2], None, 0, self._asked_of(queries)
+        for asked in blocks:
+            block = self._of_block(queries, asked, len(blocks) == 1)
+            if asked.whole:
+                summed, members = block.sum(2), asked.real.shape[1]
+            else:
+                weight = asked.real[:, None, None].float()
+                summed, members = (weight @ block)[:, :, 0], weight.sum(3)
+            count = count + members
+            if total is None:
+                total = summed if asked.some_see == n_keys else nn.functional.pad(summed, (0, n_keys - asked.some_see))
+            else:
+                total[:, :, : asked.some_see] += summed
+        return total.div_(count)
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""
@@ -275,48 +284,64 @@ class AttentionView:
     def _causal(self) -> bool:
         return self.mask is None and not self.crossed
 
+    def _asked_of(self, queries: str) -> list[_Asked]:
+        # Layers with the same tokens ask the same.
+        key = ("asked", queries, self.query.shape, self.key.shape[2], self._causal)
+        return self.tokens.kept(key, lambda: self._in_blocks(queries))
+
+    def _in_blocks(self, queries: str) -> list[_Asked]:
+        positions, real = self.tokens.members(queries)
+        n_elements, n_heads = self.query.shape[:2]
+        # At most a quarter of many queries: a small model's whole map would fit a block.
+        quarter = -(-positions.shape[1] // 4)
+        step = max(_BLOCK_QUERIES, min(quarter, _BLOCK_SCORES // (n_elements * n_heads * self.key.shape[2])))
+        return self._asked(positions, real, step)
+
     def _asked(self, positions: torch.Tensor, real: torch.Tensor, step: int) -> list[_Asked]:
         n_queries, n_keys = self.query.shape[2], self.key.shape[2]
         asked = []
         for at, members in zip(positions.split(step, dim=1), real.split(step, dim=1), strict=True):
+            whole = bool(members.all())
             if not self._causal or not at.shape[1]:
-                asked.append(_Asked(at, members, 0, n_keys, None))
+                asked.append(_Asked(at, members, whole, 0, n_keys, None))
                 continue
-            seen = at + n_keys - n_queries + 1
-            all_see = int(seen.masked_fill(~members, n_keys).min())
-            some_see = int(seen.masked_fill(~members, 1).max())
-            later = None
+            seen = at + (n_keys - n_queries + 1)
+            all_see = int((seen if whole else seen.masked_fill(~members, n_keys)).min())
+            some_see = int((seen if whole else seen.masked_fill(~members, 1)).max())
+            causal = None
             if all_see < some_see:
                 later = torch.arange(all_see, some_see, device=at.device) >= seen[:, None, :, None]
-            asked.append(_Asked(at, members, all_see, some_see, later))
+                causal = torch.zeros(later.shape, device=at.device).masked_fill_(later, _LOWEST)
+            asked.append(_Asked(at, members, whole, all_see, some_see, causal))
         return asked
 
-    def _probabilities(self, asked: _Asked, whole: bool = False) -> torch.Tensor:
+    def _probabilities(self, asked: _Asked) -> torch.Tensor:
         n_elements, n_heads, n_queries, size = self.query.shape
-        n_kv, n_keys = self.key.shape[1:3]
-        if "key" not in self._kept:
-            self._kept["key"] = self.key.detach().float()
-        queries, some_see = asked.positions, asked.some_see
+        n_keys, queries = self.key.shape[2], asked.positions
+        key = self._kept.get("key")
+        if key is None:
+            # Each key as a column.
+            key = self._kept["key"] = self.key.detach().float().transpose(2, 3)
+        if asked.some_see < n_keys:
+            key = key[..., : asked.some_see]
         query = self.query.detach()
         if n_elements == 1:
-            picked = query.index_select(2, queries[0]).float() * self.scaling
+            query = query.index_select(2, queries[0])
         else:
-            picked = torch.take_along_dim(query, queries[:, None, :, None], dim=2).float() * self.scaling
+            query = torch.take_along_dim(query, queries[:, None, :, None], dim=2)
+        query = query.float().mul_(self.scaling)
         # Heads that share keys are neighbours: their queries stand under one another in one product.
-        picked = picked.reshape(n_elements, n_kv, -1, size)
-        scores = (picked @ self._kept["key"][:, :, :some_see].transpose(2, 3)).view(n_elements, n_heads, -1, some_see)
+        scores = torch.matmul(query.view(n_elements, key.shape[1], -1, size), key).view(n_elements, n_heads, -1, asked.some_see)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        lowest = torch.finfo(scores.dtype).min
-        if asked.later is not None:
-            scores[..., asked.all_see :].masked_fill_(asked.later, lowest)
+        if asked.causal is not None:
+            (scores[..., asked.all_see :] if asked.all_see else scores).add_(asked.causal)
         elif self.mask is not None:
             mask = self.mask[..., :n_keys]
             mask = mask.expand(n_elements, -1, n_queries, n_keys)
             mask = torch.take_along_dim(mask, queries[:, None, :, None], dim=2)
-            scores = scores.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else scores.add_(mask)
-        found = scores.softmax(-1)
-        return nn.functional.pad(found, (0, n_keys - some_see)) if whole else found
+            scores = scores.masked_fill_(~mask, _LOWEST) if mask.dtype == torch.bool else scores.add_(mask)
+        return scores.softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,24 +16,28 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import vlm_core.seam.attending
 import vlm_core.subjects.checks
 from vlm_core import (
+    AttentionMass,
     Batch,
     DropTokens,
+    GaussianNoise,
     HeadMeans,
     HiddenStates,
     ImageAttention,
     ImageKVMeans,
     KnockOut,
     MeanHeads,
+    Patch,
     ReplaceImageKV,
     Steer,
     Subject,
     SubjectError,
+    Vector,
     ZeroHeads,
     observe,
     selfcheck,
 )
 from vlm_core.seam.attending import AttentionEdits
-from vlm_core.seam.seam import ATTENTION_NAMES, _original, current_run
+from vlm_core.seam.seam import ATTENTION_NAMES, _original, active, current_run
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
@@ -393,6 +397,60 @@ def test_a_run_ends_with_its_context_even_after_an_error(subject, batch):
     assert current_run() is None
     assert torch.equal(logits(subject, batch), plain)
     assert hooks == [len(module._forward_pre_hooks) for module in subject.model.modules()]
+
+
+def test_a_run_is_let_go_of_at_once(subject, batch):
+    """Nothing of it waits for the garbage collector: a run holds activations, and passes come by the thousand."""
+    gc.disable()
+    try:
+        for plan, observers in ((None, ()), (None, [AttentionMass()]), (DropTokens(1, 0.5), [AttentionMass()])):
+            with subject.intervene(plan, batch, observers=observers) as run:
+                logits(subject, batch)
+            gone = weakref.ref(run)
+            del run
+            assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_attention_and_mlp_are_hooked_from_the_first_run_that_hears_them(batch):
+    """Ahead of hooks that are there already: whoever looks sees what the seam left."""
+    model, processor = tiny_llava()
+    mlp = model.model.language_model.layers[1].mlp
+    early, late = [], []
+    mlp.register_forward_hook(lambda module, args, output: early.append(output))
+    subject = Subject(model, processor)
+    mlp.register_forward_hook(lambda module, args, output: late.append(output))
+
+    def hooks():
+        return sum(len(module._forward_hooks) for module in (*subject.anatomy.attentions, *subject.anatomy.mlps))
+
+    for plan in (None, ZeroHeads([(0, 0)]), Steer(1, Vector(torch.ones(32)))):
+        with subject.intervene(plan, batch, observers=[AttentionMass()]):
+            logits(subject, batch)
+    assert hooks() == 2
+    noise = Patch("mlp", (1,), GaussianNoise(1.0, 0))
+    for _ in range(2):
+        with subject.intervene(noise, batch) as run:
+            logits(subject, batch)
+        assert hooks() == 2 + 2 * subject.anatomy.n_layers
+    logits(subject, batch)
+    for seen in (early, late):
+        assert torch.equal(seen[3], seen[4]) and (seen[3] - seen[5]).abs().mean() > 0.1
+    subject.seam.remove()
+    with active(run):
+        assert hooks() == 2
+    removed = Subject(model, processor).seam
+    removed.remove()
+    removed.listen()
+    assert hooks() == 2
+
+
+@pytest.mark.parametrize("plan", [None, ZeroHeads([(0, 0)])])
+def test_another_batch_than_the_runs_is_refused(subject, batch, plan):
+    shorter = {name: value[:, :-1] if name != "pixel_values" else value for name, value in batch.inputs.items()}
+    with subject.intervene(plan, batch), pytest.raises(ValueError, match="pass the batch that the model is called with"):
+        subject.model(**shorter)
 
 
 def test_two_plans_in_two_threads(subject, batch):

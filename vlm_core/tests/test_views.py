@@ -69,6 +69,15 @@ def test_members_are_in_order_and_say_which_are_real():
     assert real.tolist() == [[True] * 3, [True, True, False], [False] * 3]
 
 
+@pytest.mark.parametrize("name", ["image", "text", "question", "preamble", "last", "bos", "all"])
+def test_members_of_one_sequence_are_those_that_it_has_in_a_batch(name):
+    order, real = tokens().members(name)
+    for element in range(3):
+        alone = Tokens(IMAGE[element][None], VALID[element][None], torch.zeros(1, dtype=torch.long))
+        found, members = alone.members(name)
+        assert bool(members.all()) and found.tolist() == [order[element][real[element]].tolist()]
+
+
 class Grab:
     """Keeps what the seam shows."""
 
@@ -110,6 +119,7 @@ def test_blocks_are_the_rows_of_the_map(monkeypatch, name, side, attention, quer
     seen, maps, batch = seen_and_expected(name, side, attention)
     for layer, view in seen.items():
         view._kept.clear()
+        view.tokens._kept.clear()
         found = torch.zeros_like(maps[layer])
         members = torch.zeros_like(batch.valid)
         for block in view.blocks(queries):
@@ -128,7 +138,7 @@ def test_blocks_are_the_rows_of_the_map(monkeypatch, name, side, attention, quer
 
 def test_attention_is_computed_once_for_all_who_ask():
     view = seen_and_expected("llava", "left", "sdpa")[0][1]
-    assert next(view.blocks("last")) is next(view.blocks("last"))
+    assert next(view.blocks("last")).probabilities is next(view.blocks("last")).probabilities
     assert view.mean("all") is view.mean("all")
 
 
