@@ -16,7 +16,7 @@ import torch
 
 from vlm_core.interventions.numeric import integer
 from vlm_core.observation.declaring import freeze_groups
-from vlm_core.seam.views import AttentionView, Tokens
+from vlm_core.seam.views import AttentionView
 
 __all__ = ["AttentionEntropy", "AttentionMass", "FullAttention", "TopTokens"]
 
@@ -127,18 +127,12 @@ class TopTokens:
         if view.tokens.index is not None and not view.crossed:
             index = torch.take_along_dim(view.tokens.index[:, None], index, dim=2)
         if not view.crossed:
-            index = index - view.tokens.kept(("first column",), lambda: _first(view.tokens))[:, None, None]
+            index = index - view.tokens.start[:, None, None]
         short = (0, self.k - index.shape[2])
         return {
             "index": torch.nn.functional.pad(index.masked_fill(missing, -1), short, value=-1).int(),
             "weight": torch.nn.functional.pad(weight.masked_fill(missing, torch.nan), short, value=torch.nan),
         }
-
-
-def _first(tokens: Tokens) -> torch.Tensor:
-    """Column of each prompt's first token that is still there in the incoming batch, ``[element]``: what padding lies left of it."""
-    column = tokens.valid.int().argmax(1)
-    return column if tokens.index is None else tokens.index.gather(1, column[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

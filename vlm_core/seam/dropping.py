@@ -86,6 +86,7 @@ def branched(tokens: Tokens, gather: torch.Tensor, rows: torch.Tensor) -> Tokens
         rows=rows,
         source=gather if tokens.source is None else tokens.source[gather],
         index=None if tokens.index is None else tokens.index[gather],
+        begun=None if tokens.begun is None else tokens.begun[gather],
         named={name: members[gather] for name, members in tokens.named.items()},
     )
 
@@ -107,6 +108,7 @@ def shortened(tokens: Tokens, kept: torch.Tensor) -> tuple[Tokens, torch.Tensor]
         image=(tokens.image & kept).gather(1, order),
         valid=kept.gather(1, order),
         index=order if tokens.index is None else tokens.index.gather(1, order),
+        begun=tokens.start,
         named={name: members.gather(1, order) for name, members in tokens.named.items()},
     )
     return shorter, order

@@ -32,7 +32,7 @@ class Positioned:
     @cached_property
     def first(self) -> torch.Tensor:
         """Where each prompt begins, ``[element]``."""
-        return self.tokens.valid.int().argmax(1)
+        return self.tokens.start
 
     @cached_property
     def lengths(self) -> torch.Tensor:

@@ -41,6 +41,8 @@ class Tokens:
         Original position of each token; None where nothing was dropped.
     left : bool
         Whether rows are filled up on the left.
+    begun : LongTensor ``[element]`` or None
+        Original position of each prompt's first token, whether it is still there or not; None where nothing was dropped.
     named : dict of str to BoolTensor ``[element, token]``
         Further groups ("object", "background"), see ``group``.
     """
@@ -51,6 +53,7 @@ class Tokens:
     source: torch.Tensor | None = None
     index: torch.Tensor | None = None
     left: bool = False
+    begun: torch.Tensor | None = None
     named: dict[str, torch.Tensor] = field(default_factory=dict)
     _kept: dict = field(init=False, repr=False, default_factory=dict)
 
@@ -77,6 +80,11 @@ class Tokens:
     def prompt(self) -> torch.Tensor:
         """Tokens of the prompt: valid, and not of an answer; ``[element, token]``."""
         return self.valid & ~self.named["answer"] if "answer" in self.named else self.valid
+
+    @property
+    def start(self) -> torch.Tensor:
+        """Column of the incoming batch where each prompt begins: what padding lies left of it, ``[element]``."""
+        return self.kept(("start",), lambda: self.valid.int().argmax(1)) if self.begun is None else self.begun
 
     @property
     def last(self) -> torch.Tensor:
