@@ -1,12 +1,13 @@
 """The support matrix: which capability holds for which family, as the conformance suite found it.
 
-``python -m vlm_core.support``   run the conformance suite and write ``SUPPORT.md`` for the installed transformers
+``python -m vlm_core.support``   run the conformance suite and write the installed transformers' section of ``SUPPORT.md``
 ``CLAIMS``                       the capabilities, by the short name that heads their column
 ``read_matrix()``                ``SUPPORT.md`` as ``{version: {(family, capability): verdict}}``
 
 A verdict is ``"yes"``, ``"no: <reason>"`` or ``"not applicable: <reason>"``. The suite attaches it to each of its tests as
-a property, which is read here from pytest's JUnit report; sections of other transformers versions are kept. Each test also
-compares its own verdict with its cell, so a matrix that is out of date fails the suite without a second run.
+a property, which is read here from pytest's JUnit report; sections of other transformers versions are kept as they are: an
+environment with one of them rewrites its own. Each test also compares its own verdict with its cell, so a section that is out of
+date fails the suite under its version, without a second run.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ _HEAD = """# Support
 Which capability of the instrument holds for which family: found by the conformance suite (`vlm_core/tests/test_conformance.py`)
 on tiny random-weight models built from configs, float32 unless said otherwise, on the CPU. Written by `python -m vlm_core.support`.
 A family is a row of `vlm_core/tests/family_models.py`; how it is declared is in `vlm_core/families/family.py`. `no` and `n/a` carry
-their reason below the table; a plan that asks for what is `no` is refused in that sentence.
+their reason below the table; a plan that asks for what is `no` is refused in that sentence; `-` was not asked yet under that version.
+
+Each section was written under its own version. The suite makes its models' inputs itself, so older sections speak of the seam and the
+row engine. The package asks for the version from which on the rest is tested too: what processors tell about the places of image
+tokens, and training.
 """
 
 
@@ -105,14 +110,14 @@ def _section(version: str, cells: dict[tuple[str, str], str]) -> str:
     families = list(dict.fromkeys(family for family, _ in cells))
     notes: dict[str, int] = {}
 
-    def cell(verdict: str) -> str:
-        if verdict == "yes":
-            return "yes"
+    def cell(verdict: str | None) -> str:
+        if verdict is None or verdict == "yes":
+            return verdict or "-"
         note = notes.setdefault(verdict, len(notes) + 1)
         return f"{'no' if verdict.startswith('no:') else 'n/a'} [{note}]"
 
     rows = [
-        f"| {family} | " + " | ".join(cell(cells[family, name]) for name in CLAIMS) + " |" for family in families
+        f"| {family} | " + " | ".join(cell(cells.get((family, name))) for name in CLAIMS) + " |" for family in families
     ]
     return "\n".join(
         [
@@ -138,6 +143,8 @@ def read_matrix(text: str | None = None) -> dict[str, dict[tuple[str, str], str]
         cells = matrix[version.strip()] = {}
         for family, *row in table[2:]:
             for name, cell in zip(table[0][1:], row, strict=True):
+                if cell == "-":
+                    continue
                 note = re.search(r"\[(\d+)\]", cell)
                 cells[family, name] = notes[note[1]] if note else cell
     return matrix

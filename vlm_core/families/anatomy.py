@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_core.errors import SubjectError
@@ -200,9 +201,19 @@ class Anatomy:
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             layer_types=layer_types,
-            logit_softcap=getattr(text, family.logit_softcap, None) if family.logit_softcap else None,
+            logit_softcap=_logit_softcap(family, text),
             spatial_merge=getattr(config.vision_config, "spatial_merge_size", 1),
         )
+
+
+def _logit_softcap(family: Family, text: Any) -> float | None:
+    if family.logit_softcap is None or _minor(version("transformers")) < _minor(family.logit_softcap_since or "0.0"):
+        return None
+    return getattr(text, family.logit_softcap, None)
+
+
+def _minor(named: str) -> tuple[int, ...]:
+    return tuple(map(int, named.split(".")[:2]))
 
 
 def _decoder_only(config: Any, name: str) -> Any:

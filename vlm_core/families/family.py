@@ -88,6 +88,8 @@ class Family:
         How images are cut and where their tokens lie on them: a name in ``vlm_core.families.tiling.CUTS``. Default ``"whole"``.
     logit_softcap : str or None
         Field of the text config that caps the logits after the unembedding (PaliGemma 2), where the model reads it.
+    logit_softcap_since : str
+        First version of transformers whose model reads it: under earlier ones logits are left uncapped. Default ``""``: any.
     """
 
     model_type: str
@@ -112,6 +114,7 @@ class Family:
     deepstack: bool = False
     layout: str = "whole"
     logit_softcap: str | None = None
+    logit_softcap_since: str = ""
 
     @property
     def key(self) -> str:
@@ -156,6 +159,7 @@ PALIGEMMA = replace(
     nested_images=True,
     prompt_has_image_token=False,
     logit_softcap="final_logit_softcapping",
+    logit_softcap_since="5.23",
 )
 GEMMA3 = replace(
     LLAVA,

@@ -68,7 +68,9 @@ class Tiny:
     def model(self, attention: str | None = None, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """The model; the same weights for every attention."""
         torch.manual_seed(0)
-        model = loud(self.cls._from_config(self.config(), attn_implementation=attention or self.attentions[0])).eval()
+        # The language model's: not every Q-Former has it under every transformers.
+        named = {"text_config": attention or self.attentions[0]}
+        model = loud(self.cls._from_config(self.config(), attn_implementation=named)).eval()
         with torch.no_grad():
             # Cross-attention and its feed-forward enter through gates that start at zero.
             for name, parameter in model.named_parameters():
