@@ -80,8 +80,9 @@ class Family:
         Whether the processor closes the prompt itself and takes the answer as ``suffix`` (PaliGemma).
     nested_images : bool
         Whether the processor wants ``[[image], [image]]`` instead of ``[image, image]``.
-    prompt_has_image_token : bool
-        Whether a prompt without chat template needs the image token written into it.
+    placeholder : str
+        What a prompt without chat template begins with, once per image; ``{}`` is the processor's image token. Default ``"{} "``;
+        ``""`` where the processor writes it itself (BLIP-2).
     deepstack : bool
         Whether visual features are added again after the first layers (Qwen3-VL).
     layout : str
@@ -110,7 +111,7 @@ class Family:
     max_images: int | None = None
     answer_apart: bool = False
     nested_images: bool = False
-    prompt_has_image_token: bool = True
+    placeholder: str = "{} "
     deepstack: bool = False
     layout: str = "whole"
     logit_softcap: str | None = None
@@ -157,7 +158,7 @@ PALIGEMMA = replace(
     causal_prompt=False,
     answer_apart=True,
     nested_images=True,
-    prompt_has_image_token=False,
+    placeholder="{}",
     logit_softcap="final_logit_softcapping",
     logit_softcap_since="5.23",
 )
@@ -182,7 +183,7 @@ BLIP2_OPT = replace(
     mlp="fc2",
     head="language_model.lm_head",
     max_images=1,
-    prompt_has_image_token=False,
+    placeholder="",
 )
 BLIP2_LLAMA = replace(
     BLIP2_OPT, decoder="llama", language_model="language_model.model", norm="norm", output_projection="o_proj", mlp="mlp"

@@ -197,8 +197,9 @@ class Subject:
             if answer is not None:
                 turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
             return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
-        token = f"{self.processor.image_token} " if self.anatomy.family.prompt_has_image_token else ""
-        return token * n_images + prompt + ("" if answer is None else f" {answer}")
+        placeholder = self.anatomy.family.placeholder
+        shown = placeholder.format(self.processor.image_token) * n_images if placeholder else ""
+        return shown + prompt + ("" if answer is None else f" {answer}")
 
     def _answer_lead(self) -> str:
         # The white space between the prompt and the answer, as the subject's own template writes it.

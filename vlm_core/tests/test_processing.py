@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from vlm_core import load_subject
+from vlm_core import Subject, load_subject
 from vlm_core.families.processing import images_only, load_processor, processor_class
 from vlm_core.tests.family_processors import PROCESSORS, VARIANTS, save
 
@@ -57,3 +57,26 @@ def test_nothing_of_transformers_stays_changed():
     PROCESSORS["qwen2_vl"]()
     assert module.num2words is before
     assert not hasattr(__import__("transformers.models.qwen2_vl.processing_qwen2_vl", fromlist=["_"]), "num2words")
+
+
+@pytest.mark.parametrize("answers", [None, ["red", "green"]])
+def test_paligemma_is_given_the_placeholders_that_it_would_guess(monkeypatch, answers):
+    """Without them its processor warns at every call; the inputs are the same."""
+    import transformers.models.paligemma.processing_paligemma as processing
+
+    warned = []
+    monkeypatch.setattr(processing.logger, "warning", warned.append)
+    processor, model = PROCESSORS["paligemma"]()
+    subject = Subject(model, processor)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 32, 3), dtype=np.uint8)
+    one, two, three = map(Image.fromarray, noise)
+    pictures, prompts = [[one, two], [three]], ["what color is in the image ?", "what is the color ?"]
+    batch = subject.encode(pictures, prompts, answers)
+    assert not warned
+    guessed = processor(
+        images=pictures, text=prompts, return_tensors="pt", padding=True, padding_side="left",
+        **({} if answers is None else {"suffix": answers}),
+    )
+    assert len(warned) == 1
+    assert torch.equal(batch.inputs["input_ids"], guessed["input_ids"])
+    assert torch.equal(batch.inputs["token_type_ids"], guessed["token_type_ids"])
