@@ -39,11 +39,7 @@ from vlm_core.seam.plan import Program
 from vlm_core.seam.seam import current_run
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.oracles import decode_again, hooked, logits, members, read_site
-from vlm_core.tests.tiny import make_items
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from vlm_core.tests.tiny import make_items, normal
 
 
 @pytest.fixture(scope="module")

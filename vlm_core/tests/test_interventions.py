@@ -49,7 +49,7 @@ from vlm_core.tests.oracles import (
     replace_image_kv,
     run_shortened,
 )
-from vlm_core.tests.tiny import make_items, tiny_subject
+from vlm_core.tests.tiny import make_items, normal, tiny_subject
 
 SUBJECTS = ["subject", "gqa_subject", "eager_subject"]
 N_IMAGE = 17
@@ -72,10 +72,6 @@ def batch(subject, items):
     batch = subject.encode_items(items)
     assert not bool(batch.valid.all()), "left padding is part of the tests"
     return batch
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def intervened(subject, batch, plan, **options):

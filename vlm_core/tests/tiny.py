@@ -77,6 +77,11 @@ def loud(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers, the same for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_llava(
     *,
     layers: int = 3,
