@@ -130,12 +130,11 @@ CHECKED: list[str] = []
 """Claims of the matrix that a test below stands for."""
 
 
-def conforms(title: str, needs: str | None = None, refused_by=None, refusal=None, unavailable=None):
+def conforms(title: str, needs: str | None = None, refused_by=None, unavailable=None):
     """Run a check on every model and say how it came out.
 
     ``needs``: a capability without which ``refused_by(subject, batch)`` must be refused with the family's reason.
-    ``refusal(name)``: the reason for which a model refuses, having checked that it does, or None.
-    ``unavailable(name)``: why the question does not arise on a model, or None.
+    ``unavailable(name)``: why the question does not arise on a model (having checked that who asks is told), or None.
     """
     assert title in CLAIMS
     CHECKED.append(title)
@@ -143,11 +142,10 @@ def conforms(title: str, needs: str | None = None, refused_by=None, refusal=None
     def wrap(check):
         @pytest.mark.parametrize("name", TINY)
         def test(name, support):
-            for kind, why in (("not applicable", unavailable), ("no", refusal)):
-                reason = why(name) if why else None
-                if reason is not None:
-                    support(name, title, f"{kind}: {reason}")
-                    return
+            reason = unavailable(name) if unavailable else None
+            if reason is not None:
+                support(name, title, f"not applicable: {reason}")
+                return
             subject = subject_of(name)
             if needs is not None and needs not in subject.capabilities:
                 with pytest.raises(ValueError, match=f"lacks '{needs}'") as refused:
@@ -606,7 +604,17 @@ def test_resume(name):
         close(seen[row], logits_under(subject, intervention, batch)[0, -1], str(intervention))
 
 
-@conforms("shared prefix", "shared_prefix", refuse("shared_prefix"))
+def no_prefix(name: str) -> str | None:
+    """Why no part of the prompt is there to share; who asks for it is told."""
+    anatomy = subject_of(name).anatomy
+    if anatomy.family.causal_prompt:
+        return None
+    with pytest.raises(ValueError, match="lacks 'shared_prefix': its prompt attends to itself both ways"):
+        anatomy.require("shared_prefix")
+    return anatomy.family.refusals["shared_prefix"]
+
+
+@conforms("shared prefix", "shared_prefix", refuse("shared_prefix"), unavailable=no_prefix)
 def test_shared_prefix(name):
     subject, batch = subject_of(name), batch_of(name)
     means = some_means(subject.anatomy)
@@ -663,7 +671,7 @@ def one_image_only(name: str) -> str | None:
     return "it takes one image per prompt: ask about several one by one"
 
 
-@conforms("images", refusal=one_image_only)
+@conforms("images", unavailable=one_image_only)
 def test_several_images(name):
     """Prompts with two images and one are captured together and measured as each alone."""
     subject = subject_of(name)
