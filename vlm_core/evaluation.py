@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 from vlm_core.errors import SubjectError
-from vlm_core.interventions import Intervention
-from vlm_core.items import item_field, take
+from vlm_core.images import as_rgb
+from vlm_core.interventions import Intervention, require_row
+from vlm_core.interventions.numeric import integer, real
+from vlm_core.items import SCORED, item_field, require_item, require_items, take
 from vlm_core.stats import interval
-from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.subject import Subject, require_subject
 from vlm_core.sweeps.scoring import candidate_metric
 from vlm_core.sweeps.sweep import sweep
 
@@ -68,8 +70,17 @@ def evaluate(
     SubjectError
         In ``"candidates"`` mode where the model's numbers are not finite: there is no answer to be right or wrong.
     """
+    require_items(items, SCORED)
+    require_row(plan, "plan")
     if mode not in ("candidates", "greedy"):
         raise ValueError(f"mode must be 'candidates' or 'greedy', got '{mode}'")
+    if mode == "greedy":
+        require_subject(subject)
+    if batch_rows is not None:
+        integer(batch_rows, "batch_rows", least=1)
+    integer(max_new_tokens, "max_new_tokens", least=1)
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out {str(out)!r} is a directory: name the file that the rows go to")
     if logits and mode == "greedy":
         raise ValueError("logits are those of the candidates: ask for them in mode 'candidates'")
     shown, names = _shown_items(items, blind)
@@ -109,7 +120,17 @@ def accuracy_table(results: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     -------
     DataFrame
         ``task, n, clusters, accuracy, lower, upper``.
+
+    Raises
+    ------
+    ValueError
+        If ``results`` is no such table, or ``confidence`` lies outside (0, 1).
     """
+    missing = [name for name in ("task", "cluster", "correct") if name not in getattr(results, "columns", ())]
+    if missing:
+        raise ValueError(f"results must be the table that evaluate gives, got a {type(results).__name__} without column '{missing[0]}'")
+    if not 0.0 < real(confidence, "confidence") < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}: 95 % is 0.95")
     rows = []
     for task, group in results.groupby("task", sort=True):
         correct = group["correct"].to_numpy(float)
@@ -123,32 +144,36 @@ def _plain(text: str) -> str:
 
 
 def _fields(item, **changes) -> dict:
-    names = ("id", "scene_id", "task", "image", "prompt", "answer", "candidates")
-    return {**{name: item_field(item, name) for name in names}, **changes}
+    return {**{name: item_field(item, name) for name in SCORED}, **changes}
 
 
 def _shown_items(items: Sequence, blind: str | None) -> tuple[list, list[str]]:
+    if blind not in (None, "mean", "swap"):
+        raise ValueError(f"blind must be None, 'mean' or 'swap', got '{blind}'")
     shown = take(items, range(len(items)))
-    if blind is None:
+    for item in shown:
+        require_item(item, SCORED)
+    if blind is None or not shown:
         return shown, [str(item_field(item, "scene_id")) for item in shown]
     if blind == "mean":
+        several = [item for item in shown if isinstance(item_field(item, "image"), list | tuple)]
+        if several:
+            raise ValueError(f"item {item_field(several[0], 'id')!r} has several images, which have no mean: use blind='swap'")
         mean = _mean_image([item_field(item, "image") for item in shown])
         return [
             _fields(item, image=mean.resize(item_field(item, "image").size)) for item in shown
         ], ["mean"] * len(shown)
-    if blind == "swap":
-        partners = _partners(shown)
-        return [
-            _fields(item, image=item_field(partner, "image")) for item, partner in zip(shown, partners, strict=True)
-        ], [str(item_field(partner, "scene_id")) for partner in partners]
-    raise ValueError(f"blind must be None, 'mean' or 'swap', got '{blind}'")
+    partners = _partners(shown)
+    return [
+        _fields(item, image=item_field(partner, "image")) for item, partner in zip(shown, partners, strict=True)
+    ], [str(item_field(partner, "scene_id")) for partner in partners]
 
 
 def _mean_image(images: Sequence[Image.Image]) -> Image.Image:
     size = images[0].size
     total = np.zeros((size[1], size[0], 3))
     for image in images:
-        total += np.asarray(image.convert("RGB").resize(size), dtype=float)
+        total += np.asarray(as_rgb(image).resize(size), dtype=float)
     return Image.fromarray(np.round(total / len(images)).astype(np.uint8))
 
 

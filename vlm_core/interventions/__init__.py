@@ -59,6 +59,7 @@ __all__ = [
     "ZeroHeads",
     "describe",
     "parts",
+    "require_row",
     "touches",
 ]
 
@@ -71,6 +72,28 @@ Row = Intervention | tuple[Intervention, ...] | None
 """What is done to one row of a batch."""
 
 
+def require_row(row: Row, name: str = "a row") -> None:
+    """Refuse what is neither ``None`` nor an intervention nor a flat tuple of them.
+
+    Parameters
+    ----------
+    name : str
+        What the error calls it.
+
+    Raises
+    ------
+    TypeError
+    """
+    for part in row if isinstance(row, tuple) else () if row is None else (row,):
+        if not isinstance(part, Intervention):
+            found = f"the class {part.__name__}" if isinstance(part, type) else f"{part!r:.60} ({type(part).__name__})"
+            within = "a tuple with " if isinstance(row, tuple) else ""
+            raise TypeError(
+                f"{name} must be None, an intervention such as ZeroHeads([(0, 1)]) or a flat tuple of interventions applied together, "
+                f"got {within}{found}"
+            )
+
+
 def parts(intervention: Row) -> tuple[Intervention, ...]:
     """The interventions of one row as a tuple."""
     if intervention is None:
@@ -80,6 +103,7 @@ def parts(intervention: Row) -> tuple[Intervention, ...]:
 
 def describe(intervention: Row) -> str:
     """A label for what is done to a row: ``"none"``, one label, or labels joined by ``" + "``."""
+    require_row(intervention)
     if intervention is None:
         return "none"
     return " + ".join(part.describe() for part in parts(intervention)) or "none"
@@ -87,6 +111,7 @@ def describe(intervention: Row) -> str:
 
 def touches(intervention: Row, n_layers: int, contiguous: bool = True) -> Touch:
     """Where a row's interventions begin to matter, all taken together; see ``Touch``."""
+    require_row(intervention)
     all_touches = [part.touches(n_layers, contiguous) for part in parts(intervention)]
     scopes = {touch.scope for touch in all_touches if touch.layer < n_layers}
     return Touch(min((touch.layer for touch in all_touches), default=n_layers), "all" if "all" in scopes else "question")

@@ -37,7 +37,7 @@ from vlm_core.interventions import (
     touches,
 )
 
-__all__ = ["Program", "Replacement", "forget", "parts", "require_fit"]
+__all__ = ["Program", "Replacement", "forget", "parts", "require_fit", "require_possible"]
 
 Means = HeadMeans | ImageKVMeans | ImageKV
 Edit = Patch | Steer | ReplaceTokens
@@ -346,6 +346,27 @@ def require_fit(shape: Sequence[int], n_layers: int, n_heads: int, head_dim: int
             f"means of shape {tuple(shape)} do not fit this model's {n_layers} layers x {n_heads} heads of {head_dim}: compute them on "
             f"the same subject"
         )
+
+
+def require_possible(row: Row, anatomy) -> None:
+    """Refuse a row that a model cannot carry out, before anything runs.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+
+    Raises
+    ------
+    ValueError
+        For a layer or head that it does not have, a capability that its family lacks, means of another model, parts that cannot be
+        combined.
+    """
+    effect = _effect(row, anatomy.n_layers, anatomy.n_heads)
+    for capability, layer in effect.needs:
+        anatomy.require(capability, () if layer is None else (layer,))
+    for _, means in (pair for kind in (effect.mean, effect.image_kv, effect.image_kv_tokens) for pair in kind.values()):
+        for tensor in (means.values,) if isinstance(means, HeadMeans) else (means.keys, means.values):
+            require_fit(tensor.shape, anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
 
 
 def forget() -> None:

@@ -269,12 +269,7 @@ class Run:
         if past == 0:
             self._begin()
             if hidden.shape[:2] != self._valid.shape:
-                raise ValueError(
-                    f"the batch that entered the model is {tuple(hidden.shape[:2])} (sequences, tokens), the run was made "
-                    f"for {tuple(self._valid.shape)}: pass the batch that the model is called with"
-                )
-            if self._steady and not self._idle:
-                self._tokens_at = dict.fromkeys(range(self.anatomy.n_layers + 1), self._start)
+                self._refuse_batch(tuple(hidden.shape[:2]), tuple(self._valid.shape), cached=cache is not None)
             return
         if self._idle:
             return
@@ -284,6 +279,23 @@ class Run:
             )
         self.decoding = True
         self._generated = past + hidden.shape[1] - self._tokens_at[self._own].valid.shape[1]
+
+    def _refuse_batch(self, entered: tuple[int, int], expected: tuple[int, int], cached: bool) -> None:
+        n_times, left_over = divmod(entered[0], expected[0])
+        if n_times > 1 and not left_over and entered[1] == expected[1]:
+            raise ValueError(
+                f"{expected[0]} prompts entered the model as {entered[0]} sequences: beam search and several returned sequences are not "
+                f"possible in a run, leave num_beams and num_return_sequences at 1 (or encode each prompt {n_times} times)"
+            )
+        if not cached and entered[0] == expected[0] and entered[1] > expected[1]:
+            raise ValueError(
+                f"prompts of {expected[1]} tokens came back with {entered[1]} and no cache: use_cache=False cannot generate in a run, "
+                f"leave the cache on (a single forward pass needs none)"
+            )
+        raise ValueError(
+            f"the batch that entered the model is {entered} (sequences, tokens), the run was made for {expected}: pass the batch that "
+            f"the model is called with"
+        )
 
     def _keep(self, number: int, layer: int, record: torch.Tensor | None) -> None:
         if record is not None:

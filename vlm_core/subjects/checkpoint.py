@@ -103,8 +103,15 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
     """
     from vlm_core.families.family import find_family
 
+    if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():
+        raise SubjectError(
+            f"a subject is named by a directory or a Hub id, got {path_or_id!r} ({type(path_or_id).__name__}): give the path of a saved "
+            f"checkpoint."
+        )
     source = str(path_or_id)
     local = Path(source)
+    if local.is_file():
+        raise SubjectError(f"subject '{source}' is a file: point to the folder of a saved checkpoint, which has a config.json.")
     name = local.name or source
     if local.is_dir():
         directory: Path | None = local
@@ -119,8 +126,10 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
         if any(snapshot.glob("*.safetensors")):
             directory = snapshot
     try:
-        config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
+            raise ValueError("it or its text_config is no table of settings")
+    except ValueError as error:
         raise SubjectError(f"subject '{source}' has an unreadable config.json ({error}): save it again.") from error
     model_type = str(config.get("model_type", ""))
     if "vision_config" not in config:
@@ -161,7 +170,13 @@ def _weight_files(source: str, directory: Path | None, complete: bool) -> tuple[
         return (), None
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SubjectError(
+                f"subject '{source}' is corrupted: {index.name} does not say which file holds which weights; copy or download the "
+                f"checkpoint again."
+            ) from error
     else:
         wanted = sorted(file.name for file in directory.glob("*.safetensors"))
     if not wanted:
@@ -197,10 +212,12 @@ def _count_parameters(source: str, file: Path) -> int:
             raise corrupted("announces a header longer than the file")
         try:
             header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            tensors = [
+                (*map(int, entry["data_offsets"]), _BYTES.get(entry["dtype"], 1)) for key, entry in header.items() if key != "__metadata__"
+            ]
+            expected = 8 + length + max((end for _, end, _ in tensors), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise corrupted("has an unreadable header") from error
-    tensors = [entry for key, entry in header.items() if key != "__metadata__"]
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
     if expected != size:
         raise corrupted(f"has {size} bytes where its header announces {expected}")
-    return sum((e["data_offsets"][1] - e["data_offsets"][0]) // _BYTES.get(e["dtype"], 1) for e in tensors)
+    return sum((end - start) // width for start, end, width in tensors)

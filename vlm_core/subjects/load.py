@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 from vlm_core.errors import SubjectError
@@ -17,6 +19,10 @@ from vlm_core.subjects.checks import selfcheck
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["load_subject"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# A config that contradicts itself can fail anywhere in the code that reads it.
+_UNLOADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError, StrictDataclassError)
 
 
 def load_subject(
@@ -36,7 +42,7 @@ def load_subject(
     revision : str, optional
     dtype : "auto" or dtype
         ``"auto"``: the checkpoint's own, but float32 on a CPU.
-    device : "auto" or str
+    device : "auto", str or torch.device
         ``"auto"``: ``cuda`` where there is one.
     check : bool
         Run ``selfcheck`` (a few forward passes).
@@ -47,31 +53,27 @@ def load_subject(
     Raises
     ------
     ValueError
-        If both ``device`` and ``device_map`` are given.
+        For a dtype that is no floating-point type, a device that torch does not know or that this machine lacks, or if both
+        ``device`` and ``device_map`` are given.
     SubjectError
         One clear sentence: not found, text-only, corrupted, too large, no attention interface, failed self-check.
     """
     if device_map is not None and device != "auto":
         raise ValueError(f"device {device!r} and device_map {device_map!r} were both given: name one of them")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
+    wanted = _dtype(dtype)
     checkpoint = inspect_checkpoint(path_or_id, revision)
     stored = getattr(torch, str(checkpoint.dtype), torch.float32)
-    if dtype == "auto":
-        dtype = torch.float32 if str(device).startswith("cpu") else stored
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    dtype = wanted or (torch.float32 if device.type == "cpu" else stored)
     if device_map is None:
-        checkpoint.require_memory(device, dtype)
+        checkpoint.require_memory(str(device), dtype)
     try:
         model, loading = AutoModelForImageTextToText.from_pretrained(
             checkpoint.source, revision=revision, dtype=dtype, device_map=device_map, output_loading_info=True
         )
         processor = load_processor(checkpoint.source, revision)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise SubjectError(
-            f"subject '{path_or_id}' could not be loaded by transformers: {_first_line(error)}"
-        ) from error
+    except _UNLOADABLE as error:
+        raise SubjectError(f"subject '{path_or_id}' could not be loaded by transformers: {_one_line(error)}") from error
     wrong = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     if wrong:
         raise SubjectError(
@@ -84,5 +86,35 @@ def load_subject(
     return subject
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A floating-point dtype by its name, None for ``"auto"``."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES:
+        known = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES)
+        raise ValueError(f"dtype {dtype!r} is none that a model computes in: use 'auto' (the checkpoint's own) or one of {known}")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that is there."""
+    instead = "use 'auto', 'cpu'" + (f" or 'cuda:0' to 'cuda:{torch.cuda.device_count() - 1}'" if torch.cuda.is_available() else "")
+    if not isinstance(device, str | torch.device):
+        raise ValueError(f"device must be a name or a torch.device, got {device!r} ({type(device).__name__}): {instead}")
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is none that torch knows: {instead}") from None
+    kind = torch.backends.mps if found.type == "mps" else getattr(torch, found.type, None)
+    count = 1 if found.type in ("cpu", "mps") else getattr(kind, "device_count", lambda: 0)()
+    if not getattr(kind, "is_available", lambda: False)() or (found.index or 0) >= count:
+        raise ValueError(f"device '{found}' is not there: {instead}")
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:300]} ..."

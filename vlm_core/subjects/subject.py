@@ -2,6 +2,7 @@
 
 ``Subject(model, processor)``    a model in memory, the seam on it; ``vlm_core.subjects.load`` makes one from a checkpoint
 ``Batch``                        a few prompts as its inputs
+``require_subject(value)``       refuse what is no subject, in one sentence
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import nn
 from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy, HeadId
 from vlm_core.families.layout import Layout, image_layouts
-from vlm_core.interventions import Intervention
-from vlm_core.items import item_field, item_number, take
+from vlm_core.images import as_rgb, require_image
+from vlm_core.interventions import Intervention, require_row
+from vlm_core.interventions.numeric import integer
+from vlm_core.items import item_field, item_number, require_items, take
 from vlm_core.seam.plan import Program
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, install
 from vlm_core.subjects.checkpoint import Checkpoint
 
-__all__ = ["Batch", "Subject"]
+__all__ = ["Batch", "Subject", "require_subject"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,11 @@ class Subject:
     def __init__(
         self, model: nn.Module, processor: Any = None, name: str = "subject", checkpoint: Checkpoint | None = None
     ) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise SubjectError(
+                f"subject '{name}' is no transformers model but a {type(model).__name__}: pass a model for image-text-to-text, or load "
+                f"one with load_subject(path_or_id)."
+            )
         self.model = model.eval()
         self.processor = processor
         self.name = name
@@ -114,8 +122,16 @@ class Subject:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
+        """The processor's tokenizer; a ``SubjectError`` without a processor."""
+        self._require_processor()
         return self.processor.tokenizer
+
+    def _require_processor(self) -> None:
+        if self.processor is None:
+            raise SubjectError(
+                f"subject '{self.name}' has no processor, so it takes ready-made inputs only: make it Subject(model, processor), or load "
+                f"it with load_subject."
+            )
 
     def identity(self) -> dict[str, Any]:
         """Facts that name the subject in a record, builtins only."""
@@ -222,6 +238,8 @@ class Subject:
         SubjectError
             If the tokenizer gives it no token, or only unknown ones.
         """
+        if not isinstance(answer, str):
+            raise ValueError(f"an answer must be a str, got {answer!r} ({type(answer).__name__}): write it as the model would")
         if answer not in self._continuations:
             tokenizer = self.tokenizer
             anchor = self._render_turns("question")[-1:] if self._answer_lead() else ""
@@ -266,14 +284,18 @@ class Subject:
         SubjectError
             If a prompt has no image, more images than the family takes, or the inputs carry no image tokens.
         ValueError
-            If there are not as many entries of images (and answers) as prompts.
+            If there are not as many entries of images (and answers) as prompts, or none, or they are no images and texts.
         """
+        self._require_processor()
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' (for generate) or 'right', got {padding_side!r}")
         pictures = self._pictures(images, prompts)
         texts = [
             self._render_turns(prompt, n_images=len(shown)) for prompt, shown in zip(prompts, pictures, strict=True)
         ]
         questions, options = texts, {}
         if answers is not None:
+            _require_texts(answers, "answers")
             if len(answers) != len(texts):
                 raise ValueError(f"{len(answers)} answers for {len(texts)} prompts: give one per prompt")
             if self.anatomy.family.answer_apart:
@@ -313,8 +335,15 @@ class Subject:
         return Batch(inputs, image, valid, labels)
 
     def _pictures(self, images: Sequence, prompts: Sequence[str]) -> list[list]:
+        _require_texts(prompts, "prompts")
+        if isinstance(images, str) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+            raise ValueError(f"images must be a list with one entry per prompt, got {type(images).__name__}: write [image], also of one")
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one, or a list of them, per prompt")
+        if not len(prompts):
+            raise ValueError("there is nothing to encode: give at least one image and its prompt")
+        for prompt, entry in zip(prompts, images, strict=True):
+            require_image(entry, f"the image of the prompt '{prompt}'")
         pictures = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in images]
         most = self.anatomy.family.max_images
         for prompt, shown in zip(prompts, pictures, strict=True):
@@ -327,7 +356,7 @@ class Subject:
                     f"subject '{self.name}' takes {most} image per prompt, got {len(shown)} for '{prompt}': its family "
                     f"({self.anatomy.family.model_type}) has no place for more; ask about them one by one."
                 )
-        return [[picture.convert("RGB") for picture in shown] for shown in pictures]
+        return [[as_rgb(picture) for picture in shown] for shown in pictures]
 
     def _labels(self, ids: torch.Tensor, valid: torch.Tensor, answers: Sequence[str]) -> torch.Tensor:
         labels = torch.full_like(ids, -100)
@@ -397,7 +426,12 @@ class Subject:
             One sentence: a layer, head, position or group that is not there, parts that cannot be combined, a
             capability that the family lacks, a source that does not fit, another number of items than prompts.
         """
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be what subject.encode(images, prompts) gives, got {type(batch).__name__}")
         rows = list(interventions) if isinstance(interventions, list) else [interventions] * len(batch)
+        for row in rows:
+            require_row(row)
+        _require_run(observers, items, groups)
         if batch.labels is not None:
             groups = {"answer": batch.labels != -100, **(groups or {})}
         items = batch.items if items is None else items
@@ -410,6 +444,7 @@ class Subject:
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
         """``encode`` on the images and prompts of items, which stay named by their ids (``Batch.items``)."""
+        require_items(items)
         items = take(items, range(len(items)))
         batch = self.encode(
             [item_field(item, "image") for item in items],
@@ -417,3 +452,38 @@ class Subject:
             padding_side=padding_side,
         )
         return replace(batch, items=tuple(map(item_number, items)))
+
+
+def require_subject(value: Any) -> None:
+    """Refuse what is no subject.
+
+    Raises
+    ------
+    TypeError
+    """
+    if not isinstance(value, Subject):
+        raise TypeError(
+            f"the subject must be a Subject, got {value!r:.60} ({type(value).__name__}): load it with load_subject(path_or_id), or make "
+            f"it Subject(model, processor)"
+        )
+
+
+def _require_texts(texts: Any, name: str) -> None:
+    if isinstance(texts, str) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
+        raise ValueError(f"{name} must be a list of str, got {texts!r:.60} ({type(texts).__name__}): write [text], also of one")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a list of str, got {text!r:.60} ({type(text).__name__}) among them")
+
+
+def _require_run(observers: Any, items: Any, groups: Any) -> None:
+    if not isinstance(observers, list | tuple):
+        raise TypeError(f"observers must be a list, got {observers!r:.60} ({type(observers).__name__}): write [observer], also of one")
+    for one in observers:
+        if isinstance(one, type | str) or not any(hasattr(one, name) for name in ("attention", "layer", "site")):
+            what = f"the class {one.__name__}" if isinstance(one, type) else f"{one!r:.60}"
+            raise TypeError(f"a run takes observers with attention(view) or layer(view), got {what}: make one, or use observe(...)")
+    for item in () if items is None else items:
+        integer(item, "an item's number")
+    if groups is not None and not (isinstance(groups, Mapping) and all(isinstance(one, torch.Tensor) for one in groups.values())):
+        raise TypeError("groups must be a mapping of names to BoolTensors [prompt, token]")

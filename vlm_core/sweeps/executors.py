@@ -3,7 +3,7 @@
 ``SerialExecutor``    in this process, one after the other
 ``ProcessExecutor``   a pool of processes that outlives the death of its members
 ``RayExecutor``       a Ray cluster (extra ``[cluster]``): one actor per worker, over many machines
-``open_subject``      the subject of a worker, loaded once per process
+``open_subject``      the subject of a worker, loaded once per process; ``require_source`` refuses what cannot be one
 
 A task is a picklable callable with picklable arguments. A worker that dies takes its task's work with it, not the task: it runs again on
 another worker, at most ``retries`` times.
@@ -16,7 +16,7 @@ import pickle
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm_core.subjects.subject import Subject
 
-__all__ = ["ProcessExecutor", "RayExecutor", "SerialExecutor", "SubjectSource", "open_subject"]
+__all__ = ["ProcessExecutor", "RayExecutor", "SerialExecutor", "SubjectSource", "open_subject", "require_source"]
 
 SubjectSource = Any
 """A ``Subject``, a path or model id, or a picklable callable without arguments that gives a ``Subject``."""
@@ -34,20 +34,70 @@ SubjectSource = Any
 _OPENED: dict[bytes, Any] = {}
 
 
+def require_source(source: SubjectSource) -> None:
+    """Refuse what is neither a subject nor a path, id or callable that gives one.
+
+    Raises
+    ------
+    TypeError
+    """
+    from torch.nn import Module
+
+    from vlm_core.subjects.subject import Subject
+
+    if isinstance(source, Module):
+        raise TypeError(f"the subject is a bare {type(source).__name__}: give Subject(model, processor), or the checkpoint's path or id")
+    if not isinstance(source, Subject | str | Path) and not callable(source):
+        raise TypeError(
+            f"the subject must be a Subject, a checkpoint's path or id, or a callable that gives a Subject, got {source!r:.60} "
+            f"({type(source).__name__})"
+        )
+
+
 def open_subject(source: SubjectSource) -> Subject:
-    """The subject that a source stands for; one that is loaded stays for the next shard of this process."""
+    """The subject that a source stands for; one that is loaded stays for the next shard of this process.
+
+    Raises
+    ------
+    TypeError
+        For what is no source, or a callable that gives something else than a ``Subject``.
+    ValueError
+        For a callable that cannot be pickled, so that it cannot be told from others.
+    """
     from vlm_core.subjects.load import load_subject
     from vlm_core.subjects.subject import Subject
 
+    require_source(source)
     if isinstance(source, Subject):
         return source
     # By content: a source that came from another process is another object every time.
-    key = pickle.dumps(source)
+    key = _key(source)
     if key not in _OPENED:
         # One subject at a time: another source means another sweep.
         _OPENED.clear()
-        _OPENED[key] = load_subject(source) if isinstance(source, str | Path) else source()
+        opened = load_subject(source) if isinstance(source, str | Path) else source()
+        if not isinstance(opened, Subject):
+            raise TypeError(f"the subject's callable must give a Subject, got {type(opened).__name__}: return load_subject(...)")
+        _OPENED[key] = opened
     return _OPENED[key]
+
+
+def _key(source: SubjectSource) -> bytes:
+    try:
+        return pickle.dumps(source)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        name = getattr(source, "__qualname__", type(source).__qualname__)
+        raise ValueError(
+            f"the subject's callable ({name}) cannot be pickled, so it cannot be told from others: name a function at the top level of a "
+            f"module, or give the Subject itself"
+        ) from error
+
+
+def _whole(value: int, name: str, least: int) -> int:
+    # Imported here: it imports torch, which a worker does without until it makes a subject.
+    from vlm_core.interventions.numeric import integer
+
+    return integer(value, name, least)
 
 
 class SerialExecutor(Executor):
@@ -70,10 +120,8 @@ class _Dispatcher(Executor, ABC):
     """Threads that hand tasks to one worker each, and to a new worker where theirs has died."""
 
     def __init__(self, max_workers: int, retries: int) -> None:
-        if max_workers < 1:
-            raise ValueError(f"max_workers must be 1 or more, got {max_workers}")
-        self.max_workers = max_workers
-        self.retries = retries
+        self.max_workers = _whole(max_workers, "max_workers", 1)
+        self.retries = _whole(retries, "retries", 0)
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._closed = False
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(max_workers)]
@@ -162,7 +210,9 @@ class ProcessExecutor(_Dispatcher):
     in_process = False
 
     def __init__(self, max_workers: int = 2, retries: int = 3, threads: int | None = None) -> None:
-        self._threads_each = threads or max(1, (os.cpu_count() or 1) // max_workers)
+        max_workers = _whole(max_workers, "max_workers", 1)
+        shared = max(1, (os.cpu_count() or 1) // max_workers)
+        self._threads_each = shared if threads is None else _whole(threads, "threads", 1)
         super().__init__(max_workers, retries)
 
     def _hire(self) -> ProcessPoolExecutor:
@@ -203,6 +253,8 @@ class RayExecutor(_Dispatcher):
 
     Raises
     ------
+    ValueError, TypeError
+        For numbers and settings that cannot be, before Ray is started.
     ImportError
         Where Ray is not installed.
     """
@@ -210,6 +262,12 @@ class RayExecutor(_Dispatcher):
     in_process = False
 
     def __init__(self, max_workers: int = 2, retries: int = 3, cpus: float = 1, gpus: float = 0, init: dict | None = None) -> None:
+        max_workers, retries = _whole(max_workers, "max_workers", 1), _whole(retries, "retries", 0)
+        for name, share in (("cpus", cpus), ("gpus", gpus)):
+            if isinstance(share, bool) or not isinstance(share, int | float) or not share >= 0:
+                raise ValueError(f"{name} must be a number, 0 or more, got {share!r}")
+        if init is not None and not isinstance(init, Mapping):
+            raise TypeError(f"init must be a dict of ray.init's arguments such as {{'address': 'auto'}}, got {init!r}")
         try:
             import ray
         except ImportError as error:

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock, Timeout
+from pyarrow.lib import ArrowException
 
 __all__ = ["ShardStore"]
 
@@ -49,9 +51,21 @@ class ShardStore:
         return self.folder / f"{name}.parquet"
 
     def read(self, name: str) -> pd.DataFrame | None:
-        """The shard ``name``; None where it is not there (yet)."""
+        """The shard ``name``; None where it is not there (yet), or damaged: then it is set aside, with a warning, to be computed anew."""
         path = self.path(name)
-        return pd.read_parquet(path) if path.is_file() else None
+        try:
+            return pd.read_parquet(path)
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise
+        except (ArrowException, OSError) as error:
+            aside = path.with_suffix(".damaged")
+            with suppress(FileNotFoundError):
+                os.replace(path, aside)
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"the shard {path} is damaged ({first}): it is computed anew, what was there is kept as {aside}", stacklevel=2)
+            return None
 
     def write(self, name: str, table: pd.DataFrame) -> None:
         """Put a shard in place, whole or not at all."""

@@ -11,7 +11,6 @@ killed run goes on where it stopped and processes that ask for the same sweep sh
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
 import time
 import uuid
@@ -28,16 +27,17 @@ from tqdm import tqdm
 
 from vlm_core.identity import item_digest
 from vlm_core.interventions import Row, describe, parts
-from vlm_core.items import item_field, item_number, require_distinct, take
-from vlm_core.seam.plan import forget
+from vlm_core.items import SCORED, item_field, item_number, require_distinct, require_item, take
+from vlm_core.seam.plan import forget, require_possible
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups, grouped, with_groups
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.asked import require_asked
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.executors import SubjectSource, open_subject
 from vlm_core.sweeps.features import KnownFeatures, Prompt, encode_distinct, prompts_of
-from vlm_core.sweeps.scoring import METRICS, CandidateSet, RowScores, candidate_set, score_candidates
+from vlm_core.sweeps.scoring import CandidateSet, RowScores, candidate_set, score_candidates
 from vlm_core.sweeps.shards import ShardStore
 
 __all__ = ["progress_bar", "sweep"]
@@ -71,7 +71,7 @@ def sweep(
     subject : Subject, or what an executor's workers can make one of
         A path or model id, or a picklable callable without arguments that gives a ``Subject``.
     items : sequence of items
-        With ``id, scene_id, task, image, prompt, answer, candidates``.
+        With ``id, scene_id, task, image, prompt, answer, candidates``. Without items, or without rows, the table is empty.
     interventions : mapping of label to intervention, or sequence
         ``None`` (nothing), an intervention, or a tuple of them applied together. A sequence is labelled by
         ``describe``.
@@ -106,22 +106,30 @@ def sweep(
 
     Raises
     ------
-    ValueError
-        One sentence: two items of one id, an item that cannot be scored (``vlm_core.sweeps.scoring.candidate_set``), an unknown metric,
-        assignments of no intervention, token groups that do not fit.
+    TypeError, ValueError
+        One sentence for what cannot be meant, before anything runs (``vlm_core.sweeps.asked``): two items of one id, an item that cannot
+        be scored, an unknown metric, assignments of no intervention, a layer or head that is not there. Items of a lazy sequence, and
+        token groups, are looked at when their block is read.
+    SubjectError
+        Where the subject cannot write a candidate.
     """
+    require_asked(
+        subject, items, interventions, batch_rows=batch_rows, metrics=metrics, progress=progress, assignments=assignments, store=store,
+        groups=groups, executor=executor,
+    )
     table = _labelled(interventions)
-    unknown = {metric for metric in metrics if metric not in METRICS and not re.fullmatch(r"candidate \d+", metric)}
-    if unknown:
-        raise ValueError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
     require_distinct(items)
     by_item = _rows_by_item(len(items), table, assignments)
     plan = _Plan(uuid.uuid4().hex, table, tuple(metrics), batch_rows, None if store is None else str(store), groups)
     blocks = _blocks(by_item)
     progress = progress_bar() if progress is True else progress or None
     n_rows, done, pieces = sum(map(len, by_item)), 0, {}
-    run = partial(_run_here, open_subject(subject)) if executor is None else partial(_run_on, executor, subject)
+    source = open_subject(subject) if executor is None else subject
+    run = partial(_run_here, source) if executor is None else partial(_run_on, executor, source)
     try:
+        if isinstance(source, Subject):
+            for row in table.values():
+                require_possible(row, source.anatomy)
         for number, piece, computed in run(plan, items, by_item, blocks):
             pieces[number] = piece
             rows = sum(len(by_item[index]) for index in blocks[number])
@@ -191,7 +199,10 @@ class _Block:
     def of(cls, plan: _Plan, items: Sequence, by_item: list[list[str]], indices: list[int]) -> _Block:
         rows = [(position, label) for position, index in enumerate(indices) for label in by_item[index]]
         needed = {label: plan.table[label] for _, label in rows}
-        return cls(replace(plan, table=needed), take(items, indices), rows)
+        chosen = take(items, indices)
+        for item in chosen:
+            require_item(item, SCORED)
+        return cls(replace(plan, table=needed), chosen, rows)
 
 
 def _blocks(by_item: list[list[str]]) -> list[list[int]]:
@@ -347,7 +358,9 @@ def _measure(subject: Subject, block: _Block, prompts: list[Prompt] | None = Non
     repeat = len(metrics)
     columns = {name: np.repeat(np.array(column, dtype=object), repeat) for name, column in per_row.items()}
     columns["metric"] = np.tile(np.array(metrics, dtype=object), len(rows))
-    columns["value"] = np.stack([values[metric] for metric in metrics], axis=1).reshape(-1)
+    # Other blocks may hold items with more candidates.
+    beyond = np.where(np.isnan(values["logit"]), np.nan, -np.inf)
+    columns["value"] = np.stack([values.get(metric, beyond) for metric in metrics], axis=1).reshape(-1)
     piece = pd.DataFrame(columns)
     piece.attrs = counts.to_dict()
     return piece

@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_is_refused(subject):
         sweep(subject, [{**item, "candidates": [*item["candidates"], "mauve"]}], [None])
     with pytest.raises(ValueError, match="unknown metrics"):
         sweep(subject, [item], [None], metrics=("accuracy",))
-    with pytest.raises(KeyError, match="has no field 'candidates'"):
+    with pytest.raises(ValueError, match="has no field 'candidates'"):
         sweep(subject, [{name: value for name, value in item.items() if name != "candidates"}], [None])
 
 
