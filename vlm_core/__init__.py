@@ -39,6 +39,7 @@ _HOMES = {
         "describe",
         "touches",
     ),
+    "interventions.stored": ("load_interventions", "save_interventions"),
     "observation.gradients": ("HeadGradients", "ImageGradients", "IntegratedGradients"),
     "families.layout": ("Layout", "coverage", "heatmap", "image_layouts", "object_tokens"),
     "observation.lens": ("DirectLogits", "LogitLens"),

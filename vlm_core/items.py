@@ -42,7 +42,7 @@ def item_number(item: Any) -> int:
 
 
 def require_distinct(items: Sequence) -> None:
-    """Refuse two items of one id: a table could not tell them apart.
+    """Refuse two items of one id: what is measured could not tell them apart.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def require_distinct(items: Sequence) -> None:
     seen: set[str] = set()
     for one in map(str, ids):
         if one in seen:
-            raise ValueError(f"two items have the id {one!r}: the table of a sweep tells items by their ids, give each its own")
+            raise ValueError(f"two items have the id {one!r}: tables and recordings tell items by their ids, give each its own")
         seen.add(one)
 
 

@@ -35,22 +35,25 @@ import pandas as pd
 import torch
 import transformers
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vlm_core.errors import SubjectError
 from vlm_core.identity import code_digest, item_digest
-from vlm_core.interventions import Intervention, describe, parts
-from vlm_core.items import item_field, take
+from vlm_core.images import as_rgb
+from vlm_core.interventions import Intervention, describe, parts, require_row
+from vlm_core.items import item_field, require_distinct, require_item, require_items, take
 from vlm_core.observation.at import At
 from vlm_core.observation.means import KeyValues, Moments
 from vlm_core.observation.observing import observed, prepare
 from vlm_core.observation.recording_config import RecordingConfig
+from vlm_core.seam.plan import require_possible
 from vlm_core.seam.views import Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups
 from vlm_core.subjects.load import load_subject
-from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.subject import Subject, require_subject
 
 __all__ = ["Recording", "RecordingConfig", "record"]
 
@@ -85,12 +88,27 @@ def record(
 
     Raises
     ------
-    ValueError
-        If ``out`` holds a recording of something else, or two items have the same id.
+    ValueError, TypeError
+        If ``out`` holds a recording of something else, two items have the same id, or an argument cannot be what it should be; the
+        latter before anything is written.
     """
-    out = Path(out)
+    require_subject(subject)
+    if not isinstance(config, RecordingConfig):
+        raise TypeError(
+            f"config must be a RecordingConfig, got {config!r:.60} ({type(config).__name__}): read one with RecordingConfig.from_file(path)"
+        )
+    require_items(items)
+    require_row(intervention, "intervention")
+    require_possible(intervention, subject.anatomy)
+    for name, function in (("groups", groups), ("progress", progress)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a callable or None, got {function!r:.60} ({type(function).__name__})")
+    out = _folder(out)
     if not len(items):
         raise ValueError("there is nothing to record: pass at least one item")
+    # Of a lazy sequence the ids are known when its images have been read.
+    if isinstance(items, list | tuple) or hasattr(items, "column_names"):
+        require_distinct(items)
     (out / "shards").mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
         observers = _begin(subject, items, config, out, intervention, groups)
@@ -105,9 +123,7 @@ def record(
             if progress is not None:
                 progress(min(start + config.shard_items, len(items)), len(items))
         whole = pd.concat(index, ignore_index=True)
-        twice = whole["item"][whole["item"].duplicated()]
-        if len(twice):
-            raise ValueError(f"two items are called '{twice.iloc[0]}': a recording finds items by id, make them distinct")
+        require_distinct([{"id": one} for one in whole["item"]])
         partial = out / "index.parquet.partial"
         whole.to_parquet(partial, index=False)
         os.replace(partial, out / "index.parquet")
@@ -127,18 +143,36 @@ def _begin(subject, items, config, out, intervention, groups) -> dict[str, Any]:
     }
     path = out / "identity.json"
     if path.is_file():
-        known = json.loads(path.read_text())
+        known = _read_json(path)
         differing = [key for key in identity if known.get(key) != identity[key]]
-        if differing:
+        # Where nothing was recorded yet (the first items failed), there is nothing to keep apart from.
+        if differing and any((out / "shards").glob("[!.]*")):
             raise ValueError(
                 f"{out} holds a recording with another {' and '.join(differing)}: record into a new directory"
             )
-        # What was found on the first items (sinks) stays what it was.
-        return dict(RecordingConfig.from_dict(known["prepared"]).observers)
+        if not differing:
+            # What was found on the first items (sinks) stays what it was.
+            return dict(RecordingConfig.from_dict(known["prepared"]).observers)
     ready = dict(zip(config.observers, prepare(subject, items, list(config.observers.values())), strict=True))
     identity["prepared"] = replace(config, observers=ready).to_dict()
     _write_json(identity, path)
     return ready
+
+
+def _folder(out: str | Path) -> Path:
+    if not isinstance(out, str | Path) or not str(out):
+        raise TypeError(f"a recording's directory must be a path, got {out!r:.60} ({type(out).__name__})")
+    for folder in (Path(out), *Path(out).parents):
+        if folder.is_file():
+            raise ValueError(f"{out} cannot be a recording's directory: {folder} is a file, name another path")
+    return Path(out)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): record into a new directory") from error
 
 
 def _digest(items: Sequence) -> str:
@@ -246,12 +280,12 @@ class Recording:
     @classmethod
     def open(cls, out: str | Path) -> Recording:
         """The recording in ``out``; a ``ValueError`` where there is none or it is unfinished."""
-        out = Path(out)
+        out = _folder(out)
         if not (out / "identity.json").is_file():
             raise ValueError(f"{out} holds no recording: it has no identity.json")
         if not (out / "index.parquet").is_file():
             raise ValueError(f"the recording in {out} is unfinished: call record(...) again with the same items")
-        return cls(out, json.loads((out / "identity.json").read_text()), pd.read_parquet(out / "index.parquet"))
+        return cls(out, _read_json(out / "identity.json"), pd.read_parquet(out / "index.parquet"))
 
     @property
     def items(self) -> list[str]:
@@ -319,15 +353,36 @@ class _JsonLines(Sequence):
     """Items of a JSON-lines file, images opened when asked for."""
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"there are no items at {path}: it is no file, check the path")
         self._folder = path.parent
-        self._lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        self._lines = [self._parsed(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        for item in self._lines:
+            require_item(item, ("id", "prompt"))
+            shown = self._folder / str(item_field(item, "image"))
+            if not shown.is_file():
+                raise ValueError(f"item {item['id']!r} of {path} names the image {item['image']!r}: there is no such file in {self._folder}")
+
+    @staticmethod
+    def _parsed(path: Path, number: int, line: str) -> dict:
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is no JSON ({error}): write one object a line") from error
+        if not isinstance(item, dict):
+            raise ValueError(f"line {number} of {path} is no object but {item!r:.60}: write {{\"id\": ..., \"image\": ..., \"prompt\": ...}}")
+        return item
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> dict:
         item = self._lines[index]
-        return {**item, "image": Image.open(self._folder / item_field(item, "image")).convert("RGB")}
+        try:
+            with Image.open(self._folder / item["image"]) as image:
+                return {**item, "image": as_rgb(image)}
+        except UnidentifiedImageError as error:
+            raise ValueError(f"the image {item['image']!r} of item {item['id']!r} is no image that Pillow knows: save it as PNG") from error
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
@@ -344,8 +399,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         parser.add_argument(option, required=True, help=what)
     options = parser.parse_args(arguments)
-    config, items = RecordingConfig.from_file(options.config), _JsonLines(Path(options.items))
-    recording = record(load_subject(options.subject), items, config, options.out)
+    try:
+        config, items = RecordingConfig.from_file(options.config), _JsonLines(Path(options.items))
+        recording = record(load_subject(options.subject), items, config, options.out)
+    except (SubjectError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"{len(recording.items)} items in {recording.path}: {', '.join((*recording.tables, *recording.arrays))}")
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from vlm_core.families.anatomy import Anatomy
+from vlm_core.interventions.numeric import integers
 
 __all__ = ["lora_targets"]
 
@@ -30,6 +31,11 @@ def lora_targets(anatomy: Anatomy, layers: Sequence[int], modules: Sequence[str]
     ValueError
         For a layer or a module that the model does not have.
     """
+    if not isinstance(anatomy, Anatomy):
+        raise TypeError(f"lora_targets needs a subject's anatomy, got {type(anatomy).__name__}: pass subject.anatomy")
+    layers = integers(layers, "layers", "each of layers")
+    if isinstance(modules, str) or not layers or not modules:
+        raise ValueError(f"lora_targets needs lists of at least one layer and one module, got {layers} and {modules!r}")
     family = anatomy.family
     for layer in layers:
         if not 0 <= layer < anatomy.n_layers:

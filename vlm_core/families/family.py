@@ -194,6 +194,8 @@ FAMILIES: dict[str, Family] = {}
 
 def declare(family: Family) -> Family:
     """Add ``family`` to ``FAMILIES``, where every subject of its ``model_type`` finds it."""
+    if not isinstance(family, Family):
+        raise TypeError(f"a family is declared by a Family, got {family!r:.60} ({type(family).__name__}): write Family(model_type=..., ...)")
     FAMILIES[family.key] = family
     return family
 

@@ -154,6 +154,11 @@ class Activations(Source):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        groups = self.groups if isinstance(self.groups, Mapping) else {"": None}
+        if not isinstance(self.values, Mapping) or not all(isinstance(key, tuple) and len(key) == 2 for key in self.values):
+            raise ValueError("values of Activations must be a mapping of (site, layer) to tensors: capture_activations gives them")
+        if not all(isinstance(one, torch.Tensor) for one in (self.image, *self.values.values(), *groups.values())):
+            raise ValueError("image, values and groups of Activations must be tensors, the latter two by name: capture_activations gives them")
         for (site, layer), tensor in self.values.items():
             if site not in SITES:
                 raise ValueError(f"'{site}' is not a site: choose from {', '.join(SITES)}")

@@ -1,7 +1,7 @@
 """Interventions as JSON, and back.
 
-``save(path, rows)``      JSON at ``path``, tensors beside it in a safetensors file, each by its digest
-``load(path)``            the same rows again, equal and with equal hashes
+``save_interventions(path, rows)``      JSON at ``path``, tensors beside it in a safetensors file, each by its digest
+``load_interventions(path)``            the same rows again, equal and with equal hashes
 ``to_dict(...)``, ``from_dict(...)``    one row as builtins; the tensors it needs come and go apart (``tensors_of``)
 """
 
@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import vlm_core.interventions as interventions
-from vlm_core.interventions import Row, parts
+from vlm_core.interventions import Row, parts, require_row
 from vlm_core.interventions.sources import Activations, GaussianNoise, HeadMeans, ImageKV, ImageKVMeans, Source, Vector
 
-__all__ = ["from_dict", "load", "save", "tensors_of", "to_dict"]
+__all__ = ["from_dict", "load_interventions", "save_interventions", "tensors_of", "to_dict"]
+
+VERSION = 1
+"""Of the files that ``save_interventions`` writes."""
 
 _KINDS = (
     "DropTokens",
@@ -40,6 +44,7 @@ _SOURCES = {kind.__name__: kind for kind in _FIELDS}
 
 def to_dict(row: Row) -> Any:
     """One row as builtins: None, a dictionary, or a list of them for a tuple."""
+    require_row(row)
     if isinstance(row, tuple):
         return [part.to_dict() for part in row]
     return None if row is None else row.to_dict()
@@ -71,10 +76,15 @@ def from_dict(content: Any, tensors: Mapping[str, torch.Tensor] | None = None) -
     if content is None:
         return None
     if isinstance(content, list):
-        return tuple(from_dict(part, tensors) for part in content)
+        row = tuple(from_dict(part, tensors) for part in content)
+        if any(part is None or isinstance(part, tuple) for part in row):
+            raise ValueError("a stored row is a list that holds a list or nothing: interventions applied together are one flat list")
+        return row
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a stored row is null, a table with a 'kind' or a list of them, got {content!r:.60}")
     fields = dict(content)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"'{kind}' is not an intervention: the known ones are {', '.join(_KINDS)}")
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -87,13 +97,28 @@ def from_dict(content: Any, tensors: Mapping[str, torch.Tensor] | None = None) -
         raise ValueError(f"the stored {kind} has fields {', '.join(sorted(fields))}, which it does not take: {error}") from error
 
 
-def save(path: str | Path, rows: Mapping[str, Row] | Row) -> None:
+def save_interventions(path: str | Path, rows: Mapping[str, Row] | Row) -> None:
     """Write one row, or labelled rows, to ``path`` (JSON) and the tensors beside it.
 
     Tensors go to ``path`` with the ending ``.safetensors``, each once however many rows use it; without tensors there is no such file.
+
+    Raises
+    ------
+    TypeError
+        For what is no row, or a label that is no text.
+    ValueError
+        For a path that cannot be written.
     """
     path = Path(path)
+    if path.suffix in ("", ".safetensors") or path.is_dir():
+        raise ValueError(f"{path} cannot hold interventions: name a .json file, the tensors go beside it as .safetensors")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no directory {path.parent}, make it first")
     labelled = rows if isinstance(rows, Mapping) else {"": rows}
+    for label, row in labelled.items():
+        if not isinstance(label, str):
+            raise TypeError(f"labels must be texts, got {label!r} ({type(label).__name__}): JSON would not give it back")
+        require_row(row, f"the intervention '{label}'" if label else "rows")
     content = {label: to_dict(row) for label, row in labelled.items()}
     tensors: dict[str, torch.Tensor] = {}
     for row in labelled.values():
@@ -104,17 +129,37 @@ def save(path: str | Path, rows: Mapping[str, Row] | Row) -> None:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial)
         os.replace(partial, beside)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    envelope = {"rows": content} if isinstance(rows, Mapping) else {"row": content[""]}
+    envelope = {"version": VERSION, **({"rows": content} if isinstance(rows, Mapping) else {"row": content[""]})}
     partial.write_text(json.dumps(envelope, indent=1), encoding="utf-8")
     os.replace(partial, path)
 
 
-def load(path: str | Path) -> Any:
-    """What ``save`` wrote: one row, or a dictionary of labelled rows."""
+def load_interventions(path: str | Path) -> Any:
+    """What ``save_interventions`` wrote: one row, or a dictionary of labelled rows.
+
+    Raises
+    ------
+    ValueError
+        One sentence: no such file, no JSON, nothing that ``save_interventions`` wrote, another version, tensors that are missing, damaged
+        or not what they were.
+    """
     path = Path(path)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise ValueError(f"there are no interventions at {path}: it is no file, check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): write it again with save_interventions") from error
+    if not isinstance(content, dict) or ("row" in content) == ("rows" in content) or not isinstance(content.get("rows", {}), dict):
+        raise ValueError(f"{path} holds no interventions: it needs 'row', or 'rows' by label, as save_interventions writes them")
+    version = content.get("version", VERSION)
+    if version != VERSION:
+        raise ValueError(f"{path} is of version {version!r}, this vlm_core reads version {VERSION}: load it with the one that wrote it")
     beside = path.with_suffix(".safetensors")
-    tensors = load_file(beside) if beside.is_file() else {}
+    try:
+        tensors = load_file(beside) if beside.is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(f"the tensors in {beside} are damaged ({error}): copy or write them again") from error
     if "row" in content:
         return from_dict(content["row"], tensors)
     return {label: from_dict(row, tensors) for label, row in content["rows"].items()}
@@ -134,9 +179,13 @@ def _tensors(source: Source) -> dict[str, torch.Tensor]:
 
 
 def _source(content: Mapping, tensors: Mapping[str, torch.Tensor]) -> Source:
-    kind = content["kind"]
+    kind = content.get("kind")
     if kind == "GaussianNoise":
-        return GaussianNoise(content["scale"], content["seed"])
+        return GaussianNoise(content.get("scale"), content.get("seed"))
+    if not isinstance(kind, str) or kind not in (*_SOURCES, "Activations"):
+        raise ValueError(f"'{kind}' is no source of an intervention: the known ones are {', '.join((*_SOURCES, 'Activations, GaussianNoise'))}")
+    if not isinstance(content.get("digest"), str):
+        raise ValueError(f"a stored {kind} has no digest, so its tensors cannot be found: write it again with save_interventions")
     prefix = f"{kind}/{content['digest']}/"
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not own:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from vlm_core.interventions.numeric import integers
@@ -24,7 +25,10 @@ def freeze(observer: Any, *names: str) -> None:
 def freeze_groups(observer: Any, name: str) -> None:
     # A bare name is one group, not its letters.
     value = getattr(observer, name)
-    object.__setattr__(observer, name, (value,) if isinstance(value, str) else tuple(value))
+    groups = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+    if not groups or not all(isinstance(one, str) for one in groups):
+        raise ValueError(f"{name} of {type(observer).__name__} must be token groups by name, at least one, got {value!r}")
+    object.__setattr__(observer, name, groups)
 
 
 def freeze_numbers(observer: Any, *names: str) -> None:
@@ -33,7 +37,12 @@ def freeze_numbers(observer: Any, *names: str) -> None:
         value = getattr(observer, name)
         if value is not None and not isinstance(value, str):
             what = f"{name} of {type(observer).__name__}"
-            object.__setattr__(observer, name, integers(value, what, f"each of {what}"))
+            numbers = integers(value, what, f"each of {what}")
+            if not numbers:
+                raise ValueError(f"{what} must be at least one integer, got none: leave {name} out for the usual ones")
+            object.__setattr__(observer, name, numbers)
+        elif value is None and name == "positions":
+            raise ValueError(f"positions of {type(observer).__name__} must be a token group or integers, got None")
         elif isinstance(value, str) and name != "positions":
             raise ValueError(f"{name} of {type(observer).__name__} must be integers, got {value!r}: pass a tuple of ints")
 

@@ -47,6 +47,8 @@ def target_tokens(subject: Subject, items: Sequence, targets: str | Sequence[str
         words = [list(item_field(item, "candidates")) for item in items]
     elif isinstance(targets, str):
         raise ValueError(f"targets are 'answer', 'candidates' or a sequence of words, got '{targets}'")
+    elif not isinstance(targets, list | tuple) or not targets:
+        raise ValueError(f"targets are 'answer', 'candidates' or a sequence of words, got {targets!r}")
     else:
         words = [list(targets)] * len(items)
     tokens = torch.full((len(items), max(map(len, words))), -1)

@@ -19,16 +19,17 @@ import torch
 
 from vlm_core.families.anatomy import HeadId
 from vlm_core.families.layout import heatmap
-from vlm_core.interventions import Intervention
+from vlm_core.interventions import Intervention, require_row
 from vlm_core.interventions.declaration import as_heads
 from vlm_core.interventions.numeric import integer
-from vlm_core.items import item_field, item_number, take
+from vlm_core.items import item_field, item_number, require_item, require_items, take
 from vlm_core.observation.image_attention import ImageAttention
+from vlm_core.seam.plan import require_possible
 from vlm_core.seam.run import Run
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.groups import Groups, grouped
 from vlm_core.subjects.rows import forward_rows
-from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.subject import Subject, require_subject
 
 __all__ = ["Observed", "attention_heatmap", "attention_map", "observe", "observe_encoded", "observed", "prepare"]
 
@@ -86,10 +87,15 @@ def observe(
     ------
     ValueError
         Without items, or where an observer asks for a layer, head or token group that there is not.
+    TypeError
+        For what is no subject, observer or intervention.
     """
+    require_items(items)
     if not len(items):
         raise ValueError("there is nothing to observe: pass at least one item")
     single = not isinstance(observers, list | tuple)
+    if not single and not observers:
+        raise ValueError("there is nothing to observe by: pass at least one observer")
     ready = prepare(subject, items, [observers] if single else observers)
     kept: list[dict[str, list[torch.Tensor]]] = [{} for _ in ready]
     for some in observed(subject, items, ready, intervention, batch_rows, groups):
@@ -106,7 +112,18 @@ def observe(
 
 
 def prepare(subject: Subject, items: Sequence, observers: Sequence) -> list:
-    """The observers, those with a ``prepare`` made ready for this subject (its sinks found, its layers checked)."""
+    """The observers, those with a ``prepare`` made ready for this subject (its sinks found, its layers checked).
+
+    Raises
+    ------
+    TypeError
+        For what is no subject, or no observer.
+    """
+    require_subject(subject)
+    for one in observers:
+        if isinstance(one, type | str) or not any(hasattr(one, name) for name in ("attention", "layer", "site", "parts", "measure")):
+            what = f"the class {one.__name__}: make one" if isinstance(one, type) else f"{one!r:.60} ({type(one).__name__})"
+            raise TypeError(f"an observer is a declaration such as AttentionMass() or HiddenStates(), got {what}")
     return [one.prepare(subject, items) if hasattr(one, "prepare") else one for one in observers]
 
 
@@ -119,9 +136,17 @@ def observed(
     groups: Groups | None = None,
 ) -> Iterator[Observed]:
     """Run prepared observers over items, one forward pass at a time; see ``observe``. Memory does not grow with items."""
+    require_subject(subject)
+    require_items(items)
+    require_row(intervention, "intervention")
+    require_possible(intervention, subject.anatomy)
+    if groups is not None and not callable(groups):
+        raise TypeError(f"groups must be a callable of (item, encoded) or None, got {groups!r:.60} ({type(groups).__name__})")
     batch_rows = integer(subject.batch_rows if batch_rows is None else batch_rows, "batch_rows", least=1)
     for start in range(0, len(items), batch_rows):
         chunk = take(items, range(start, min(start + batch_rows, len(items))))
+        for item in chunk:
+            require_item(item)
         encoded = grouped(encode_items(subject, chunk, batch=batch_rows), chunk, groups)
         for lower, upper in _fitting(encoded):
             yield observe_encoded(subject, chunk[lower:upper], encoded[lower:upper], observers, intervention)
@@ -216,6 +241,7 @@ def attention_map(subject: Subject, item, head=None, query: str = "last", interv
     ValueError
         Where the model has no such ``head``.
     """
+    require_subject(subject)
     if head is not None:
         (head,) = _known_heads(subject, [head])
     maps = observe(subject, [item], ImageAttention(query), intervention)[0]
@@ -247,6 +273,8 @@ def attention_heatmap(
     ValueError
         Where the model has no such head, or its image tokens have no place on the image (``subject.layout(...).reason``).
     """
+    require_subject(subject)
+    require_item(item)
     heads = _known_heads(subject, heads)
     layout = subject.layout(item_field(item, "image"), item_field(item, "prompt"))
     maps = attention_map(subject, item, query=query, intervention=intervention)

@@ -85,11 +85,13 @@ class RecordingConfig:
     batch_rows: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.observers, Mapping):
+            raise ValueError(f"observers must be a mapping of names to observers, got {self.observers!r:.60}: write {{'mass': AttentionMass()}}")
         object.__setattr__(self, "observers", dict(self.observers))
         if not self.observers:
             raise ValueError("a recording needs at least one observer that is switched on")
         for name, observer in self.observers.items():
-            if not name or not all(letter.isalnum() or letter in "_-" for letter in name):
+            if not isinstance(name, str) or not name or not all(letter.isalnum() or letter in "_-" for letter in name):
                 raise ValueError(f"'{name}' cannot name an observer: use letters, digits, '_' and '-'")
             if type(observer.observer if isinstance(observer, At) else observer) not in KINDS.values():
                 raise ValueError(f"observer '{name}' is {observer!r}: a recording takes {', '.join(KINDS)}")
@@ -97,19 +99,32 @@ class RecordingConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
         for name in ("shard_items", "batch_rows"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            optional = name == "batch_rows" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a number of items, 1 or more, got {value!r}")
 
     @classmethod
     def from_file(cls, path: str | Path) -> RecordingConfig:
-        """From a ``.toml``, ``.yaml`` or ``.yml`` file."""
+        """From a ``.toml``, ``.yaml`` or ``.yml`` file.
+
+        Raises
+        ------
+        ValueError
+            One sentence: no such file, not TOML or YAML, a setting or observer that is not known.
+        """
+        if not isinstance(path, str | Path):
+            raise ValueError(f"a recording's configuration is read from a file's path, got {path!r:.60} ({type(path).__name__})")
         path = Path(path)
-        if path.suffix == ".toml":
-            content = tomllib.loads(path.read_text())
-        elif path.suffix in (".yaml", ".yml"):
-            content = yaml.safe_load(path.read_text())
-        else:
+        if path.suffix not in (".toml", ".yaml", ".yml"):
             raise ValueError(f"{path.name} is neither .toml nor .yaml: a recording's configuration is one of them")
+        if not path.is_file():
+            raise ValueError(f"there is no configuration at {path}: it is no file, check the path")
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            language = "TOML" if path.suffix == ".toml" else "YAML"
+            raise ValueError(f"{path.name} is no {language} ({' '.join(str(error).split())}): mend it there") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{path.name} holds no table of settings: it needs at least [observers.NAME]")
         return cls.from_dict(content)
@@ -117,14 +132,24 @@ class RecordingConfig:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RecordingConfig:
         """From what a file says (see the head of this module)."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a recording's configuration is a table of settings, got {content!r:.60} ({type(content).__name__})")
         known = ("dtype", "shard_items", "batch_rows", "layers", "heads", "observers")
-        unknown = sorted(set(content) - set(known))
+        unknown = [name for name in content if name not in known]
         if unknown:
             raise ValueError(f"a recording has no setting '{unknown[0]}': it takes {', '.join(known)}")
         observers = {}
-        for name, entry in (content.get("observers") or {}).items():
+        named = content.get("observers") or {}
+        if not isinstance(named, Mapping):
+            raise ValueError(f"observers are tables by name ([observers.attention_mass]), got {named!r:.60}")
+        for name, entry in named.items():
+            if not isinstance(entry, Mapping) and entry is not None:
+                raise ValueError(f"observer '{name}' is a table of its parameters, got {entry!r:.60}: write enabled = true or false in it")
             entry = dict(entry or {})
-            if entry.pop("enabled", True):
+            enabled = entry.pop("enabled", True)
+            if not isinstance(enabled, bool):
+                raise ValueError(f"enabled of observer '{name}' must be true or false, got {enabled!r}")
+            if enabled:
                 defaults = {key: content[key] for key in ("layers", "heads") if content.get(key) is not None}
                 observers[name] = _observer(name, entry, defaults)
         settings = {key: content[key] for key in ("dtype", "shard_items", "batch_rows") if content.get(key) is not None}
@@ -142,11 +167,11 @@ class RecordingConfig:
 
 def _observer(name: str, entry: dict[str, Any], defaults: dict[str, Any]) -> Any:
     kind = entry.pop("kind", name)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"observer '{name}' is of unknown kind '{kind}': choose from {', '.join(KINDS)}")
     own = [one.name for one in fields(KINDS[kind])]
     places = [] if not hasattr(KINDS[kind], "attention") else ["layers", "heads"]
-    unknown = sorted(set(entry) - {*own, *places})
+    unknown = [key for key in entry if key not in (*own, *places)]
     if unknown:
         taken = ", ".join(("enabled", "kind", *own, *places))
         raise ValueError(f"observer '{name}' ({kind}) has no parameter '{unknown[0]}': it takes {taken}")

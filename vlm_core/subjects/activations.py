@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_core.interventions import Row
+from vlm_core.interventions import Row, require_row
 from vlm_core.interventions.sources import SITES, Activations, ImageKV, Vector
-from vlm_core.items import item_number, take
+from vlm_core.items import item_number, require_item, require_items, take
 from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.groups import with_groups
 from vlm_core.subjects.rows import forward_rows
-from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.subject import Subject, require_subject
 
 __all__ = ["capture_activations", "capture_embeddings", "capture_image_kv", "mean_token", "token_spread"]
 
@@ -84,6 +84,8 @@ def capture_activations(
     ValueError
         For an unknown site, a layer that the model does not have, or a sequence that was shortened.
     """
+    require_subject(subject)
+    require_row(intervention, "intervention")
     anatomy = subject.anatomy
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     wanted = frozenset(range(anatomy.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers)
@@ -120,6 +122,7 @@ def capture_image_kv(subject: Subject, item: Any) -> ImageKV:
     ValueError
         Where layers hold different numbers of image keys (an image outside the token sequence).
     """
+    require_subject(subject)
     subject.anatomy.require("image_kv", range(subject.anatomy.n_layers))
     encoded = _encoded(subject, item, None)
     observer = _ImageKeyValues(subject.anatomy.n_heads)
@@ -144,6 +147,8 @@ def token_spread(subject: Subject, items: Sequence, batch: int = 32) -> float:
 
 def _image_moments(subject: Subject, items: Sequence, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance ``[hidden]`` of visual tokens, parts joined as Chan, Golub and LeVeque (1983) do."""
+    require_subject(subject)
+    require_items(items)
     count, mean, squares = 0, 0.0, 0.0
     for start in range(0, len(items), batch):
         for encoded in encode_items(subject, take(items, range(start, min(start + batch, len(items)))), batch=batch):
@@ -159,6 +164,8 @@ def _image_moments(subject: Subject, items: Sequence, batch: int) -> tuple[torch
 
 
 def _encoded(subject: Subject, item: Any, groups: Mapping[str, np.ndarray] | None) -> Encoded:
+    if not isinstance(item, Encoded):
+        require_item(item)
     encoded = item if isinstance(item, Encoded) else encode_items(subject, [item])[0]
     return with_groups(encoded, groups or {})
 

@@ -22,7 +22,7 @@ from vlm_core.seam.seam import ATTENTION_NAMES
 from vlm_core.seam.views import AttentionView
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows, read_logits
-from vlm_core.subjects.subject import Batch, Subject
+from vlm_core.subjects.subject import Batch, Subject, require_subject
 
 __all__ = ["selfcheck"]
 
@@ -52,6 +52,7 @@ def selfcheck(subject: Subject, batch: Batch | None = None) -> None:
     SubjectError
         Naming the check that failed and by how much.
     """
+    require_subject(subject)
     batch = _probe(subject) if batch is None else batch
     layer = subject.anatomy.image_layers[-1]
     with torch.inference_mode():

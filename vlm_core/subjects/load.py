@@ -99,7 +99,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 def _device(device: str | torch.device) -> torch.device:
     """A device that is there."""
-    instead = "use 'auto', 'cpu'" + (f" or 'cuda:0' to 'cuda:{torch.cuda.device_count() - 1}'" if torch.cuda.is_available() else "")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    instead = "use " + " or ".join(["'auto'", "'cpu'", *(f"'cuda:{number}'" for number in range(n_gpus))])
     if not isinstance(device, str | torch.device):
         raise ValueError(f"device must be a name or a torch.device, got {device!r} ({type(device).__name__}): {instead}")
     if str(device) == "auto":

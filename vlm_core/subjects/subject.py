@@ -201,6 +201,8 @@ class Subject:
 
         ``prompt`` is the user's text without image token. With ``answer`` the text goes on to the end of the answer.
         """
+        self._require_processor()
+        _require_texts([prompt, *([] if answer is None else [answer])], "prompt and answer")
         text = self._render_turns(prompt)
         if answer is None:
             return text

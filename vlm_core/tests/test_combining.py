@@ -34,7 +34,7 @@ from vlm_core import (
     capture_embeddings,
     capture_image_kv,
 )
-from vlm_core.interventions.stored import from_dict, load, save, tensors_of, to_dict
+from vlm_core.interventions.stored import from_dict, load_interventions, save_interventions, tensors_of, to_dict
 from vlm_core.seam.plan import Program
 from vlm_core.seam.seam import current_run
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
@@ -428,8 +428,8 @@ def every_declaration(subject, items):
 
 def test_json_and_back_is_the_same(subject, items, batch, tmp_path):
     rows = every_declaration(subject, items)
-    save(tmp_path / "plans.json", rows)
-    again = load(tmp_path / "plans.json")
+    save_interventions(tmp_path / "plans.json", rows)
+    again = load_interventions(tmp_path / "plans.json")
     assert again == rows
     assert {name: hash(row) for name, row in again.items()} == {name: hash(row) for name, row in rows.items()}
     assert list(again) == list(rows)
@@ -437,8 +437,8 @@ def test_json_and_back_is_the_same(subject, items, batch, tmp_path):
     named = objects(batch)
     for name in ("mean", "image kv", "patch", "steer", "tokens", "tuple"):
         assert torch.equal(intervened(subject, batch, again[name], groups=named), intervened(subject, batch, rows[name], groups=named))
-    save(tmp_path / "one.json", rows["zero"])
-    assert load(tmp_path / "one.json") == rows["zero"]
+    save_interventions(tmp_path / "one.json", rows["zero"])
+    assert load_interventions(tmp_path / "one.json") == rows["zero"]
     assert not (tmp_path / "one.safetensors").exists()
     for name, row in rows.items():
         assert from_dict(json.loads(json.dumps(to_dict(row))), tensors_of(row)) == row, name
@@ -446,10 +446,10 @@ def test_json_and_back_is_the_same(subject, items, batch, tmp_path):
 
 def test_hashes_are_the_same_in_another_process(subject, items, tmp_path):
     rows = every_declaration(subject, items)
-    save(tmp_path / "plans.json", rows)
+    save_interventions(tmp_path / "plans.json", rows)
     program = (
-        "import sys; from vlm_core.interventions.stored import load\n"
-        "for name, row in load(sys.argv[1]).items():\n"
+        "import sys; from vlm_core.interventions.stored import load_interventions\n"
+        "for name, row in load_interventions(sys.argv[1]).items():\n"
         "    for part in row if isinstance(row, tuple) else (row,):\n"
         "        if part is not None: print(name, part.digest, hash(part))\n"
     )
@@ -478,7 +478,7 @@ def test_equal_content_is_equal_and_any_difference_counts(subject, items):
 
 def test_stored_plans_that_do_not_fit_are_refused(tmp_path):
     row = MeanHeads([(0, 0)], HeadMeans(normal(3, 4, 8)))
-    save(tmp_path / "plan.json", row)
+    save_interventions(tmp_path / "plan.json", row)
     other = tensors_of(MeanHeads([(0, 0)], HeadMeans(normal(3, 4, 8, seed=1))))
     (name,) = [name for name in tensors_of(row) if name.endswith("values")]
     swapped = {**tensors_of(row), name: next(tensor for key, tensor in other.items() if key.endswith("values"))}
@@ -486,7 +486,7 @@ def test_stored_plans_that_do_not_fit_are_refused(tmp_path):
         from_dict(to_dict(row), swapped)
     (tmp_path / "plan.safetensors").unlink()
     with pytest.raises(ValueError, match=r"are missing: keep the \.safetensors file beside the JSON"):
-        load(tmp_path / "plan.json")
+        load_interventions(tmp_path / "plan.json")
     with pytest.raises(ValueError, match="'Melt' is not an intervention"):
         from_dict({"kind": "Melt"})
     with pytest.raises(ValueError, match="has fields colour, heads, which it does not take"):
