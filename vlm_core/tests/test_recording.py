@@ -353,7 +353,7 @@ def test_what_is_not_there_is_said(subject, recorded, tmp_path):
     with pytest.raises(ValueError, match="holds no recording"):
         Recording.open(tmp_path)
     several, (item,) = RecordingConfig({"mass": AttentionMass()}), make_items(1)
-    with pytest.raises(ValueError, match="two items are called 'item-0'"):
+    with pytest.raises(ValueError, match="two items have the id 'item-0'"):
         record(subject, [item, item], several, tmp_path / "twice")
     with pytest.raises(ValueError, match="pass at least one item"):
         record(subject, [], several, tmp_path / "none")
