@@ -78,6 +78,53 @@ def test_a_subject_in_memory_cannot_go_to_other_processes(subject):
         sweep(subject, make_items(2), INTERVENTIONS, executor=pool)
 
 
+@pytest.mark.parametrize("kind", [ProcessExecutor, RayExecutor])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_workers": 0}, "max_workers must be 1 or more, got 0"),
+        ({"max_workers": -1}, "max_workers must be 1 or more, got -1"),
+        ({"max_workers": 1.5}, "max_workers must be an integer, got 1.5"),
+        ({"max_workers": "2"}, "max_workers must be an integer, got '2'"),
+        ({"retries": -1}, "retries must be 0 or more, got -1"),
+    ],
+)
+def test_an_executor_has_workers(kind, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: ProcessExecutor(threads=0), ValueError, "threads must be 1 or more, got 0"),
+        (lambda: RayExecutor(cpus="a"), ValueError, "cpus must be a number, 0 or more, got 'a'"),
+        (lambda: RayExecutor(gpus=-1), ValueError, "gpus must be a number, 0 or more, got -1"),
+        (lambda: RayExecutor(init="auto"), TypeError, "init must be a dict of ray.init's arguments"),
+    ],
+)
+def test_settings_of_an_executor(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_what_cannot_travel_to_a_worker_is_named_before_one_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(ProcessExecutor, "_hire", lambda self: pytest.fail("a worker was started"))
+    source = TinySubject(str(tmp_path / "log"))
+    with ProcessExecutor(1) as pool:
+        with pytest.raises(ValueError, match=r"groups \(.*<lambda>\) cannot be sent to another process: name a function at the top level"):
+            sweep(source, make_items(2), INTERVENTIONS, executor=pool, groups=lambda item, prompt: {})
+        with pytest.raises(ValueError, match=r"the subject's source \(.*<lambda>\) cannot be sent to another process"):
+            sweep(lambda: source(), make_items(2), INTERVENTIONS, executor=pool)
+
+
+def test_a_worker_starts_without_torch():
+    code = "import sys, vlm_core.sweeps.executors; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(vlm_core.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_subject_is_opened_once_per_process(tmp_path):
     first, again = (TinySubject(str(tmp_path / "log")) for _ in range(2))
     assert open_subject(first) is open_subject(again)

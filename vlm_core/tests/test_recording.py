@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from vlm_core import (
 )
 from vlm_core.observation import observing
 from vlm_core.observation.recording_config import KINDS
+from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items
 
 TOML = """
@@ -134,6 +136,15 @@ def test_every_observer_can_be_named_in_a_file(kind):
         ({"dtype": "int8", "observers": {"attention_mass": {}}}, "dtype must be one of float32, float16, bfloat16"),
         ({"shard_items": 0, "observers": {"attention_mass": {}}}, "shard_items must be a number of items"),
         ({"shards": 3}, "a recording has no setting 'shards': it takes dtype"),
+        ({1: 2, "shards": 3}, "a recording has no setting '1': it takes dtype"),
+        ([1], r"a recording's configuration is a table of settings, got \[1\]"),
+        ({"observers": ["attention_mass"]}, "observers are tables by name"),
+        ({"observers": {"attention_mass": False}}, "'attention_mass' is a table of its parameters, got False: write enabled"),
+        ({"observers": {"attention_mass": "yes"}}, "'attention_mass' is a table of its parameters, got 'yes'"),
+        ({"observers": {"attention_mass": {"enabled": "no"}}}, "enabled of observer 'attention_mass' must be true or false, got 'no'"),
+        ({"observers": {"a": {"kind": ["x"]}}}, "observer 'a' is of unknown kind"),
+        ({"observers": {"attention_mass": {"groups": 3}}}, "groups of AttentionMass must be token groups by name"),
+        ({"shard_items": True, "observers": {"attention_mass": {}}}, "shard_items must be a number of items"),
     ],
 )
 def test_wrong_settings_are_refused_in_a_sentence(content, message):
@@ -148,6 +159,23 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="holds no table of settings"):
         RecordingConfig.from_file(tmp_path / "a.yaml")
+    for name, text, words in (
+        ("b.toml", b"a = = 3", "b.toml is no TOML"),
+        ("b.toml", b"\xff\xfe", "b.toml is no TOML"),
+        ("b.yaml", b"a: [1\nb: }", "b.yaml is no YAML"),
+        ("c.toml", None, "there is no configuration at .*c.toml"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=words) as refused:
+            RecordingConfig.from_file(tmp_path / name)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="read from a file's path, got None"):
+        RecordingConfig.from_file(None)
+    with pytest.raises(ValueError, match="a mapping of names to observers"):
+        RecordingConfig([AttentionMass()])
+    with pytest.raises(ValueError, match="'1' cannot name an observer"):
+        RecordingConfig({1: AttentionMass()})
 
 
 def test_what_comes_back_is_what_observing_gives(subject, recorded):
@@ -357,6 +385,78 @@ def test_what_is_not_there_is_said(subject, recorded, tmp_path):
         record(subject, [item, item], several, tmp_path / "twice")
     with pytest.raises(ValueError, match="pass at least one item"):
         record(subject, [], several, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"subject": "x"}, TypeError, "must be a Subject, got 'x'"),
+        ({"config": "a.toml"}, TypeError, r"must be a RecordingConfig, got 'a.toml' .*RecordingConfig.from_file"),
+        ({"config": None}, TypeError, "must be a RecordingConfig, got None"),
+        ({"items": None}, ValueError, "items must be a sequence"),
+        ({"items": [{**make_items(1)[0], "image": None}]}, ValueError, "the image of item 'item-0'"),
+        ({"items": make_items(1) * 2}, ValueError, "two items have the id 'item-0'"),
+        ({"out": None}, TypeError, "directory must be a path, got None"),
+        ({"intervention": "zero"}, TypeError, "intervention must be None, an intervention such as"),
+        ({"intervention": ZeroHeads([(9, 0)])}, ValueError, "outside this model's 3 layers"),
+        ({"groups": "object"}, TypeError, "groups must be a callable or None"),
+        ({"progress": True}, TypeError, "progress must be a callable or None"),
+    ],
+)
+def test_wrong_arguments_leave_no_directory(subject, tmp_path, changes, kind, words):
+    usual = {"subject": subject, "items": make_items(2), "config": RecordingConfig(), "out": tmp_path / "out"}
+    batch = subject.encode_items(make_items(1))
+    before = logits(subject, batch)
+    with pytest.raises(kind, match=words):
+        record(**{**usual, **changes})
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(logits(subject, batch), before)
+
+
+def test_a_recording_goes_into_no_file_and_is_none_when_damaged(subject, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file is a file, name another path"):
+        record(subject, make_items(1), RecordingConfig(), tmp_path / "file" / "below")
+    record(subject, make_items(1), RecordingConfig(), tmp_path / "out")
+    (tmp_path / "out" / "identity.json").write_text("{")
+    for call in (lambda: Recording.open(tmp_path / "out"), lambda: record(subject, make_items(1), RecordingConfig(), tmp_path / "out")):
+        with pytest.raises(ValueError, match="identity.json is damaged .*record into a new directory"):
+            call()
+
+
+def test_a_recording_that_recorded_nothing_blocks_no_other(subject, tmp_path):
+    with pytest.raises(ValueError, match="there is no token group 'objekt'"):
+        record(subject, make_items(1), RecordingConfig({"mass": AttentionMass(groups=("objekt",))}), tmp_path)
+    mended = record(subject, make_items(1), RecordingConfig({"mass": AttentionMass(groups=("image",))}), tmp_path)
+    assert mended.identity["config"]["observers"]["mass"]["groups"] == ["image"] and len(mended.table("mass"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"subject": "nowhere"}, "nowhere' was not found"),
+        ({"config": "nowhere.toml"}, "there is no configuration at"),
+        ({"items": "nowhere.jsonl"}, "there are no items at"),
+        ({"lines": ""}, "pass at least one item"),
+        ({"lines": "{x"}, "line 1 of .*items.jsonl is no JSON"),
+        ({"lines": "[1]"}, r"line 1 of .*items.jsonl is no object but \[1\]"),
+        ({"lines": '{"id": "a", "prompt": "what ?"}'}, "item 'a' has no field 'image'"),
+        ({"lines": '{"id": "a", "prompt": "what ?", "image": "b.png"}'}, "names the image 'b.png': there is no such file"),
+        ({"lines": '{"id": "a", "prompt": 3, "image": "b.png"}'}, "the prompt of item 'a' must be a str"),
+        ({"lines": '{"id": "a", "prompt": "what ?", "image": "config.toml"}'}, "'config.toml' of item 'a' is no image that Pillow knows"),
+    ],
+)
+def test_the_command_line_ends_in_one_sentence(subject, tmp_path, monkeypatch, capsys, changes, words):
+    (tmp_path / "config.toml").write_text("[observers.attention_mass]\n")
+    (tmp_path / "items.jsonl").write_text(changes.pop("lines", '{"id": "a", "prompt": "what ?", "image": "config.toml"}'))
+    if "subject" not in changes:
+        monkeypatch.setattr(recording, "load_subject", lambda path: subject)
+    options = {"subject": "tiny", "config": "config.toml", "items": "items.jsonl", "out": "out", **changes}
+    with pytest.raises(SystemExit) as ended:
+        recording.main([word for name, value in options.items() for word in (f"--{name}", str(tmp_path / value))])
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and said.startswith("python -m vlm_core.recording: ") and "\n" not in said
+    assert re.search(words, said)
 
 
 def test_the_command_line(subject, tmp_path, monkeypatch, capsys):

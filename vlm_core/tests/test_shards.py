@@ -173,3 +173,16 @@ def test_a_shard_that_was_finished_between_the_look_and_the_claim_is_read(tmp_pa
 
     monkeypatch.setattr(ShardStore, "claim", finished_meanwhile)
     assert store.once("a", lambda: pd.DataFrame({"value": [2]}))["value"].tolist() == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1garbage", None])
+def test_a_damaged_shard_is_computed_anew(tmp_path, content):
+    store, table = ShardStore(tmp_path), pd.DataFrame({"value": [1.0, 2.0]})
+    store.write("a", table)
+    path = store.path("a")
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    with pytest.warns(UserWarning, match=r"a\.parquet is damaged .*computed anew.*a\.damaged"):
+        ((_, found),) = store.compute([("a", lambda: table)])
+    pd.testing.assert_frame_equal(found, table)
+    pd.testing.assert_frame_equal(store.read("a"), table)
+    assert (tmp_path / "a.damaged").is_file()

@@ -268,3 +268,64 @@ def test_a_model_spread_by_a_device_map_gives_the_same_numbers(saved, subject):
 def test_a_device_and_a_device_map_are_one_too_many(saved):
     with pytest.raises(ValueError, match="device 'cpu' and device_map 'auto' were both given"):
         load_subject(saved, device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float99"}, "dtype 'float99' is none that a model computes in: use 'auto' .* or one of float32, bfloat16"),
+        ({"dtype": "nn"}, "dtype 'nn' is none that a model computes in"),
+        ({"dtype": "int8"}, "dtype 'int8' is none that a model computes in"),
+        ({"dtype": torch.int64}, "dtype torch.int64 is none that a model computes in"),
+        ({"dtype": None}, "dtype None is none that a model computes in"),
+        ({"device": "tpu"}, "device 'tpu' is none that torch knows: use 'auto' or 'cpu'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there: use 'auto' or 'cpu'"),
+        ({"device": "meta"}, "device 'meta' is not there"),
+        ({"device": 3}, r"device must be a name or a torch.device, got 3 \(int\)"),
+        ({"device": None}, "device must be a name or a torch.device, got None"),
+    ],
+)
+def test_a_dtype_and_a_device_that_are_not_there(saved, monkeypatch, options, words):
+    monkeypatch.setattr("vlm_core.subjects.load.inspect_checkpoint", lambda *_: pytest.fail("the checkpoint was read first"))
+    with pytest.raises(ValueError, match=words):
+        load_subject(saved, **options)
+
+
+def test_a_device_that_this_machine_lacks(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda' is not there: use 'auto' or 'cpu'$"):
+        load_subject(saved, device="cuda")
+    assert load_subject(saved, device=torch.device("cpu"), dtype="float64", check=False).model.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("path", "words"), [(None, "got None"), (3, r"got 3 \(int\)"), ("", "got ''"), (__file__, "is a file: point to the folder")])
+def test_what_names_no_checkpoint(path, words):
+    for call in (precheck_subject, load_subject):
+        with pytest.raises(SubjectError, match=words):
+            call(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", b"[1]", "has an unreadable config.json .*no table of settings"),
+        ("config.json", b'{"vision_config": {}, "text_config": 3}', "has an unreadable config.json"),
+        ("config.json", b"\xff\xfe\x01", "has an unreadable config.json"),
+        ("model.safetensors.index.json", b"{bad", "is corrupted: model.safetensors.index.json does not say which file"),
+        ("model.safetensors.index.json", b"{}", "is corrupted: model.safetensors.index.json does not say which file"),
+        ("model.safetensors", struct.pack("<Q", 7) + b'{"a":1}', "is corrupted: model.safetensors has an unreadable header"),
+    ],
+)
+def test_files_of_a_checkpoint_that_say_nothing(copy, file, content, words):
+    (copy / file).write_bytes(content)
+    with pytest.raises(SubjectError, match=words) as refused:
+        precheck_subject(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_transformers_says_is_one_line(copy):
+    text = json.loads((copy / "config.json").read_text())["text_config"]
+    edit_config(copy, text_config={**text, "hidden_size": "x"})
+    with pytest.raises(SubjectError, match="could not be loaded by transformers: .*'hidden_size'.*got str") as refused:
+        load_subject(copy)
+    assert "\n" not in str(refused.value)
