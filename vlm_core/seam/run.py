@@ -270,6 +270,8 @@ class Run:
             self._begin()
             if hidden.shape[:2] != self._valid.shape:
                 self._refuse_batch(tuple(hidden.shape[:2]), tuple(self._valid.shape), cached=cache is not None)
+            if self._steady and not self._idle:
+                self._tokens_at = dict.fromkeys(range(self.anatomy.n_layers + 1), self._start)
             return
         if self._idle:
             return

@@ -288,10 +288,10 @@ class Subject:
         ValueError
             If there are not as many entries of images (and answers) as prompts, or none, or they are no images and texts.
         """
-        self._require_processor()
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' (for generate) or 'right', got {padding_side!r}")
         pictures = self._pictures(images, prompts)
+        self._require_processor()
         texts = [
             self._render_turns(prompt, n_images=len(shown)) for prompt, shown in zip(prompts, pictures, strict=True)
         ]
@@ -344,8 +344,6 @@ class Subject:
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one, or a list of them, per prompt")
         if not len(prompts):
             raise ValueError("there is nothing to encode: give at least one image and its prompt")
-        for prompt, entry in zip(prompts, images, strict=True):
-            require_image(entry, f"the image of the prompt '{prompt}'")
         pictures = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in images]
         most = self.anatomy.family.max_images
         for prompt, shown in zip(prompts, pictures, strict=True):
@@ -358,6 +356,8 @@ class Subject:
                     f"subject '{self.name}' takes {most} image per prompt, got {len(shown)} for '{prompt}': its family "
                     f"({self.anatomy.family.model_type}) has no place for more; ask about them one by one."
                 )
+        for prompt, shown in zip(prompts, pictures, strict=True):
+            require_image(shown if len(shown) > 1 else shown[0], f"the image of the prompt '{prompt}'")
         return [[as_rgb(picture) for picture in shown] for shown in pictures]
 
     def _labels(self, ids: torch.Tensor, valid: torch.Tensor, answers: Sequence[str]) -> torch.Tensor:
