@@ -291,6 +291,13 @@ def test_a_dtype_and_a_device_that_are_not_there(saved, monkeypatch, options, wo
         load_subject(saved, **options)
 
 
+def test_a_gpu_beyond_those_there_are(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device 'cuda:2' is not there: use 'auto' or 'cpu' or 'cuda:0' or 'cuda:1'$"):
+        load_subject(saved, device="cuda:2")
+
+
 def test_a_device_that_this_machine_lacks(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device 'cuda' is not there: use 'auto' or 'cpu'$"):
