@@ -84,15 +84,21 @@ def head_map(data):
 
 
 def layer_heatmap(data):
-    """``{"rows": [layer], "columns": [keep fraction], "values": [row][column], "horizon"?: layer, labels?}``."""
+    """``{"rows": [layer], "columns": [keep fraction], "values": [row][column], "lower"?, "upper"?: [row][column], "horizon"?: layer,
+    labels?}``."""
     values = _matrix(data["values"])
     rows, columns = values.shape
     figure, axes = _axes(height=max(2.0, 0.9 + 0.32 * rows))
     row_label, column_label = data.get("row_label", "layer"), data.get("column_label", "tokens kept")
+
+    def span(row, column):
+        ends = [data[end][row][column] for end in ("lower", "upper") if data.get(end)]
+        return f" ({' to '.join(map(number, ends))})" if ends and None not in ends else ""
+
     tips = _cells(
         axes,
         values,
-        lambda row, column, value: f"{row_label} {data['rows'][row]}, {column_label} {data['columns'][column]}: {value}",
+        lambda row, column, value: f"{row_label} {data['rows'][row]}, {column_label} {data['columns'][column]}: {value}{span(row, column)}",
         print_values=rows * columns <= 80,
     )
     axes.set_xticks(range(columns), [_tick(value) for value in data["columns"]])
@@ -108,7 +114,7 @@ def layer_heatmap(data):
 
 
 def keep_curves(data):
-    """``{"series": [{name, role?, points: [{x, y, lower?, upper?}]}], "x_label"?, "y_label"?, "reference"?: y}``."""
+    """``{"series": [{name, role?, points: [{x, y, lower?, upper?}]}], "x_label"?, "y_label"?, "reference"?: y, "in_order"?: bool}``."""
     figure, axes = _axes(height=3.4)
     axes.grid(True, axis="y")
     lines, others = [], iter(_OTHERS * 4)
@@ -128,7 +134,7 @@ def keep_curves(data):
         _reference(axes, y=data["reference"], text=data.get("reference_label", "all tokens"))
     axes.set_xlabel(data.get("x_label", "share of visual tokens kept"))
     axes.set_ylabel(data.get("y_label", "accuracy"))
-    _label_lines(axes, lines)
+    _label_lines(axes, lines, turn=not data.get("in_order", False))
     return figure, {}
 
 
@@ -304,9 +310,9 @@ def _integer_ticks(axes, columns, rows):
         setter(range(0, count, step))
 
 
-def _label_lines(axes, lines):
-    """Names at the right ends of lines, none overlapping; the axis is turned so that they end where they differ."""
-    turned = np.ptp([y[0] for y, _, _ in lines]) > np.ptp([y[-1] for y, _, _ in lines])
+def _label_lines(axes, lines, turn=True):
+    """Names at the right ends of lines, none overlapping; the axis is turned, where it may be, so that they end where they differ."""
+    turned = turn and np.ptp([y[0] for y, _, _ in lines]) > np.ptp([y[-1] for y, _, _ in lines])
     if turned:
         axes.invert_xaxis()
     low, high = axes.get_ylim()

@@ -1,0 +1,9 @@
+"""Where information flows: which tokens, layers and edges an answer needs.
+
+``places``       token groups of prompts: an object's image tokens and the others, the question, the tokens of the chat template after it
+``patching``     activation patching by layer, place and head: what suffices for an answer, what is necessary
+``windows``      attention edges cut in windows of layers
+``sequence``     the depth at which text and image arrive where the answer is read
+``background``   what the image tokens beside an object tell about it
+``shares``       a part of an effect over the whole of it, pooled over items
+"""
