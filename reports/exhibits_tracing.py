@@ -102,7 +102,8 @@ def window_map(evidence, losses, chosen: tuple[str, str]) -> None:
             "row_label": "edge", "column_label": "window of layers", "value_label": "accuracy lost",
         },
         title="Accuracy lost when edges are cut in a window of layers",
-        caption=f"{len(losses.items)} confirmation items; point at a cell for its 95 % cluster interval. Chosen on discovery: {', '.join(chosen)}.",
+        caption=f"{len(losses.items)} confirmation items; point at a cell for its 95 % cluster interval. "
+        f"Chosen on discovery: {', '.join(chosen)}.",
         alt="Map of accuracy lost by edge and window: "
         + "; ".join(f"{row['edge']} in {row['window']} {row['accuracy_lost']:.2f}" for row in rows if row["accuracy_lost"] >= 0.05),
     )  # fmt: skip
@@ -124,7 +125,7 @@ def arrival_curves(evidence, arrivals) -> None:
     for route in arrivals.lost:
         points = []
         for layer in range(arrivals.n_layers):
-            found = share_with_interval(lambda weights, route=route, layer=layer: arrivals.curve(route, weights)[:, layer], arrivals.clusters)
+            found = share_with_interval(lambda weights, r=route, k=layer: arrivals.curve(r, weights)[:, k], arrivals.clusters)
             rows.append({"route": route, "layer": layer, "margin_lost": float(arrivals.lost[route][:, layer].mean()), **found})
             points.append({"x": layer, "y": found["value"], "lower": found["lower"], "upper": found["upper"]})
         series.append({"name": route, "points": points})
@@ -133,7 +134,8 @@ def arrival_curves(evidence, arrivals) -> None:
         "keep_curves",
         {"series": series, "in_order": True, "x_label": "layer from which on edges are cut", "y_label": "share not arrived before"},
         title="When text and image arrive where the answer is read",
-        caption=f"{len(arrivals.items)} confirmation items, 95 % cluster bands. What cutting edges from a layer on costs, of what cutting all does.",
+        caption=f"{len(arrivals.items)} confirmation items, 95 % cluster bands. What cutting edges from a layer on costs, of what "
+        "cutting all of them does.",
         alt="Falling lines by layer: "
         + "; ".join(f"{one['name']} " + ", ".join(format(point["y"], ".2f") for point in one["points"]) for one in series),
     )
@@ -160,6 +162,8 @@ def background(evidence, found, conditions: dict[str, str]) -> None:
         "accuracy_bars",
         {"bars": bars},
         title="What is left when text cannot see the object",
-        caption=f"{len(found.correct)} confirmation items, 95 % cluster intervals. " + "; ".join(f"{n}: {w}" for n, w in conditions.items()) + ".",
+        caption=f"{len(found.correct)} confirmation items, 95 % cluster intervals. "
+        + "; ".join(f"{name}: {what}" for name, what in conditions.items())
+        + ".",
         alt="Bars of accuracy: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
     )

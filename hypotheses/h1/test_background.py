@@ -1,7 +1,7 @@
 """H1: what image tokens beside the asked object tell.
 
-That hiding the background costs accuracy would not show that it *tells* something (attention that has nowhere to go is missed too). So the object is
-hidden, in the item's own image and in another scene's: what the own background gives beyond the other one is information.
+That hiding the background costs accuracy would not show that it *tells* something (attention that has nowhere to go is missed too). So the
+object is hidden, in the item's own image and in another scene's: what the own background gives beyond the other one is information.
 """
 
 import pytest
@@ -13,8 +13,8 @@ from vlm_core.tracing.background import CONDITIONS
 
 BACKGROUND = Claim(
     id="H1.background",
-    sentence="With the asked object hidden from the text, the other image tokens still give at least 5 points of accuracy over another scene's.",
-    effect="accuracy(object's tokens hidden, own background) - accuracy(object's tokens hidden, another scene's background), paired per item",
+    sentence="With the asked object hidden from the text, the other image tokens still give at least 5 points over another scene's.",
+    effect="accuracy(object's tokens hidden, own background) - accuracy(the same with another scene's background), paired per item",
     test=Superiority(0.05),
     source="Kim et al. 2025, arXiv:2509.17588; the design is ours",
     tier="exploratory",

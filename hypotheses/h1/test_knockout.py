@@ -12,14 +12,15 @@ from vlm_core.stats import Claim, Control, Superiority, interval
 
 KNOCKOUT = Claim(
     id="H1.knockout",
-    sentence="The most damaging edge and window of layers costs at least 5 points of accuracy more than the same edge in the other windows.",
-    effect="accuracy lost by cutting the chosen edge in the chosen window - mean accuracy lost by cutting it in the others, paired per item",
+    sentence="The most damaging edge and window of layers costs at least 5 points more than the same edge in the other windows.",
+    effect="accuracy lost by cutting the chosen edge in the chosen window - mean accuracy lost in the other windows, paired per item",
     test=Superiority(0.05),
     source="Neo et al., ICLR 2025, arXiv:2410.07149; Zhang et al., CVPR 2025, arXiv:2411.18620",
     tier="exploratory",
 )
 LITERATURE = {
-    "published": "Neo et al.: object → last in middle to late layers; cross-modal flow: image → question early, question → last later, image → last small",
+    "published": "Neo et al.: object → last in middle to late layers; cross-modal flow: image → question early, question → last later, "
+    "image → last small",
     "where": "LLaVA-1.5-7B",
 }
 
@@ -51,7 +52,7 @@ def blind_without_edges(losses, baseline) -> Control:
 
 
 def accounts(losses) -> dict:
-    """Each published account beside what was measured: the window that costs most, its middle as a share of the depth, and the cost with its interval."""
+    """Each published account beside what was measured: the window that costs most, its middle as a share of the depth, and the cost."""
     said = {
         "Neo: object → last, middle to late": "object → last",
         "flow: image → question, early": "image → question",

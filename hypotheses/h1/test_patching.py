@@ -14,16 +14,16 @@ from vlm_core.tracing.patching import DIRECTIONS
 
 PATCHING = Claim(
     id="H1.patching",
-    sentence="In the first half of the layers the image's tokens, in the second half the last token alone are sufficient and necessary for the answer.",
-    effect="half of (share of the logit difference held by the image's tokens minus by the last token: mean over the first half of the inner layers "
-    "minus mean over the second), the lesser of denoising and noising, pooled over items; 0.5 is an even pace",
+    sentence="In the first half of the layers the image's tokens, in the second half the last token are sufficient and necessary.",
+    effect="half of (share of the logit difference held by the image's tokens minus by the last token: mean over the first half of the "
+    "inner layers minus mean over the second), the lesser of denoising and noising, pooled over items; 0.5 is an even pace",
     test=Superiority(0.25),
     source="methods: Meng et al. 2022, arXiv:2202.05262; Zhang & Nanda 2024, arXiv:2309.16042; the contrast and its threshold are ours",
     tier="exploratory",
 )
 LITERATURE = {
-    "published": "image tokens hold the answer in early to middle layers, the last token from then on; noise and counterfactuals need not agree",
-    "where": "LLaVA-1.5-7B and others, secondary reports",
+    "published": "none for this contrast; noise and counterfactual pairs are known to disagree (Zhang & Nanda 2024)",
+    "where": "language models",
 }
 MEANING = {
     "sufficient": "1: putting the clean run's activations into the corrupted run brings back the clean answer.",

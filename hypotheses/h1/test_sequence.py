@@ -9,8 +9,9 @@ from vlm_core.stats import Claim, Superiority, estimate_statistic
 SEQUENCE = Claim(
     id="H1.sequence",
     sentence="The question reaches the role tokens and the last token in earlier layers than the image reaches the text.",
-    effect="mean depth at which the image's information leaves its tokens for the text after them - mean depth at which the question's reaches role and "
-    "last tokens, as shares of all layers, pooled over items; depth: area under what cutting edges from a layer on costs, of what cutting all costs",
+    effect="mean depth at which the image's information leaves its tokens for the text after them - mean depth at which the question's "
+    "reaches role and last tokens, as shares of all layers, pooled over items; depth: area under what cutting edges from a layer on "
+    "costs, of what cutting all costs",
     test=Superiority(0.0),
     source="Kim et al. 2025, arXiv:2509.17588; the measure of depth is ours",
     tier="exploratory",

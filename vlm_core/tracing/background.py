@@ -61,8 +61,8 @@ class Background:
     def gain(self, variant: str = "") -> np.ndarray:
         """Right with the own background rather than another scene's, the object being out of sight in both, ``[item]``.
 
-        ``variant``: ``""``, ``"ring"`` (a ring around the object is too), or ``"input"`` (the object is gone before the first layer, so that
-        no layer can have carried it into the background: what is left came with the image's features).
+        ``variant``: ``""``, ``"ring"`` (a ring around the object is too), or ``"input"`` (the object is gone before the first layer, so
+        that no layer can have carried it into the background: what is left came with the image's features).
         """
         if variant not in _VARIANTS:
             raise ValueError(f"no variant {variant!r}: choose from {', '.join(map(repr, _VARIANTS))}")
@@ -100,7 +100,7 @@ def without_object(
     Returns
     -------
     Background
-        Of the items that have an object and a donor: an item of another scene and the same task whose image tokens stand at the same places.
+        Of the items that have an object and a donor: an item of another scene and the same task, its image tokens at the same places.
 
     Raises
     ------
@@ -109,9 +109,9 @@ def without_object(
 
     Notes
     -----
-    That cutting the background off costs accuracy does not show that it holds information: tokens that only receive attention are missed too.
-    With the object out of sight in both runs, an own background that answers better than another scene's can only do so by what it tells: about
-    the scene, or about the object, carried there by the vision tower or by the layers.
+    That cutting the background off costs accuracy does not show that it holds information: tokens that only receive attention are missed
+    too. With the object out of sight in both runs, an own background that answers better than another scene's can only do so by what it
+    tells: about the scene, or about the object, carried there by the vision tower or by the layers.
     The design is ours; the observation is Kim et al. 2025, arXiv:2509.17588, the mean token Neo et al., ICLR 2025. Under the variant
     "input", visual features that a family adds again in later layers (Qwen3-VL) are not replaced.
     """
@@ -150,9 +150,7 @@ def without_object(
     found = wide(table)
     correct = found.iloc[: len(kept)].copy()
     correct[other] = found[other].iloc[len(kept) :].to_numpy()
-    return Background(
-        correct[["cluster", "task", *CONDITIONS]], {name: str(item_field(donor, "id")) for name, donor in donors.items()}
-    )
+    return Background(correct[["cluster", "task", *CONDITIONS]], {name: str(item_field(donor, "id")) for name, donor in donors.items()})
 
 
 def _donors(items: list, image: list[np.ndarray], rng: np.random.Generator) -> dict:

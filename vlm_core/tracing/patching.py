@@ -2,11 +2,11 @@
 
 ``patch(subject, items, corruption, ...)``   both directions under one corruption of the image
 ``Patching``                                 logit differences, and shares of the clean run's advantage that places hold
-``contrasting(subject, items)``              the items whose answer and counterfactual answer are told apart by one token, scored by just these
+``contrasting(subject, items)``              the items whose answer differs from its counterfactual in the first token, scored by these two
 
-*Denoising* puts activations of the clean run into the corrupted one: what brings the answer back is sufficient. *Noising* puts activations of
-the corrupted run into the clean one: what destroys the answer is necessary. The image is corrupted by Gaussian noise on its embeddings, or
-is the counterfactual picture of the item, in which one attribute is swapped.
+*Denoising* puts activations of the clean run into the corrupted one: what brings the answer back is sufficient. *Noising* puts activations
+of the corrupted run into the clean one: what destroys the answer is necessary. The image is corrupted by Gaussian noise on its embeddings,
+or is the counterfactual picture of the item, in which one attribute is swapped.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Patching:
     n_layers : int
         Of the model.
     places : tuple of str
-        ``object`` and ``background`` image tokens, both together (``image``), all text but the last token (``context``), the ``last`` token,
-        ``all`` tokens.
+        ``object`` and ``background`` image tokens, both together (``image``), all text but the last token (``context``), the ``last``
+        token, ``all`` tokens.
     clean, corrupted, itself : ndarray ``[item]``
         Untouched; with the corrupted image; that with its own activations put into it, which changes nothing where patching is done right.
     denoised, noised : ndarray ``[item, layer, place]``
@@ -95,7 +95,7 @@ class Patching:
         return moved if direction == "sufficient" else -moved
 
     def share(self, direction: str, what: str = "places") -> np.ndarray:
-        """The normalised logit difference over all items: 1 where a patch moves all of the gap, 0 where nothing; ``[layer, place or head]``.
+        """The normalised logit difference over all items, ``[layer, place or head]``: 1 where a patch moves all of the gap.
 
         Denoising gives the published one (1 = clean, 0 = corrupted); noising gives 1 minus it.
         """
@@ -106,12 +106,12 @@ class Patching:
         return pooled_shares(self.moved(direction, what), self.gap, self.clusters)
 
     def handover(self) -> Callable[[np.ndarray], np.ndarray]:
-        """How clearly the answer goes from the image's tokens to the last one in the middle of the layers patched, ``[draw, cluster] -> [draw]``.
+        """How clearly the answer goes from the image's tokens to the last one in the middle of the depth, ``[draw, cluster] -> [draw]``.
 
         Share held by the image's tokens minus share held by the last one, averaged over the first half of the inner layers, minus the same
-        over the second half (a layer in the middle counts to neither), halved; the lesser of both directions. 1 where the image's tokens are
-        all that counts up to the middle and the last token is after it; 0.5 where the answer moves at an even pace; 0 where
-        it is at one place throughout. [ours]
+        over the second half (a layer in the middle counts to neither), halved; the lesser of both directions. 1 where the image's tokens
+        are all that counts up to the middle and the last token is after it; 0.5 where the answer moves at an even pace; 0 where it is at
+        one place throughout. [ours]
 
         Raises
         ------
@@ -212,6 +212,7 @@ def patch(
         if progress is not None:
             progress(done, total)
     found = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    by_place, by_head = (len(items), len(layers), len(PLACES)), (len(items), n_layers, n_heads)
     return Patching(
         tuple(str(item_field(item, "id")) for item in items),
         tuple(str(item_field(item, "scene_id")) for item in items),
@@ -220,8 +221,8 @@ def patch(
         PLACES,
         n_layers,
         **{name: found[name] for name in ("clean", "corrupted", "itself")},
-        **{name: found[name].reshape(len(items), len(layers), len(PLACES)) if layers else np.zeros((len(items), 0, len(PLACES))) for name in ("denoised", "noised")},
-        **{name: found[name].reshape(len(items), n_layers, n_heads) for name in ("heads_denoised", "heads_noised") if heads},
+        **{name: found[name].reshape(by_place) if layers else np.zeros(by_place) for name in ("denoised", "noised")},
+        **{name: found[name].reshape(by_head) for name in ("heads_denoised", "heads_noised") if heads},
     )
 
 
@@ -257,8 +258,9 @@ class _Rows:
                 table.setdefault(label, intervention)
                 assignments.append((where, label))
                 order.append((name, number))
-        named = {str(item_field(one, "id")): self._groups(item) for some in (items, partners) for one, item in zip(some, items, strict=False)}
-        values = self._differences([*items, *partners], named, table, assignments, store)
+        every = [*items, *partners]
+        named = {str(item_field(one, "id")): self._groups(items[number % len(items)]) for number, one in enumerate(every)}
+        values = self._differences(every, named, table, assignments, store)
         found: dict[str, list[list[float]]] = {}
         for (name, number), value in zip(order, values, strict=True):
             found.setdefault(name, [[] for _ in items])[number].append(value)
@@ -326,7 +328,9 @@ class _WithDifference:
         shown = np.asarray(mask_of(self.masks, item), dtype=bool)
         if not first.shape[:2] == second.shape[:2] == shown.shape:
             sizes = f"{first.shape[:2]}, {second.shape[:2]} and {shown.shape}"
-            raise ValueError(f"item {item_field(item, 'id')!r}: its picture, the counterfactual one and the mask have sizes {sizes}: give one size")
+            raise ValueError(
+                f"item {item_field(item, 'id')!r}: its picture, the counterfactual one and the mask have sizes {sizes}: give one size"
+            )
         return shown | (first != second).any(2)
 
 

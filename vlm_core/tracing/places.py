@@ -1,7 +1,7 @@
 """Token groups of prompts, by what the tokens are: an object's, the other image tokens, the question, the chat template after it.
 
-``token_places(subject, items, masks)``   ``Places``: the groups of every item's prompt, for ``sweep(groups=...)`` and ``observe(groups=...)``
-``template_length(subject, items)``       how many tokens the chat template puts between a question and its answer
+``token_places(subject, items, masks)``   ``Places``: the groups of every item's prompt, for the ``groups`` of ``sweep`` and ``observe``
+``template_lengths(subject, items)``      how many tokens the chat template puts before a question and after it
 ``PLACES``                                the groups
 """
 
@@ -17,14 +17,14 @@ from vlm_core.families.layout import Layout, image_layouts, object_tokens
 from vlm_core.items import item_field, take
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["PLACES", "Masks", "Places", "mask_of", "template_length", "token_places"]
+__all__ = ["PLACES", "Masks", "Places", "mask_of", "template_lengths", "token_places"]
 
 PLACES = {
     "object": "image tokens that show any part of the object",
     "background": "the other image tokens, those without a place on the image included",
-    "asked": "the question: text after the last image token, without the chat template that follows",
+    "asked": "the question: text after the last image token, without what the chat template puts around it",
     "role": "what the chat template puts after the question, without the last token",
-    "asking": "asked and role: text after the last image token, without the last token",
+    "asking": "all text after the last image token, without the last token",
     "context": "all text without the last token",
 }
 
@@ -83,11 +83,11 @@ def token_places(
     Notes
     -----
     Nothing of the model runs. An object's tokens are those that show any part of it, in tiles and thumbnails alike. Where the question ends
-    and the chat template goes on is found by ``template_length``.
+    and the chat template goes on is found by ``template_lengths``.
     """
     if not len(items):
         raise ValueError("there are no items to place")
-    family, last = subject.anatomy.family, template_length(subject, items)
+    family, template = subject.anatomy.family, template_lengths(subject, items)
     named: dict[str, dict[str, np.ndarray]] = {}
     for start in range(0, len(items), batch):
         some = take(items, range(start, min(start + batch, len(items))))
@@ -98,17 +98,18 @@ def token_places(
             layouts = image_layouts(family, subject.model.config, subject.processor, prepared.inputs, sizes)
         lengths = prepared.valid.sum(1).tolist()
         for item, image, length, layout in zip(some, prepared.image.cpu().numpy(), lengths, layouts, strict=True):
-            groups = _text_places(image[:length], last)
+            groups = _text_places(image[:length], *template)
             if layout is not None:
                 groups |= _image_places(layout, mask_of(masks, item), length, rings, str(family.model_type))
             named[str(item_field(item, "id"))] = groups
     return Places(named)
 
 
-def template_length(subject: Subject, items: Sequence, most: int = 8) -> int:
-    """Tokens that the chat template puts after a question, the prompt's last one included; 0 where a prompt ends with its question.
+def template_lengths(subject: Subject, items: Sequence, most: int = 8) -> tuple[int, int]:
+    """Tokens that the chat template puts between the image and a question (the end of the image, say), and after the question.
 
-    The ends of a prompt and of the same prompt without its last word are compared: what they have in common belongs to the template. The
+    The second counts the prompt's last token; it is 0 where a prompt ends with its question. A prompt is compared with itself without its
+    first and without its last word: what they have in common from the last image token on, and at the end, belongs to the template. The
     least over the first ``most`` items of two words or more.
 
     Raises
@@ -119,17 +120,26 @@ def template_length(subject: Subject, items: Sequence, most: int = 8) -> int:
     worded = [item for item in take(items, range(min(most, len(items)))) if len(item_field(item, "prompt").split()) > 1]
     if not worded:
         raise ValueError(f"none of the first {most} prompts has two words: where a question ends cannot be told from the chat template")
-    common = []
+    before, after = [], []
     for item in worded:
         words = item_field(item, "prompt").split()
-        both = []
-        for prompt in (" ".join(words), " ".join(words[:-1])):
-            prepared = subject.encode([item_field(item, "image")], [prompt])
-            both.append(prepared.inputs["input_ids"][0][prepared.valid[0]].cpu().numpy())
-        n = min(map(len, both))
-        differs = both[0][::-1][:n] != both[1][::-1][:n]
-        common.append(int(differs.argmax()) if differs.any() else n)
-    return min(common)
+        whole, headless, tailless = (_after_image(subject, item, " ".join(some)) for some in (words, words[1:], words[:-1]))
+        before.append(_in_common(whole, headless))
+        after.append(_in_common(whole[::-1], tailless[::-1]))
+    return min(before), min(after)
+
+
+def _after_image(subject: Subject, item: Any, prompt: str) -> np.ndarray:
+    """Token ids after the last image token (all of them, where there is none)."""
+    prepared = subject.encode([item_field(item, "image")], [prompt])
+    ids, image = (one[0][prepared.valid[0]].cpu().numpy() for one in (prepared.inputs["input_ids"], prepared.image))
+    return ids[int(np.flatnonzero(image)[-1]) + 1 if image.any() else 0 :]
+
+
+def _in_common(first: np.ndarray, second: np.ndarray) -> int:
+    n = min(len(first), len(second))
+    differs = first[:n] != second[:n]
+    return int(differs.argmax()) if differs.any() else n
 
 
 def _pictures(item: Any) -> list:
@@ -142,14 +152,12 @@ def mask_of(masks: Masks, item: Any) -> np.ndarray:
     return masks[str(item_field(item, "id"))] if isinstance(masks, Mapping) else masks(item)
 
 
-def _text_places(image: np.ndarray, template: int) -> dict[str, np.ndarray]:
-    length = len(image)
-    steps = np.arange(length)
-    last = steps == length - 1
-    after = steps > (np.flatnonzero(image)[-1] if image.any() else -1)
-    role = after & (steps >= length - template) & ~last
-    asking = after & ~last
-    return {"asked": asking & ~role, "role": role, "asking": asking, "context": ~image & ~last}
+def _text_places(image: np.ndarray, before: int, after: int) -> dict[str, np.ndarray]:
+    steps, first = np.arange(len(image)), int(np.flatnonzero(image)[-1]) + 1 if image.any() else 0
+    last = steps == len(image) - 1
+    asking = (steps >= first) & ~last
+    role = asking & (steps >= len(image) - after)
+    return {"asked": asking & ~role & (steps >= first + before), "role": role, "asking": asking, "context": ~image & ~last}
 
 
 def _image_places(layout: Layout, mask: np.ndarray, length: int, rings: int, family: str) -> dict[str, np.ndarray]:

@@ -4,8 +4,8 @@
 ``Arrivals``                   mean depths of arrival, and their difference
 ``ROUTES``                     the edges
 
-What cutting edges from layer ``l`` on still costs is what has not arrived before ``l``: divided by what cutting them in all layers costs, it falls from
-1 to 0 over the layers like a survival function, and the area under it is the mean depth at which the information arrives. [ours]
+What cutting edges from layer ``l`` on still costs is what has not arrived before ``l``: divided by what cutting them in all layers costs,
+it falls from 1 to 0 over the layers like a survival function, and the area under it is the mean depth at which the information arrives. [ours]
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ ROUTES = {
 }
 """Name: groups that are cut off, and what from.
 
-``text``: the role tokens and the last one from the question. ``image``: all text after it from the image, whatever goes on from there: the image cannot reach the last
-token later than it leaves its own. ``image, direct``: the role tokens and the last one alone.
+``text``: the role tokens and the last one from the question. ``image``: all text after it from the image: what the image tells cannot reach
+the last token before it leaves the image's own, so this depth is the least that its arrival can have. ``image, direct``: the role tokens
+and the last one alone from the image.
 """
 
 
@@ -92,7 +93,7 @@ def arrivals(
     Parameters
     ----------
     items : sequence of items
-        Their prompts end with tokens of the chat template (``vlm_core.tracing.places.template_length``); where they do not, the last token
+        Their prompts end with tokens of the chat template (``vlm_core.tracing.places.template_lengths``); where they do not, the last token
         alone is cut off.
     store, progress
         See ``vlm_core.sweep``.
