@@ -1,1 +1,9 @@
-pytest_plugins = ["reports.plugin", "fixtures.subjects", "fixtures.probe_sets", "fixtures.measurements", "fixtures.tracing_measurements", "fixtures.students"]
+pytest_plugins = [
+    "reports.plugin",
+    "fixtures.subjects",
+    "fixtures.probe_sets",
+    "fixtures.measurements",
+    "fixtures.h1_rankings",
+    "fixtures.tracing_measurements",
+    "fixtures.students",
+]

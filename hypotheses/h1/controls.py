@@ -1,10 +1,24 @@
-"""Controls that claims over several tasks share."""
+"""Controls that several claims of H1 share."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from fixtures.measurements import LEAST_R2
+from probes import GROUNDING_TASKS
 from vlm_core.stats import Baseline, Control, interval
+
+
+def prediction_of_unseen_masks(ranked) -> Control:
+    """The linear models behind a ranking must predict masks they never saw; a ranking by a model that does not fit means nothing."""
+    return Control("attribution predicts unseen masks", "positive", ranked.r2 >= LEAST_R2, ranked.r2, f"R² of at least {LEAST_R2:g}")
+
+
+def usable_in_most_tasks(usable) -> Control:
+    """A claim over tasks rests on the tasks whose ranking may be used, and these must be most of them."""
+    share = len(usable) / len(GROUNDING_TASKS)
+    named = ", ".join(task for task in GROUNDING_TASKS if task not in usable) or "none"
+    return Control("tasks whose attribution predicts unseen masks", "positive", share > 0.5, share, "more than half", f"left out: {named}")
 
 
 def pooled_baseline(floors, items) -> Baseline:
@@ -20,6 +34,11 @@ def pooled_grounding(floors, items, limit: float) -> Control:
     seen, blind = floors.seeing[chosen], floors.blind[chosen]
     worth = interval(seen["correct"].to_numpy(float) - blind["correct"].to_numpy(float), seen["cluster"], confidence=0.99)
     return Control("seeing against another scene's image", "floor", worth.lower > limit, worth.lower, f"a lower bound above {limit:g}")
+
+
+def grounded_overall(floors, limit: float = 0.10) -> Control:
+    """The same over every confirmation item of every task."""
+    return pooled_grounding(floors, floors.seeing["item"], limit)
 
 
 def worth_something(name: str, kind: str, effect, clusters, limit: float = 0.0) -> Control:

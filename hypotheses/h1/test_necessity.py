@@ -8,8 +8,9 @@ tell one image from another.
 import pytest
 
 from fixtures.measurements import TOP_HEADS
+from hypotheses.h1.controls import prediction_of_unseen_masks
 from probes import GROUNDING_TASKS, target_mask
-from reports import exhibits
+from reports import exhibits, exhibits_ablation
 from vlm_core import attention_heatmap
 from vlm_core.heads.draws import assign_draws, draw_means, layer_free, layer_matched
 from vlm_core.stats import Claim, Control, Superiority, monte_carlo_p
@@ -61,7 +62,7 @@ def test_few_heads_carry_the_image(task, subject, probes, floors, attribution, r
 
 @pytest.mark.claim(SPECIFICITY)
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
-def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blinded, attribution, removal, sweeps, evidence):
+def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blinded, attribution, removal, ablations, sweeps, evidence):
     ranked, items, measured = attribution(task), probes.confirmation[task], removal(task)
     heads = ranked.top(TOP_HEADS)
     matched = layer_matched(heads, subject, profile.random_draws, seed)
@@ -74,6 +75,7 @@ def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blind
     free, _ = draw_means(table, "anywhere", measured["full"], measured["targeted"])
     p_value = monte_carlo_p(0.0, lost["random"] - lost["targeted"])  # on each draw's own items: how often random heads cost as much
     exhibits.null_draws(evidence, task, lost["random"], float((measured["full"] - measured["targeted"]).mean()), p_value)
+    exhibits_ablation.ablation_grid(evidence, ablations(task), task, floors.chance[task])
     evidence.decide(
         SPECIFICITY,
         random - measured["targeted"],
@@ -98,11 +100,6 @@ def no_head_sees(measured, baseline) -> Control:
     """With the image removed from every head, accuracy must be near what blindness gives: the intervention does what it says."""
     left = float(measured["every"].mean())
     return Control("image removed from every head", "positive", left <= baseline.floor + 0.10, left, f"at most {baseline.floor + 0.10:.2f}")
-
-
-def prediction_of_unseen_masks(ranked) -> Control:
-    """The linear models behind a ranking must predict masks they never saw; a ranking by a model that does not fit means nothing."""
-    return Control("attribution predicts unseen masks", "positive", ranked.r2 >= 0.7, ranked.r2, "R² of at least 0.7")
 
 
 def show_attention(evidence, task, subject, items, floors, heads) -> None:

@@ -1,6 +1,10 @@
 """Which heads carry the image, and what else is to be known about heads.
 
 ``attribution``   HeAr: a linear model of the answer on which heads still see the image
-``ranking``       heads from a map of scores; agreement of rankings
+``ranking``       heads from a map of scores
+``rankings``      what else heads may be ranked by: attention mass, single-head ablation, gradient x gate
+``curves``        how much of the image's effect the first heads of a ranking carry: faithfulness and completeness
+``agreement``     agreement of rankings, depth of attribution, attribution against attention
+``grid``          ways to take heads away, and what each costs
 ``draws``         random heads to compare with
 """

@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from sklearn.linear_model import RidgeCV
 
 from vlm_core.families.anatomy import HeadId
 from vlm_core.heads.ranking import order_heads, top_heads
@@ -23,9 +22,9 @@ from vlm_core.sweeps.sweep import sweep
 __all__ = ["HeadAttribution", "head_attribution"]
 
 KEEP_PROBABILITY = 0.95  # COAR's, and the best of 0.95, 0.9, 0.8 and 0.5 at predicting unseen masks of the embedded VLM
-HELD_OUT = 0.2  # share of each item's masks that the linear models are scored on, never fitted to
+FOLDS = 5  # parts of each item's masks, each predicted by models of the others
 TARGETS = ("margin", "logit")
-_ALPHAS = np.logspace(-2, 4, 13)
+_PENALTIES = np.logspace(-2, 4, 13)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +40,7 @@ class HeadAttribution:
     target : str
         What was modelled: ``margin`` (log-probability of the answer above the best other candidate) or ``logit`` (the answer's logit).
     r2 : float
-        Share of the variance within items that the items' models explain on masks they were not fitted to.
+        Share of the variance within items that the items' models explain on masks they were not fitted to (five-fold).
     r2_task : float
         The same for one model of all items.
     n_masks : int
@@ -64,6 +63,10 @@ class HeadAttribution:
     @property
     def n_items(self) -> int:
         return len(self.items)
+
+    def first(self, n: int) -> HeadAttribution:
+        """The same of the first ``n`` items only."""
+        return replace(self, per_item=self.per_item[:n], items=self.items[:n], clusters=self.clusters[:n])
 
     def ranking(self) -> list[HeadId]:
         """Heads from the highest coefficient down."""
@@ -101,7 +104,7 @@ def head_attribution(
     means : ImageKVMeans
         What the image's keys and values are replaced by.
     masks_per_item : int
-        Random masks per item; a fifth of them (at least one) is held out to score the models.
+        Random masks per item; each fifth of them is predicted by models of the others, to score these.
     keep_probability : float
         In (0, 1).
     target : {"margin", "logit"}
@@ -131,7 +134,7 @@ def head_attribution(
     keep-probability 0.95, validated on held-out masks). Mask count, the two-step ridge and the margin are our reconstruction, judged by ``r2``.
     """
     if masks_per_item < 5:
-        raise ValueError(f"masks_per_item is {masks_per_item}: attribution needs at least 5 (one in five is held out)")
+        raise ValueError(f"masks_per_item is {masks_per_item}: attribution needs at least 5 (each fifth is predicted from the others)")
     if not 0.0 < keep_probability < 1.0:
         raise ValueError(f"keep_probability is {keep_probability}: expected a number between 0 and 1, both excluded")
     if target not in TARGETS:
@@ -159,20 +162,46 @@ def head_attribution(
 
 
 def _fit(kept: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Coefficients ``[item, head]`` of every item, and how much of the held-out variance the items' models and the task's explain."""
-    n_held = max(1, round(HELD_OUT * kept.shape[1]))
-    fit, held = slice(n_held, None), slice(0, n_held)
-    # an intercept per item is the same as centring each item's rows on the rows that are fitted
-    x = kept - kept[:, fit].mean(1, keepdims=True)
-    y = values - values[:, fit].mean(1, keepdims=True)
-    n_heads = kept.shape[2]
-    task = RidgeCV(alphas=_ALPHAS, fit_intercept=False).fit(x[:, fit].reshape(-1, n_heads), y[:, fit].ravel()).coef_
-    left = y - x @ task
-    own = np.stack([RidgeCV(alphas=_ALPHAS, fit_intercept=False).fit(a, b).coef_ for a, b in zip(x[:, fit], left[:, fit], strict=True)])
-    residual = left[:, held] - np.einsum("imh,ih->im", x[:, held], own)
-    spread = float(np.square(y[:, held]).sum())
-    return task + own, _explained(residual, spread), _explained(left[:, held], spread)
+    """Coefficients ``[item, head]`` of every item, and how much of the variance of unseen masks the items' models and the task's explain.
+
+    Every mask is predicted by models of the other four fifths of the masks; the coefficients are those of models of all masks.
+    """
+    fold = np.arange(kept.shape[1]) % FOLDS
+    own, task, spread = (np.zeros(values.shape) for _ in range(3))
+    for k in range(FOLDS):
+        seen, unseen = fold != k, fold == k
+        shared, coefficients = _models(kept[:, seen], values[:, seen])
+        x = kept[:, unseen] - kept[:, seen].mean(1, keepdims=True)
+        spread[:, unseen] = values[:, unseen] - values[:, seen].mean(1, keepdims=True)
+        own[:, unseen] = spread[:, unseen] - np.einsum("imh,ih->im", x, coefficients)
+        task[:, unseen] = spread[:, unseen] - x @ shared
+    return _models(kept, values)[1], _explained(own, spread), _explained(task, spread)
 
 
-def _explained(residual: np.ndarray, spread: float) -> float:
-    return 1.0 - float(np.square(residual).sum()) / spread if spread > 0 else 0.0
+def _models(kept: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients of all items in one, ``[head]``, and of each item, ``[item, head]``."""
+    # an intercept per item is the same as centring each item's rows
+    x, y = kept - kept.mean(1, keepdims=True), values - values.mean(1, keepdims=True)
+    shared = _ridge(x.reshape(1, -1, x.shape[2]), y.reshape(1, -1))[0]
+    return shared, shared + _ridge(x, y - x @ shared)
+
+
+def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Ridge coefficients ``[item, head]`` of ``y`` ``[item, mask]`` on ``x`` ``[item, mask, head]``, both centred, item by item.
+
+    Each item has the penalty whose leave-one-out error, which is exact, is least.
+    """
+    left, size, right = np.linalg.svd(x, full_matrices=False)
+    along = np.einsum("imr,im->ir", left, y)
+    errors = []
+    for penalty in _PENALTIES:
+        shrunk = size**2 / (size**2 + penalty)
+        leverage = np.einsum("imr,ir->im", left**2, shrunk) + 1 / y.shape[1]
+        errors.append(np.square((y - np.einsum("imr,ir->im", left, shrunk * along)) / np.clip(1 - leverage, 1e-9, None)).sum(1))
+    penalty = _PENALTIES[np.argmin(errors, axis=0)][:, None]
+    return np.einsum("irh,ir->ih", right, size / (size**2 + penalty) * along)
+
+
+def _explained(residual: np.ndarray, spread: np.ndarray) -> float:
+    whole = float(np.square(spread).sum())
+    return 1.0 - float(np.square(residual).sum()) / whole if whole > 0 else 0.0

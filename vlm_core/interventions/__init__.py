@@ -1,6 +1,7 @@
 """What can be done to a forward pass, as small frozen declarations.
 
 ``ZeroHeads``, ``MeanHeads``, ``ResampleHeads``    the output of heads becomes zero, its mean, or another run's
+``RedirectHeads``      the output of heads keeps its length and gets another direction
 ``ReplaceImageKV``     image keys and values of a head become their mean (HeAr, Kim et al. 2509.17588) or another image's
 ``KnockOut``           attention edges from one token group to another are cut
 ``Patch``              activations become another run's (denoising, noising), or get Gaussian noise
@@ -17,9 +18,9 @@ Order of a tuple
 ----------------
 What a row's parts do follows the forward pass, not their place in the tuple. On entering a layer: ``ReplaceTokens``
 (first layer only), then ``DropTokens`` or ``MergeTokens``, then ``Patch("residual")``, then ``Steer``. Inside the attention:
-``ReplaceImageKV``, then ``KnockOut``, then the heads' outputs: ``MeanHeads``, then ``ResampleHeads`` and ``Patch("head")``, then
+``ReplaceImageKV``, then ``KnockOut``, then the heads' outputs: ``MeanHeads``, then ``RedirectHeads``, then ``ResampleHeads`` and ``Patch("head")``, then
 ``ZeroHeads``. Then ``Patch("attention")``, then ``Patch("mlp")``. Within one kind, of two that overlap the later in the
-tuple holds, directions of ``Steer`` add up, and two means for one head are refused.
+tuple holds, directions of ``Steer`` add up, and two means (or two directions) for one head are refused.
 
 Positions
 ---------
@@ -31,8 +32,8 @@ tokens count as ``text`` and ``question``, and each as ``last`` while it is the 
 from __future__ import annotations
 
 from vlm_core.interventions.declaration import Positions, Touch
-from vlm_core.interventions.heads import KnockOut, MeanHeads, ReplaceImageKV, ResampleHeads, ZeroHeads
-from vlm_core.interventions.sources import Activations, GaussianNoise, HeadMeans, ImageKV, ImageKVMeans, Vector
+from vlm_core.interventions.heads import KnockOut, MeanHeads, RedirectHeads, ReplaceImageKV, ResampleHeads, ZeroHeads
+from vlm_core.interventions.sources import Activations, GaussianNoise, HeadDirections, HeadMeans, ImageKV, ImageKVMeans, Vector
 from vlm_core.interventions.stream import Patch, ReplaceTokens, Steer
 from vlm_core.interventions.tokens import DropTokens, MergeTokens
 
@@ -40,6 +41,7 @@ __all__ = [
     "Activations",
     "DropTokens",
     "GaussianNoise",
+    "HeadDirections",
     "HeadMeans",
     "ImageKV",
     "ImageKVMeans",
@@ -49,6 +51,7 @@ __all__ = [
     "MergeTokens",
     "Patch",
     "Positions",
+    "RedirectHeads",
     "ReplaceImageKV",
     "ReplaceTokens",
     "ResampleHeads",
@@ -64,7 +67,17 @@ __all__ = [
 ]
 
 Intervention = (
-    ZeroHeads | MeanHeads | ResampleHeads | ReplaceImageKV | KnockOut | Patch | Steer | ReplaceTokens | DropTokens | MergeTokens
+    ZeroHeads
+    | MeanHeads
+    | RedirectHeads
+    | ResampleHeads
+    | ReplaceImageKV
+    | KnockOut
+    | Patch
+    | Steer
+    | ReplaceTokens
+    | DropTokens
+    | MergeTokens
 )
 
 

@@ -1,6 +1,7 @@
 """Interventions inside the attention: heads, image keys and values, edges.
 
 ``ZeroHeads``, ``MeanHeads``, ``ResampleHeads``    the output of heads becomes zero, its mean, or another run's
+``RedirectHeads``      the output of heads keeps its length and gets another direction
 ``ReplaceImageKV``     image keys and values of a head become their mean or another image's
 ``KnockOut``           attention edges from one token group to another are cut
 """
@@ -25,9 +26,9 @@ from vlm_core.interventions.declaration import (
     shown_heads,
     touch_heads,
 )
-from vlm_core.interventions.sources import Activations, HeadMeans, ImageKV, ImageKVMeans
+from vlm_core.interventions.sources import Activations, HeadDirections, HeadMeans, ImageKV, ImageKVMeans
 
-__all__ = ["KnockOut", "MeanHeads", "ReplaceImageKV", "ResampleHeads", "ZeroHeads"]
+__all__ = ["KnockOut", "MeanHeads", "RedirectHeads", "ReplaceImageKV", "ResampleHeads", "ZeroHeads"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,31 @@ class MeanHeads(Declared):
     def describe(self) -> str:
         """A short unique label."""
         return label("mean", shown_heads(self.heads), self.means.digest, queries=self.queries)
+
+    def touches(self, n_layers: int, contiguous: bool = True) -> Touch:
+        """First layer touched, and whether tokens up to the last image token are."""
+        return touch_heads(self.heads, self.queries, n_layers)
+
+
+@dataclass(frozen=True, eq=False)
+class RedirectHeads(Declared):
+    """The outputs of ``heads`` keep their length at every one of the tokens ``queries`` and point where ``directions`` say.
+
+    With random directions (``HeadDirections.random``) this is the norm-matched placebo of an ablation: as much is written, none of it meant.
+    """
+
+    heads: tuple[HeadId, ...]
+    directions: HeadDirections
+    queries: Positions = "all"
+    capability: ClassVar[str] = "heads"
+
+    def __post_init__(self) -> None:
+        require_kind(self.directions, (HeadDirections,), "directions of RedirectHeads")
+        self._seal(heads=as_heads(self.heads), queries=as_positions(self.queries, "queries"))
+
+    def describe(self) -> str:
+        """A short unique label."""
+        return label("redirect", shown_heads(self.heads), self.directions.digest, queries=self.queries)
 
     def touches(self, n_layers: int, contiguous: bool = True) -> Touch:
         """First layer touched, and whether tokens up to the last image token are."""

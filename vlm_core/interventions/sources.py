@@ -1,6 +1,7 @@
 """Tensors that interventions refer to: means, another image's keys and values, captured activations, noise.
 
 ``HeadMeans``, ``ImageKVMeans``   one vector per head
+``HeadDirections``                one direction per head
 ``ImageKV``                       the image keys and values of one prompt, token by token
 ``Activations``                   what one prompt had at some sites (``vlm_core.subjects.activations`` captures them)
 ``Vector``                        one direction, or one mean token
@@ -21,7 +22,7 @@ import torch
 
 from vlm_core.interventions.numeric import integer, real, require_finite
 
-__all__ = ["SITES", "Activations", "GaussianNoise", "HeadMeans", "ImageKV", "ImageKVMeans", "Source", "Vector"]
+__all__ = ["SITES", "Activations", "GaussianNoise", "HeadDirections", "HeadMeans", "ImageKV", "ImageKVMeans", "Source", "Vector"]
 
 SITES = ("residual", "attention", "mlp", "head")
 """Where activations are captured and patched.
@@ -82,6 +83,31 @@ class HeadMeans(Source):
     def __post_init__(self) -> None:
         require_finite(self.values, "values of HeadMeans", _MEANS)
         object.__setattr__(self, "digest", _digest(self.values))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadDirections(Source):
+    """One direction for every head: ``values`` ``[layer, head, head_dim]``, of any length but zero; kept at length 1."""
+
+    values: torch.Tensor
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        require_finite(self.values, "values of HeadDirections", _MEANS)
+        lengths = self.values.double().norm(dim=-1, keepdim=True)
+        if bool((lengths == 0).any()):
+            layer, head = (lengths[..., 0] == 0).nonzero()[0].tolist()
+            raise ValueError(f"the direction of head {layer}.{head} is zero: a direction needs a length")
+        # Only what is not at length 1 is scaled, so that stored directions are the same again.
+        unit = torch.where((lengths - 1).abs() > 1e-6, self.values.double() / lengths, self.values.double()).to(self.values.dtype)
+        object.__setattr__(self, "values", unit)
+        object.__setattr__(self, "digest", _digest(self.values))
+
+    @classmethod
+    def random(cls, n_layers: int, n_heads: int, head_dim: int, seed: int = 0) -> HeadDirections:
+        """Directions drawn evenly from the sphere."""
+        seed = integer(seed, "seed of HeadDirections", least=0)
+        return cls(torch.from_numpy(np.random.default_rng(seed).standard_normal((n_layers, n_heads, head_dim)).astype(np.float32)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

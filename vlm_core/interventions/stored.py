@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import vlm_core.interventions as interventions
 from vlm_core.interventions import Row, parts, require_row
-from vlm_core.interventions.sources import Activations, GaussianNoise, HeadMeans, ImageKV, ImageKVMeans, Source, Vector
+from vlm_core.interventions.sources import Activations, GaussianNoise, HeadDirections, HeadMeans, ImageKV, ImageKVMeans, Source, Vector
 
 __all__ = ["from_dict", "load_interventions", "save_interventions", "tensors_of", "to_dict"]
 
@@ -32,13 +32,20 @@ _KINDS = (
     "MeanHeads",
     "MergeTokens",
     "Patch",
+    "RedirectHeads",
     "ReplaceImageKV",
     "ReplaceTokens",
     "ResampleHeads",
     "Steer",
     "ZeroHeads",
 )
-_FIELDS = {HeadMeans: ("values",), ImageKVMeans: ("keys", "values"), ImageKV: ("keys", "values"), Vector: ("values",)}
+_FIELDS = {
+    HeadDirections: ("values",),
+    HeadMeans: ("values",),
+    ImageKVMeans: ("keys", "values"),
+    ImageKV: ("keys", "values"),
+    Vector: ("values",),
+}
 _SOURCES = {kind.__name__: kind for kind in _FIELDS}
 
 

@@ -156,6 +156,11 @@ class AttentionEdits:
             if layer in replaced.mask:
                 (means,) = (tensor.to(output.device) for tensor in replaced.at(layer, rows))
                 output = torch.where(self._chosen(replaced.mask, layer, axes, positions), means[:, None], output)
+        for positions, replaced in program.direction.items():
+            if layer in replaced.mask:
+                (units,) = (tensor.to(output.device) for tensor in replaced.at(layer, rows))
+                turned = units[:, None] * output.norm(dim=-1, keepdim=True)
+                output = torch.where(self._chosen(replaced.mask, layer, axes, positions), turned, output)
         return output, maps, key, value, mask
 
     def silence(self, layer: int, axes: Axes, output: torch.Tensor) -> torch.Tensor:

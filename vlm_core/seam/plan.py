@@ -16,6 +16,7 @@ import torch
 
 from vlm_core.interventions import (
     DropTokens,
+    HeadDirections,
     HeadMeans,
     ImageKV,
     ImageKVMeans,
@@ -25,6 +26,7 @@ from vlm_core.interventions import (
     MergeTokens,
     Patch,
     Positions,
+    RedirectHeads,
     ReplaceImageKV,
     ReplaceTokens,
     ResampleHeads,
@@ -39,7 +41,7 @@ from vlm_core.interventions import (
 
 __all__ = ["Program", "Replacement", "forget", "parts", "require_fit", "require_possible"]
 
-Means = HeadMeans | ImageKVMeans | ImageKV
+Means = HeadMeans | HeadDirections | ImageKVMeans | ImageKV
 Edit = Patch | Steer | ReplaceTokens
 EMBEDDING = "embedding"
 """The site of ``ReplaceTokens``: what enters the first layer, before anything else is done to it."""
@@ -51,6 +53,7 @@ class _Effect:
 
     zero: dict[Positions, np.ndarray]
     mean: dict[Positions, tuple[np.ndarray, Means]]
+    direction: dict[Positions, tuple[np.ndarray, Means]]
     image_kv: dict[Positions, tuple[np.ndarray, Means]]
     image_kv_tokens: dict[Positions, tuple[np.ndarray, Means]]
     shortenings: tuple[DropTokens | MergeTokens, ...]
@@ -80,7 +83,7 @@ def _check_layers(part: Intervention, layers: Sequence[int], n_layers: int, last
 @lru_cache(maxsize=512)
 def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
     zero: dict[Positions, np.ndarray] = {}
-    replaced: dict[str, dict] = {"mean": {}, "image_kv": {}, "image_kv_tokens": {}}
+    replaced: dict[str, dict] = {"mean": {}, "direction": {}, "image_kv": {}, "image_kv_tokens": {}}
     shortenings: list[DropTokens | MergeTokens] = []
     knocks: list[KnockOut] = []
     edits: list[tuple[str, int, Edit]] = []
@@ -110,14 +113,14 @@ def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
             _head_mask(part.heads, n_layers, n_heads)
             patch = Patch("head", (), part.source, part.queries, part.heads)
             edits.extend(("head", layer, patch) for layer in patch.layers)
-        elif isinstance(part, MeanHeads | ReplaceImageKV):
+        elif isinstance(part, MeanHeads | RedirectHeads | ReplaceImageKV):
             mask = _head_mask(part.heads, n_layers, n_heads)
-            kind = "mean" if isinstance(part, MeanHeads) else "image_kv"
-            kinds = [kind] if kind == "mean" else ["image_kv", "image_kv_tokens"]
-            chosen = "image_kv_tokens" if isinstance(part.means, ImageKV) else kind
-            _refuse_overlap(part, mask, [pair for name in kinds for pair in replaced[name].values()])
+            kinds = {MeanHeads: ["mean"], RedirectHeads: ["direction"]}.get(type(part), ["image_kv", "image_kv_tokens"])
+            source = part.directions if isinstance(part, RedirectHeads) else part.means
+            chosen = kinds[-1] if isinstance(source, ImageKV) else kinds[0]
+            _refuse_overlap(part, source, mask, [pair for name in kinds for pair in replaced[name].values()])
             before = replaced[chosen].get(part.queries)
-            replaced[chosen][part.queries] = (mask, part.means) if before is None else _joined(before, (mask, part.means))
+            replaced[chosen][part.queries] = (mask, source) if before is None else _joined(before, (mask, source))
         else:
             raise TypeError(f"not an intervention: {part!r}")
     layers = [part.layer for part in shortenings]
@@ -151,13 +154,13 @@ def _needs(part: Intervention) -> list[tuple[str, int | None]]:
     return [(part.capability, None)]
 
 
-def _refuse_overlap(part: MeanHeads | ReplaceImageKV, mask: np.ndarray, pairs: list[tuple[np.ndarray, Means]]) -> None:
+def _refuse_overlap(part: Intervention, source: Means, mask: np.ndarray, pairs: list[tuple[np.ndarray, Means]]) -> None:
     for other, means in pairs:
-        if means != part.means and (other & mask).any():
+        if means != source and (other & mask).any():
             layer, head = np.argwhere(other & mask)[0].tolist()
             raise ValueError(
                 f"a row gives a head at most one {type(part).__name__}: L{layer}.H{head} gets {means.digest} and "
-                f"{part.means.digest}"
+                f"{source.digest}"
             )
 
 
@@ -215,6 +218,8 @@ class Program:
         Edges cut in all heads.
     zero_at, mean_at, image_kv_at
         The same as without ``_at``, restricted to queries: ``{queries: ...}``, never ``"all"``.
+    direction : dict of queries (``"all"`` included) to Replacement
+        Directions of unit length that outputs get, their own length kept.
     image_kv_tokens : dict of queries (``"all"`` included) to Replacement
         Another image's keys and values, token by token.
     head_knocks : dict of layer to list of (queries, keys, BoolTensor ``[row, head]``)
@@ -238,6 +243,7 @@ class Program:
     touch: tuple[Touch, ...] = ()
     zero_at: dict[Positions, dict[int, torch.Tensor]] = field(default_factory=dict)
     mean_at: dict[Positions, Replacement] = field(default_factory=dict)
+    direction: dict[Positions, Replacement] = field(default_factory=dict)
     image_kv_at: dict[Positions, Replacement] = field(default_factory=dict)
     image_kv_tokens: dict[Positions, Replacement] = field(default_factory=dict)
     head_knocks: dict[int, list[tuple[Positions, Positions, torch.Tensor]]] = field(default_factory=dict)
@@ -261,7 +267,7 @@ class Program:
     @property
     def replacements(self) -> tuple[Replacement, ...]:
         """Everything that puts means or another image's vectors in place."""
-        restricted = (self.mean_at, self.image_kv_at, self.image_kv_tokens)
+        restricted = (self.mean_at, self.direction, self.image_kv_at, self.image_kv_tokens)
         return self.mean, self.image_kv, *(one for kind in restricted for one in kind.values())
 
     @classmethod
@@ -321,6 +327,7 @@ class Program:
             zero_at=zero,
             mean=mean.pop("all", Replacement({})),
             mean_at=mean,
+            direction=replacements("direction"),
             image_kv=image_kv.pop("all", Replacement({})),
             image_kv_at=image_kv,
             image_kv_tokens=replacements("image_kv_tokens"),
@@ -402,7 +409,7 @@ def _by_layer(masks: list[np.ndarray | None], device: torch.device | str) -> dic
 
 def _replacement(pairs: list, device: torch.device | str, dtype: torch.dtype) -> Replacement:
     distinct = list(dict.fromkeys(pair[1] for pair in pairs if pair is not None))
-    fields = [(means.values,) if isinstance(means, HeadMeans) else (means.keys, means.values) for means in distinct]
+    fields = [(means.values,) if isinstance(means, HeadMeans | HeadDirections) else (means.keys, means.values) for means in distinct]
     shapes = {tuple(tensor.shape) for group in fields for tensor in group}
     shape = next(pair[0].shape for pair in pairs if pair is not None)
     for found in shapes:

@@ -16,6 +16,7 @@ from vlm_core import (
     Batch,
     DropTokens,
     GaussianNoise,
+    HeadDirections,
     HeadMeans,
     ImageKV,
     ImageKVMeans,
@@ -23,6 +24,7 @@ from vlm_core import (
     MeanHeads,
     MergeTokens,
     Patch,
+    RedirectHeads,
     ReplaceImageKV,
     ReplaceTokens,
     ResampleHeads,
@@ -84,8 +86,12 @@ def test_zero_comes_after_means_and_a_direction_after_a_patch(subject, items, so
     batch = subject.encode_items(items[1:2])
     zero, mean = ZeroHeads([(1, 1)]), MeanHeads([(1, 1)], HeadMeans(normal(3, 4, 8)))
     assert torch.equal(intervened(subject, batch, (zero, mean)), intervened(subject, batch, zero))
-    resample = ResampleHeads([(1, 1)], source)
+    resample, redirect = ResampleHeads([(1, 1)], source), RedirectHeads([(1, 1)], HeadDirections(normal(3, 4, 8)))
     assert torch.equal(intervened(subject, batch, (resample, mean)), intervened(subject, batch, resample))
+    assert torch.equal(intervened(subject, batch, (resample, redirect)), intervened(subject, batch, resample))
+    length = mean.means.values.norm(dim=-1, keepdim=True)
+    turned = MeanHeads([(1, 1)], HeadMeans(redirect.directions.values * length))
+    torch.testing.assert_close(intervened(subject, batch, (redirect, mean)), intervened(subject, batch, turned), rtol=1e-4, atol=1e-4)
     direction = normal(32)
     shifted = Activations({("residual", 1): source.at("residual", 1) + direction}, source.image)
     both = (Steer(1, direction), Patch("residual", 1, source))
@@ -120,6 +126,8 @@ def test_means_of_different_heads_combine(subject, batch):
     [
         (lambda: (MeanHeads([(1, 1)], HeadMeans(normal(3, 4, 8))), MeanHeads([(1, 1)], HeadMeans(normal(3, 4, 8, seed=1)), "last")),
          r"gives a head at most one MeanHeads: L1\.H1"),
+        (lambda: (RedirectHeads([(1, 1)], HeadDirections(normal(3, 4, 8))), RedirectHeads([(1, 1)], HeadDirections(normal(3, 4, 8, seed=1)))),
+         r"gives a head at most one RedirectHeads: L1\.H1"),
         (lambda: (DropTokens(1, 0.5), MergeTokens(1, 0.2)), "at most once per layer"),
         (lambda: Steer(4, normal(32)), "outside this model's 3 layers"),
         (lambda: Steer(-1, normal(32)), "outside this model's 3 layers"),
@@ -215,7 +223,8 @@ def test_other_positions_are_bit_identical_at_the_layer(subject, batch, items, p
     direction, means = normal(32), HeadMeans(normal(3, 4, 8))
     plans = {  # fmt: skip
         ("head", 1): [
-            ZeroHeads([(1, 0)], positions), MeanHeads([(1, 2)], means, positions), Patch("head", 1, GaussianNoise(1.0), positions),
+            ZeroHeads([(1, 0)], positions), MeanHeads([(1, 2)], means, positions),
+            RedirectHeads([(1, 3)], HeadDirections(means.values), positions), Patch("head", 1, GaussianNoise(1.0), positions),
         ],
         ("residual", 1): [Steer(1, direction, positions=positions), Patch("residual", 1, GaussianNoise(1.0), positions)],
         ("attention", 1): [Patch("attention", 1, GaussianNoise(1.0), positions)],
@@ -252,6 +261,7 @@ def plans_that_last(subject, items):
         "steer question": (Steer(2, direction, positions="question"), Steer(3, direction)),
         "zero question": ZeroHeads([(0, 1), (2, 2)], "question"),
         "mean text": MeanHeads([(1, 1)], HeadMeans(normal(3, 4, 8)), "text"),
+        "redirect": RedirectHeads([(1, 1), (2, 0)], HeadDirections(normal(3, 4, 8)), "text"),
         "image kv question": ReplaceImageKV([(0, 1), (1, 2)], ImageKVMeans(normal(3, 4, 8), normal(3, 4, 8, seed=1)), "question"),
         "other image": ReplaceImageKV([(0, 1), (1, 2)], capture_image_kv(subject, items[1]), "all"),
         "knock out": KnockOut("question", "image", (1, 2), (0, 3)),
@@ -413,6 +423,7 @@ def every_declaration(subject, items):
         "empty": (),
         "zero": ZeroHeads([(1, 2), (0, 0)], (3, -1)),
         "mean": MeanHeads([(1, 1)], HeadMeans(normal(3, 4, 8), 7), "text"),
+        "redirect": RedirectHeads([(1, 1)], HeadDirections(normal(3, 4, 8, seed=2)), "text"),
         "resample": ResampleHeads([(1, 1)], source, "object"),
         "image kv": ReplaceImageKV([(1, 1)], ImageKVMeans(normal(3, 4, 8), normal(3, 4, 8, seed=1), 5), "question"),
         "other image": ReplaceImageKV([(1, 1)], ImageKV(normal(3, 4, 2, 8), normal(3, 4, 2, 8))),
@@ -435,7 +446,7 @@ def test_json_and_back_is_the_same(subject, items, batch, tmp_path):
     assert list(again) == list(rows)
     assert (again["mean"].means.count, again["image kv"].means.count) == (7, 5)
     named = objects(batch)
-    for name in ("mean", "image kv", "patch", "steer", "tokens", "tuple"):
+    for name in ("mean", "redirect", "image kv", "patch", "steer", "tokens", "tuple"):
         assert torch.equal(intervened(subject, batch, again[name], groups=named), intervened(subject, batch, rows[name], groups=named))
     save_interventions(tmp_path / "one.json", rows["zero"])
     assert load_interventions(tmp_path / "one.json") == rows["zero"]

@@ -9,77 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 import vlm_core.heads.attribution
-from vlm_core import HeadId, ImageKVMeans, ReplaceImageKV, Subject, image_kv_means
+from vlm_core import HeadId, ImageKVMeans, ReplaceImageKV, image_kv_means
 from vlm_core.heads.attribution import HeadAttribution, head_attribution
 from vlm_core.heads.draws import assign_draws, draw_means, layer_free, layer_matched
 from vlm_core.heads.ranking import order_heads, top_heads
-from vlm_core.tests.tiny import WORDS, make_items, tiny_llava
-
-IMAGE_FIRST = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image> {% else %}USER : {{ c['text'] }} {% endif %}{% endfor %}"
-    "{% else %}ASSISTANT : {{ m['content'][0]['text'] }} </s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
-)
-
+from vlm_core.tests.planted import next_token_logits, planted_subject, with_answers_the_image_raises
+from vlm_core.tests.tiny import make_items
 
 # -- planted heads ----------------------------------------------------------------------------------------------------
-
-
-def planted_subject(planted, seed=0):
-    """A LLaVA in which exactly the ``planted`` heads can see the image.
-
-    The residual stream falls into three parts that never mix: what the image writes, what text writes, and what planted heads write for
-    the unembedding alone.  Planted heads read the image part; all other heads and the MLPs read and write the text part, where image
-    tokens (which come first) hold zeros.
-    """
-    model, processor = tiny_llava(hidden=32, heads=4, layers=3, seed=seed, chat_template=IMAGE_FIRST)
-    image, text, told = slice(0, 10), slice(10, 22), slice(22, 32)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, image] = 0
-        model.get_input_embeddings().weight[:, told] = 0
-        projected = model.model.multi_modal_projector.linear_2
-        projected.weight[text.start :] = 0
-        projected.bias[text.start :] = 0
-        for index, layer in enumerate(model.model.language_model.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            for part in (image, told):
-                attention.q_proj.weight[:, part] = 0
-                mlp.gate_proj.weight[:, part] = 0
-                mlp.up_proj.weight[:, part] = 0
-                mlp.down_proj.weight[part] = 0
-            for head in range(4):
-                rows = slice(8 * head, 8 * head + 8)
-                reads, writes = (image, told) if (index, head) in planted else (text, text)
-                for part in (image, text, told):
-                    if part != reads:
-                        attention.k_proj.weight[rows, part] = 0
-                        attention.v_proj.weight[rows, part] = 0
-                    if part != writes:
-                        attention.o_proj.weight[part, rows] = 0
-    return Subject(model, processor, name="planted")
-
-
-def next_token_logits(subject, item, intervention):
-    """Logits of every word after the prompt, through the whole model."""
-    batch = subject.encode_items([item])
-    with subject.intervene(intervention, batch), torch.inference_mode():
-        return subject.model(**batch.inputs).logits[0, -1]
-
-
-def with_answers_the_image_raises(subject, items, planted, means):
-    """Each item's answer is the word that every planted head alone raises most by seeing the image."""
-    words = [word for word in WORDS if word not in (":", "?")]
-    ids = subject.tokenizer.convert_tokens_to_ids(words)
-    answered = []
-    for item in items:
-        full = next_token_logits(subject, item, None)
-        raised = torch.stack([full - next_token_logits(subject, item, ReplaceImageKV([head], means)) for head in planted])
-        best = int(raised.amin(0)[ids].argmax())
-        answered.append({**item, "answer": words[best], "candidates": words})
-    return answered
 
 
 @pytest.mark.parametrize("queries", ["text", "all"])
@@ -153,12 +93,32 @@ def test_coefficients_are_least_squares_of_the_logit_on_mask_and_item(monkeypatc
     effect, exact = linear()
     noise = np.random.default_rng(5).normal(scale=0.3, size=(6, 40))
     found, swept = simulate(monkeypatch, lambda item, mask, kept: exact(item, mask, kept) + noise[item, mask], masks_per_item=40)
-    kept = np.array([swept.kept[item] for item in range(6)])[:, 8:]  # the first fifth is held out
-    design = np.concatenate([kept.reshape(-1, 12), np.kron(np.eye(6), np.ones((32, 1)))], axis=1)
-    logit = np.array([[exact(i, k, swept.kept[i][k]) + noise[i, k] for k in range(8, 40)] for i in range(6)])
+    kept = np.array([swept.kept[item] for item in range(6)])
+    design = np.concatenate([kept.reshape(-1, 12), np.kron(np.eye(6), np.ones((40, 1)))], axis=1)
+    logit = np.array([[exact(i, k, swept.kept[i][k]) + noise[i, k] for k in range(40)] for i in range(6)])
     oracle = np.linalg.lstsq(design, logit.ravel(), rcond=None)[0][:12]
     np.testing.assert_allclose(found.coefficients.ravel(), oracle, atol=0.04)  # ridge shrinks a little
     assert 0.5 < found.r2 < 1.0
+
+
+def test_ridge_is_scikit_learns_with_the_penalty_of_least_leave_one_out_error():
+    rng = np.random.default_rng(2)
+    penalties = vlm_core.heads.attribution._PENALTIES
+    for masks, noise in ((30, 0.1), (30, 5.0), (9, 1.0)):  # as many masks as there are, or fewer than heads
+        x = rng.random((3, masks, 12)) < 0.8
+        y = x @ rng.normal(size=12) + noise * rng.normal(size=(3, masks))
+        x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+        found = vlm_core.heads.attribution._ridge(x, y)
+        for item in range(3):
+            errors = []
+            for penalty in penalties:
+                left_out = [
+                    y[item, k] - Ridge(alpha=penalty).fit(np.delete(x[item], k, 0), np.delete(y[item], k)).predict(x[item, k : k + 1])[0]
+                    for k in range(masks)
+                ]
+                errors.append(np.square(left_out).sum())
+            best = penalties[int(np.argmin(errors))]
+            np.testing.assert_allclose(found[item], Ridge(alpha=best, fit_intercept=False).fit(x[item], y[item]).coef_, atol=1e-6)
 
 
 def test_items_have_their_own_coefficients_and_the_task_has_their_mean(monkeypatch):
@@ -194,17 +154,18 @@ def test_a_constant_logit_gives_nothing(monkeypatch):
     assert not found.coefficients.any()
 
 
-def test_a_fifth_of_the_masks_is_never_fitted_to(monkeypatch):
+def test_every_mask_is_predicted_by_models_that_never_saw_it(monkeypatch):
+    # a mask whose answer is shifted for no reason of its own is as badly predicted as it is far off, wherever it lies
     effect, exact = linear()
-    clean, _ = simulate(monkeypatch, exact, masks_per_item=10)
-    untouched = []
-    for poisoned in range(10):
-        shift = np.outer(np.arange(6) % 2, np.arange(10) == poisoned) * 25.0
-        found, _ = simulate(monkeypatch, lambda i, k, kept: exact(i, k, kept) + shift[i, k], masks_per_item=10)
-        if np.array_equal(found.coefficients, clean.coefficients):
-            untouched.append(poisoned)
-            assert found.r2 < clean.r2  # what is not fitted is what is scored
-    assert len(untouched) == 2
+    clean, _ = simulate(monkeypatch, exact, masks_per_item=60)
+    assert clean.r2 > 0.999
+    spoilt = []
+    for poisoned in range(0, 60, 7):
+        shift = 1000.0 * (np.arange(60) == poisoned)
+        found, _ = simulate(monkeypatch, lambda i, k, kept, shift=shift: exact(i, k, kept) + shift[k], masks_per_item=60)
+        spoilt.append(found.r2)
+    # all of the variance is that mask's, and models of the others cannot know of it
+    assert max(spoilt) < 0.01
 
 
 def test_masks_follow_seed_and_keep_probability(monkeypatch):
@@ -250,6 +211,8 @@ def test_an_attribution_ranks_by_its_mean_over_items():
     ranked = HeadAttribution(per_item, ("a", "b"), ("s", "s"), "margin", 1.0, 1.0, 5)
     assert ranked.coefficients.tolist() == [[2.0, 0.5], [1.5, 0.0]]
     assert ranked.top(2) == ((0, 0), (1, 0)) and ranked.ranking() == order_heads(ranked.coefficients)
+    first = ranked.first(1)
+    assert (first.coefficients.tolist(), first.items, first.clusters, first.n_items) == (per_item[0].tolist(), ("a",), ("s",), 1)
 
 
 @pytest.mark.parametrize(

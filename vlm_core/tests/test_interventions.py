@@ -11,6 +11,7 @@ import torch
 from vlm_core import (
     DropTokens,
     GaussianNoise,
+    HeadDirections,
     HeadMeans,
     ImageKV,
     ImageKVMeans,
@@ -18,6 +19,7 @@ from vlm_core import (
     MeanHeads,
     MergeTokens,
     Patch,
+    RedirectHeads,
     ReplaceImageKV,
     ReplaceTokens,
     ResampleHeads,
@@ -123,6 +125,39 @@ def test_mean_heads_at_positions(any_subject, batch, positions):
         expected = logits(any_subject, batch)
     seen = intervened(any_subject, batch, MeanHeads([(1, 0), (1, 3)], means, positions))
     same(seen, expected, batch, logits(any_subject, batch))
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "text", (1, -1)])
+def test_redirected_heads_keep_their_length_at_positions(any_subject, batch, positions):
+    given = 3.0 * normal(3, 4, 8)
+    chosen = members(batch, positions)
+
+    def turn(heads):
+        for head in (0, 3):
+            lengths = heads[:, :, head][chosen].square().sum(-1).sqrt()
+            heads[:, :, head][chosen] = lengths[:, None] * given[1, head] / given[1, head].square().sum().sqrt()
+
+    with hooked(edit_heads(any_subject, 1, turn)):
+        expected = logits(any_subject, batch)
+    seen = intervened(any_subject, batch, RedirectHeads([(1, 0), (1, 3)], HeadDirections(given), positions))
+    same(seen, expected, batch, logits(any_subject, batch))
+
+
+def test_random_directions_are_drawn_evenly_and_follow_their_seed():
+    drawn = HeadDirections.random(20, 50, 3, seed=1)
+    torch.testing.assert_close(drawn.values.norm(dim=-1), torch.ones(20, 50))
+    assert drawn.values.mean((0, 1)).abs().max() < 0.1  # a sphere has no side
+    torch.testing.assert_close(drawn.values.flatten(0, 1).T.cov(), torch.eye(3) / 3, atol=0.05, rtol=0)
+    assert HeadDirections.random(20, 50, 3, seed=1) == drawn != HeadDirections.random(20, 50, 3, seed=2)
+
+
+def test_a_direction_without_length_is_refused():
+    values = normal(3, 4, 8)
+    values[2, 1] = 0
+    with pytest.raises(ValueError, match=r"the direction of head 2\.1 is zero"):
+        HeadDirections(values)
+    with pytest.raises(ValueError, match="directions of RedirectHeads must be HeadDirections, got HeadMeans"):
+        RedirectHeads([(0, 0)], HeadMeans(normal(3, 4, 8)))
 
 
 @pytest.mark.parametrize("positions", ["all", "image", "last"])
@@ -523,6 +558,8 @@ def every_kind(subject, items):
         ZeroHeads([(0, 1), (2, 3)]),
         ZeroHeads([(1, 1)], "question"),
         MeanHeads([(1, 2)], head_means, "last"),
+        RedirectHeads([(1, 2), (2, 0)], HeadDirections(head_means.values), "question"),
+        RedirectHeads([(0, 3)], HeadDirections(normal(3, 4, 8, seed=8))),
         ResampleHeads([(1, 0), (2, 2)], source, "image"),
         ReplaceImageKV([(0, 0), (1, 3)], means),
         ReplaceImageKV([(1, 1), (2, 0)], means, "question"),

@@ -109,6 +109,30 @@ def test_limits_cut_the_bounds():
     assert estimate.bounds(0.01)[1] == 1.95
 
 
+def test_centred_bounds_hold_the_agreement_of_halves_where_corrected_percentiles_do_not():
+    truth = np.random.default_rng(1).normal(size=40)
+    found = {True: [], False: []}
+    for seed in range(60):
+        scores = truth + 3 * np.random.default_rng(100 + seed).normal(size=(40, 40))
+
+        def agreement(weights, scores=scores):
+            # halves drawn empty keep a scene
+            weights = weights + 1e-9
+            halves = [weights[:, part] @ scores[part] / weights[:, part].sum(1, keepdims=True) for part in (slice(20), slice(20, None))]
+            return kendall_w(np.stack(halves, axis=1))
+
+        for centred, kept in found.items():
+            kept.append(estimate_statistic(agreement, np.arange(40), centred=centred, n_resamples=500))
+    value = np.mean([one.value for one in found[True]])
+    outside = {centred: np.mean([not one.bounds(0.05)[0] <= value <= one.bounds(0.05)[1] for one in kept]) for centred, kept in found.items()}
+    assert outside[True] <= 0.2 < 0.4 < outside[False]  # 0.1 is meant
+    one = found[True][0]
+    lower, upper = one.bounds(0.025)
+    assert (lower + upper) / 2 == pytest.approx(one.value)
+    assert upper - one.value == pytest.approx(stats.t.isf(0.025, 39) * one.standard_error)
+    assert one.method == "cluster bootstrap of the statistic, t"
+
+
 def test_kendall_w_is_friedmans_chi_square_rescaled():
     rng = np.random.default_rng(0)
     for scores in (rng.normal(size=(4, 9)), rng.integers(0, 3, size=(5, 12))):

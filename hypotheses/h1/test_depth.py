@@ -1,0 +1,52 @@
+"""H1, exploratory: where attribution lies, and whether attention gives it away. Attributions are those of the discovery split; nothing is chosen."""
+
+import pytest
+
+from hypotheses.h1.controls import grounded_overall, usable_in_most_tasks
+from reports import exhibits_ablation as exhibits
+from vlm_core.heads.agreement import attention_agreement, attribution_depth
+from vlm_core.stats import Claim, Equivalence, Superiority
+
+SOURCE = "Kim et al. 2025, arXiv:2509.17588"
+
+DEPTH = Claim(
+    id="H1.depth",
+    sentence="Attribution lies in the middle-to-late layers: its weighted mean depth is above one half.",
+    effect="mean depth of heads, (layer + 1) / layers, weighted by positive attribution; mean over tasks",
+    test=Superiority(0.5),
+    source=SOURCE,
+    tier="exploratory",
+)
+ATTENTION = Claim(
+    id="H1.attention_is_not_attribution",
+    sentence="Image attention does not predict attribution: their rank correlation over heads is below 0.3 in size.",
+    effect="Spearman's ρ over heads between attention mass on the image and attribution; mean over tasks",
+    test=Equivalence(0.3),
+    source=SOURCE,
+    tier="exploratory",
+)
+
+
+@pytest.mark.claim(DEPTH)
+def test_attribution_lies_deep(floors, usable, evidence):
+    found = attribution_depth(usable())
+    exhibits.depth_profile(evidence, usable())
+    evidence.decide(
+        DEPTH,
+        found.estimate,
+        controls=[grounded_overall(floors), usable_in_most_tasks(usable())],
+        details={"by_task": found.by_task, "literature": {"published": "important heads lie mid-to-late", "where": "LLaVA-1.5-7B, COCO"}},
+    )
+
+
+@pytest.mark.claim(ATTENTION)
+def test_attention_is_no_attribution(floors, usable, attention_masses, evidence):
+    masses = {task: attention_masses(task) for task in usable()}
+    found = attention_agreement(usable(), masses)
+    exhibits.attention_against_attribution(evidence, usable(), masses)
+    evidence.decide(
+        ATTENTION,
+        found.estimate,
+        controls=[grounded_overall(floors), usable_in_most_tasks(usable())],
+        details={"by_task": found.by_task, "literature": {"published": "attribution does not correlate with image attention", "where": "LLaVA-1.5-7B"}},
+    )

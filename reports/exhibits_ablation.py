@@ -1,0 +1,143 @@
+"""Exhibits of H1 about taking heads away and ranking them: one function an exhibit, each left with a test's ``evidence``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from vlm_core.heads.curves import curves
+from vlm_core.heads.grid import grid_table
+
+ORDER = ("attribution", "single-head ablation", "gradient × gate", "attention mass", "random")
+_BAR_ROLES = {"none": "baseline", "top": "targeted", "layer-matched": "random", "random": "random"}
+
+
+def faithfulness_curves(evidence, recovered: dict[str, pd.DataFrame], n_heads: int) -> None:
+    """``faithfulness-curves.csv`` and the two figures over numbers of heads, one line a ranking.
+
+    Parameters
+    ----------
+    recovered : dict
+        Task → `vlm_core.heads.curves.recovery`.
+    n_heads : int
+        Heads of the subject.
+    """
+    if not recovered:
+        return
+    tables = {**recovered, "all tasks": pd.concat(recovered.values())}
+    found = pd.concat([curves(table).assign(task=task) for task, table in tables.items()])
+    evidence.table("faithfulness-curves.csv", found.assign(share_of_heads=found["heads"] / n_heads))
+    pooled = found[found["task"] == "all tasks"]
+    words = {
+        "faithfulness": ("with only the first heads seeing the image", "The sooner a line reaches 1, the better its ranking finds heads that are enough."),
+        "completeness": ("with all but the first heads seeing the image", "The sooner a line reaches 0, the less is left without the heads it names first."),
+    }
+    for share, (what, reading) in words.items():
+        series = []
+        for ranking in ORDER:
+            rows = pooled[(pooled["ranking"] == ranking) & (pooled["share"] == share)]
+            points = [
+                {"x": row.heads / n_heads, "y": row.value, "lower": _known(row.lower), "upper": _known(row.upper)} for row in rows.itertuples()
+            ]
+            series.append({"name": ranking, "role": "random" if ranking == "random" else "targeted", "points": points})
+        evidence.figure(
+            "keep_curves",
+            {"series": series, "x_label": "share of heads", "y_label": share},
+            title=f"Share of the image's effect left {what}",
+            caption=f"Confirmation items of {', '.join(recovered)} ({tables['all tasks']['item'].nunique()} items); margins, "
+            f"95 % cluster bands; rankings from discovery items. {reading}",
+            alt=f"Lines of {share} against the share of heads: "
+            + "; ".join(f"{one['name']} {one['points'][0]['y']:.2f} to {one['points'][-1]['y']:.2f}" for one in series),
+        )
+
+
+def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> None:
+    """Rows of ``head-ablation.csv`` for every way to take heads away, and bars for the number of heads that all ways share (Table 1)."""
+    table = grid_table(rows)
+    evidence.table(
+        "head-ablation.csv",
+        table.assign(condition=table["mode"] + ", " + table["target"] + " " + table["heads"].astype(str)).rename(columns={"heads": "heads_removed"}),
+    )
+    removed = table[table["mode"] != "none"]
+    modes = removed.groupby("heads")["mode"].nunique()
+    shared = int(modes[modes == modes.max()].index.max())
+    chosen = pd.concat([table[table["mode"] == "none"], removed[removed["heads"] == shared]])
+    bars = [
+        {
+            "label": "untouched" if row.mode == "none" else f"{row.mode}, {row.target}",
+            "role": _BAR_ROLES["none" if row.mode == "none" else row.target],
+            "value": row.accuracy, "lower": row.lower, "upper": row.upper,
+        }
+        for row in chosen.itertuples()
+    ]  # fmt: skip
+    evidence.figure(
+        "accuracy_bars",
+        {"bars": bars, "chance": chance},
+        title=f"{task}: {shared} heads taken away in several ways",
+        caption=f"{int(chosen['items'].iloc[0])} confirmation items, 95 % cluster intervals. Blue: top heads by attribution; grey: random ones, of the same layers "
+        "and of any. Placebo: outputs keep their length and point in a random direction.",
+        alt=f"Bars of accuracy on {task}: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
+    )
+
+
+def single_head_costs(evidence, measured: dict, tolerance: float) -> None:
+    """``single-heads.csv`` (one row a task and head) and the map of mean relative change of the answer logit over tasks."""
+    out, maps = [], []
+    for task, one in measured.items():
+        change = np.abs(one.cost) / np.abs(one.untouched)[:, None, None]
+        maps.append(change.mean(0))
+        small = (change < tolerance).mean(0)
+        for layer, head in np.ndindex(*small.shape):
+            values = (float(one.cost[:, layer, head].mean()), float(maps[-1][layer, head]), float(small[layer, head]))
+            out.append({"task": task, "layer": layer, "head": head, **dict(zip(("logit_lost", "relative_change", "share_unchanged"), values, strict=True))})
+    evidence.table("single-heads.csv", pd.DataFrame(out))
+    mean = np.mean(maps, axis=0)
+    layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
+    evidence.figure(
+        "head_map",
+        {"values": mean.tolist(), "value_label": "relative change of the logit"},
+        title="What one head alone changes",
+        caption=f"Mean change of the answer logit, as a share of its size, when one head loses the image; confirmation items of all {len(measured)} tasks.",
+        alt=f"Map of layers by heads; the largest mean change is {mean.max():.2f}, of head {layer}.{head}.",
+    )
+
+
+def depth_profile(evidence, attributions: dict) -> None:
+    """Share of positive attribution in every layer, task by task, and its mean over tasks."""
+    if not attributions:
+        return
+    per_task = {task: _by_layer(one.coefficients) for task, one in attributions.items()}
+    mean = np.mean(list(per_task.values()), axis=0)
+    points = [{"x": layer, "y": float(value)} for layer, value in enumerate(mean)]
+    evidence.table(
+        "attribution-by-layer.csv",
+        pd.DataFrame([{"task": task, "layer": layer, "share": float(value)} for task, row in per_task.items() for layer, value in enumerate(row)]),
+    )
+    evidence.figure(
+        "trend_line",
+        {"points": points, "x_label": "layer", "y_label": "share of attribution", "reference": 1 / len(mean), "reference_label": "even"},
+        title="Where attribution lies",
+        caption=f"Share of positive attribution in each layer on discovery items, mean over {', '.join(per_task)}.",
+        alt="Share of attribution by layer: " + ", ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(mean)),
+    )
+
+
+def attention_against_attribution(evidence, attributions: dict, masses: dict) -> None:
+    """``attention-and-attribution.csv``: both scores of every head, task by task."""
+    rows = [
+        {"task": task, "layer": layer, "head": head, "attribution": float(one.coefficients[layer, head]), "attention_mass": float(mass[layer, head])}
+        for task, one in attributions.items()
+        for mass in (masses[task].mean(0),)
+        for layer, head in np.ndindex(*mass.shape)
+    ]
+    if rows:
+        evidence.table("attention-and-attribution.csv", pd.DataFrame(rows))
+
+
+def _by_layer(coefficients: np.ndarray) -> np.ndarray:
+    positive = np.clip(coefficients, 0.0, None).sum(1)
+    return positive / positive.sum() if positive.sum() > 0 else np.full(len(positive), 1 / len(positive))
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
