@@ -81,24 +81,25 @@ def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> Non
 
 
 def single_head_costs(evidence, measured: dict, tolerance: float) -> None:
-    """``single-heads.csv`` (one row a task and head) and the map of mean relative change of the answer logit over tasks."""
+    """``single-heads.csv`` (one row a task and head) and the map of the share of items that a head changes by ``tolerance`` or more, mean over tasks."""
     out, maps = [], []
     for task, one in measured.items():
-        change = np.abs(one.cost) / np.abs(one.untouched)[:, None, None]
-        maps.append(change.mean(0))
-        small = (change < tolerance).mean(0)
-        for layer, head in np.ndindex(*small.shape):
-            values = (float(one.cost[:, layer, head].mean()), float(maps[-1][layer, head]), float(small[layer, head]))
-            out.append({"task": task, "layer": layer, "head": head, **dict(zip(("logit_lost", "relative_change", "share_unchanged"), values, strict=True))})
+        changed = 1.0 - (np.abs(one.cost) < tolerance * np.abs(one.untouched)[:, None, None])
+        maps.append(changed.mean(0))
+        out += [
+            {"task": task, "layer": layer, "head": head, "logit_lost": float(lost), "share_changed": float(maps[-1][layer, head])}
+            for (layer, head), lost in np.ndenumerate(one.cost.mean(0))
+        ]
     evidence.table("single-heads.csv", pd.DataFrame(out))
     mean = np.mean(maps, axis=0)
     layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
     evidence.figure(
         "head_map",
-        {"values": mean.tolist(), "value_label": "relative change of the logit"},
+        {"values": mean.tolist(), "value_label": "share of items changed"},
         title="What one head alone changes",
-        caption=f"Mean change of the answer logit, as a share of its size, when one head loses the image; confirmation items of all {len(measured)} tasks.",
-        alt=f"Map of layers by heads; the largest mean change is {mean.max():.2f}, of head {layer}.{head}.",
+        caption=f"Share of items whose answer logit changes by {100 * tolerance:g} % of its size or more when one head loses the image; "
+        f"{sum(len(one.items) for one in measured.values())} confirmation items of {len(measured)} tasks.",
+        alt=f"Map of layers by heads; the largest share is {mean.max():.2f}, of head {layer}.{head}.",
     )
 
 
