@@ -87,7 +87,7 @@ class HeadMeans(Source):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadDirections(Source):
-    """One direction for every head: ``values`` ``[layer, head, head_dim]``, of any length but zero; kept at length 1."""
+    """One direction for every head: ``values`` ``[layer, head, head_dim]``, of any length but zero; kept in float32 at length 1."""
 
     values: torch.Tensor
     digest: str = field(init=False)
@@ -99,7 +99,7 @@ class HeadDirections(Source):
             layer, head = (lengths[..., 0] == 0).nonzero()[0].tolist()
             raise ValueError(f"the direction of head {layer}.{head} is zero: a direction needs a length")
         # Only what is not at length 1 is scaled, so that stored directions are the same again.
-        unit = torch.where((lengths - 1).abs() > 1e-6, self.values.double() / lengths, self.values.double()).to(self.values.dtype)
+        unit = torch.where((lengths - 1).abs() > 1e-6, self.values.double() / lengths, self.values.double()).float()
         object.__setattr__(self, "values", unit)
         object.__setattr__(self, "digest", _digest(self.values))
 

@@ -148,6 +148,8 @@ def test_random_directions_are_drawn_evenly_and_follow_their_seed():
     torch.testing.assert_close(drawn.values.norm(dim=-1), torch.ones(20, 50))
     assert drawn.values.mean((0, 1)).abs().max() < 0.1  # a sphere has no side
     torch.testing.assert_close(drawn.values.flatten(0, 1).T.cov(), torch.eye(3) / 3, atol=0.05, rtol=0)
+    narrow = HeadDirections(drawn.values.bfloat16())
+    assert HeadDirections(narrow.values) == narrow and narrow.values.norm(dim=-1).sub(1).abs().max() < 1e-6
     assert HeadDirections.random(20, 50, 3, seed=1) == drawn != HeadDirections.random(20, 50, 3, seed=2)
 
 
