@@ -112,7 +112,7 @@ class Tokens:
         if name == "image":
             return self.image & self.valid
         if name == "text":
-            return self.valid & ~self.image
+            return self.valid ^ self.group("image")
         if name == "all":
             return self.valid
         if name in ("last", "bos"):
@@ -306,21 +306,27 @@ class AttentionView:
         return self._asked(positions, real, step)
 
     def _asked(self, positions: torch.Tensor, real: torch.Tensor, step: int) -> list[_Asked]:
-        n_queries, n_keys = self.query.shape[2], self.key.shape[2]
+        n_keys = self.key.shape[2]
+        # How many keys a query at 0 sees.
+        seen = n_keys - self.query.shape[2] + 1
         asked = []
         for at, members in zip(positions.split(step, dim=1), real.split(step, dim=1), strict=True):
-            whole = bool(members.all())
+            # One sequence has no filling.
+            whole = at.shape[0] == 1 or bool(members.all())
             if not self._causal or not at.shape[1]:
                 asked.append(_Asked(at, members, whole, 0, n_keys, None))
                 continue
-            seen = at + (n_keys - n_queries + 1)
-            all_see = int((seen if whole else seen.masked_fill(~members, n_keys)).min())
-            some_see = int((seen if whole else seen.masked_fill(~members, 1)).max())
+            if at.shape[0] == 1:
+                numbers = at[0].tolist()
+                first, last = min(numbers), max(numbers)
+            else:
+                first = int((at if whole else at.masked_fill(~members, n_keys - seen)).min())
+                last = int((at if whole else at.masked_fill(~members, 0)).max())
             causal = None
-            if all_see < some_see:
-                later = torch.arange(all_see, some_see, device=at.device) >= seen[:, None, :, None]
-                causal = torch.zeros(later.shape, device=at.device).masked_fill_(later, _LOWEST)
-            asked.append(_Asked(at, members, whole, all_see, some_see, causal))
+            if first < last:
+                later = torch.arange(first + 1, last + 1, device=at.device) > at.unsqueeze(1).unsqueeze(3)
+                causal = later * _LOWEST
+            asked.append(_Asked(at, members, whole, first + seen, last + seen, causal))
         return asked
 
     def _probabilities(self, asked: _Asked) -> torch.Tensor:
@@ -328,8 +334,8 @@ class AttentionView:
         n_keys, queries = self.key.shape[2], asked.positions
         key = self._kept.get("key")
         if key is None:
-            # Each key as a column.
-            key = self._kept["key"] = self.key.detach().float().transpose(2, 3)
+            # [element and kv head, head_dim, key]: one product for all of them.
+            key = self._kept["key"] = self.key.detach().float().flatten(0, 1).transpose(1, 2)
         if asked.some_see < n_keys:
             key = key[..., : asked.some_see]
         query = self.query.detach()
@@ -339,7 +345,7 @@ class AttentionView:
             query = torch.take_along_dim(query, queries[:, None, :, None], dim=2)
         query = query.float().mul_(self.scaling)
         # Heads that share keys are neighbours: their queries stand under one another in one product.
-        scores = torch.matmul(query.view(n_elements, key.shape[1], -1, size), key).view(n_elements, n_heads, -1, asked.some_see)
+        scores = torch.bmm(query.view(key.shape[0], -1, size), key).view(n_elements, n_heads, -1, asked.some_see)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if asked.causal is not None:
