@@ -200,7 +200,7 @@ class _Asked:
     causal: torch.Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionView:
     """What an observer sees inside one attention: tensors after interventions.
 
@@ -259,6 +259,8 @@ class AttentionView:
 
     def _mean(self, queries: str) -> torch.Tensor:
         n_keys, total, count, blocks = self.key.shape[2], None, 0, self._asked_of(queries)
+        if len(blocks) == 1 and blocks[0].whole and blocks[0].some_see == n_keys:
+            return self._of_block(queries, blocks[0], True).mean(2)
         for asked in blocks:
             block = self._of_block(queries, asked, len(blocks) == 1)
             if asked.whole:
@@ -335,10 +337,10 @@ class AttentionView:
         key = self._kept.get("key")
         if key is None:
             # [element and kv head, head_dim, key]: one product for all of them.
-            key = self._kept["key"] = self.key.detach().float().flatten(0, 1).transpose(1, 2)
+            key = self._kept["key"] = _constant(self.key).float().flatten(0, 1).transpose(1, 2)
         if asked.some_see < n_keys:
             key = key[..., : asked.some_see]
-        query = self.query.detach()
+        query = _constant(self.query)
         if n_elements == 1:
             query = query.index_select(2, queries[0])
         else:
@@ -356,6 +358,10 @@ class AttentionView:
             mask = torch.take_along_dim(mask, queries[:, None, :, None], dim=2)
             scores = scores.masked_fill_(~mask, _LOWEST) if mask.dtype == torch.bool else scores.add_(mask)
         return scores.softmax(-1)
+
+
+def _constant(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @dataclass(frozen=True, eq=False)
