@@ -20,6 +20,8 @@ _HOMES = {
     "heads.attribution": ("HeadAttribution", "head_attribution"),
     "heads.curves": ("recovery",),
     "heads.grid": ("ablation_grid",),
+    "heads.impact": ("HeadImpact", "head_impact", "layer_ranking"),
+    "heads.localisation": ("LocalisationHeads", "localisation_heads"),
     "heads.rankings": ("attention_mass", "gradient_gates", "without_each_head"),
     "interventions": (
         "Activations",
@@ -62,6 +64,8 @@ _HOMES = {
     "subjects.subject": ("Batch", "Subject"),
     "sweeps.executors": ("ProcessExecutor", "RayExecutor", "SerialExecutor"),
     "sweeps.sweep": ("progress_bar", "sweep"),
+    "tracing.lens_tracks": ("LensTracks", "lens_tracks"),
+    "tracing.object_tokens": ("ObjectTokens", "replace_object_tokens"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -7,4 +7,6 @@
 ``agreement``     agreement of rankings, depth of attribution, attribution against attention
 ``grid``          ways to take heads away, and what each costs
 ``draws``         random heads to compare with
+``impact``        Head Impact: overlap of what heads look at with the object; layers ranked by it
+``localisation``  localisation heads: attention on the image that falls on one spot
 """

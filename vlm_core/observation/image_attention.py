@@ -51,7 +51,8 @@ class MaskIoU:
     queries : str
         A token group: whose attention (the answer's tokens in Head Impact, the last prompt token here).
     thresholds : tuple of str or float
-        ``"mean"`` over image tokens (Head Impact), ``"half"`` of the largest, or a quantile between 0 and 1.
+        ``"mean"`` over image tokens (Head Impact), ``"mean + sd"`` one standard deviation above it, ``"half"`` of the largest, or a quantile
+        between 0 and 1.
 
     Notes
     -----
@@ -66,8 +67,8 @@ class MaskIoU:
     def __post_init__(self) -> None:
         freeze(self, "thresholds")
         for threshold in self.thresholds:
-            if threshold not in ("mean", "half") and not (isinstance(threshold, float) and 0.0 < threshold < 1.0):
-                raise ValueError(f"a threshold is 'mean', 'half' or a quantile between 0 and 1, got {threshold!r}")
+            if threshold not in ("mean", "mean + sd", "half") and not (isinstance(threshold, float) and 0.0 < threshold < 1.0):
+                raise ValueError(f"a threshold is 'mean', 'mean + sd', 'half' or a quantile between 0 and 1, got {threshold!r}")
 
     @property
     def axes(self) -> tuple:
@@ -86,6 +87,9 @@ class MaskIoU:
         for threshold in self.thresholds:
             if threshold == "mean":
                 level = known.nanmean(2, keepdim=True)
+            elif threshold == "mean + sd":
+                level = known.nanmean(2, keepdim=True)
+                level = level + (known - level).square().nanmean(2, keepdim=True).sqrt()
             elif threshold == "half":
                 level = known.nan_to_num(0.0).amax(2, keepdim=True) / 2
             else:

@@ -64,8 +64,9 @@ class LogitLens:
 
     Observed as a dict of arrays ``[item, layer, ...]`` (``[item, layer, token, ...]`` where ``positions`` names several
     tokens), layer ``n_layers`` being the model's own output: ``index`` and ``logprob`` ``[..., top]`` of the likeliest
-    tokens, ``rank`` (0 is the likeliest) and ``word logprob`` ``[..., word]`` of the words asked for. The whole
-    ``[token, vocabulary]`` table is kept only where ``full`` asks for it, as ``logits``.
+    tokens, ``rank`` (0 is the likeliest) and ``word logprob`` ``[..., word]`` of the words asked for, where asked for ``entropy`` ``[..., 1]``
+    of the distribution over the vocabulary (in nats). The whole ``[token, vocabulary]`` table is kept only where ``full`` asks for it, as
+    ``logits``.
 
     Parameters
     ----------
@@ -88,6 +89,7 @@ class LogitLens:
     top: int = 5
     words: str | tuple[str, ...] = ()
     full: bool = False
+    entropy: bool = False
 
     def __post_init__(self) -> None:
         freeze(self, "layers", "positions", "words")
@@ -157,6 +159,10 @@ class _Lens:
                 "rank": higher.masked_fill(words < 0, -1),
                 "word logprob": (own - normaliser).masked_fill(words < 0, torch.nan),
             }
+        if self.lens.entropy:
+            logprob = logits - normaliser
+            # 0 * log 0 of a word that a family rules out is 0.
+            found["entropy"] = -(logprob.exp() * logprob.clamp(min=torch.finfo(logprob.dtype).min)).sum(1, keepdim=True)
         return found | {"logits": logits} if self.lens.full else found
 
 

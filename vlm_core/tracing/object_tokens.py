@@ -1,0 +1,256 @@
+"""What an answer loses when an object's image tokens become the mean one (Neo et al., ICLR 2025), against tokens that are no object's.
+
+``item_layouts(subject, items)``          where the image tokens of every item's prompt lie
+``object_groups(layouts, items, masks)``  token groups from objects' pixels, for ``observe(groups=...)`` and ``sweep(groups=...)``
+``replace_object_tokens(...)``            answers under replaced object tokens with rings, and as many random, register and gradient tokens
+``ObjectTokens``                          whether they were right, item by item
+``smallest_ring(...)``                    the ring with which the object is gone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vlm_core.families.layout import Layout, image_layouts, object_tokens
+from vlm_core.interventions import ReplaceTokens, Vector
+from vlm_core.items import item_field, take
+from vlm_core.observation.gradients import IntegratedGradients
+from vlm_core.observation.observing import observe
+from vlm_core.observation.outputs import HiddenStates
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.sweep import sweep
+from vlm_core.tables import wide
+from vlm_core.tracing.places import Masks, mask_of
+
+__all__ = ["CONTROLS", "ObjectTokens", "item_layouts", "object_groups", "replace_object_tokens", "smallest_ring"]
+
+CONTROLS = {
+    "random": "as many tokens drawn from those outside the object",
+    "register": "as many tokens with the highest norms outside the object",
+    "gradients": "as many tokens with the highest integrated gradients, the object's own among them",
+}
+REGISTER_SD = 2.0
+"""A register token's norm exceeds the mean over all image tokens by more than so many standard deviations (Neo et al. 2025)."""
+
+
+def item_layouts(subject: Subject, items: Sequence, batch: int = 32) -> list[Layout]:
+    """One ``Layout`` an item. Nothing of the model runs.
+
+    Raises
+    ------
+    ValueError
+        Where image tokens lie outside the token sequence or have no place on the image.
+    """
+    family, layouts = subject.anatomy.family, []
+    for start in range(0, len(items), batch):
+        some = take(items, range(start, min(start + batch, len(items))))
+        prepared = subject.encode_items(some, padding_side="right")
+        shown = [item_field(item, "image") for item in some]
+        sizes = [[(one.height, one.width) for one in (each if isinstance(each, list | tuple) else [each])] for each in shown]
+        layouts += image_layouts(family, subject.model.config, subject.processor, prepared.inputs, sizes)
+    for layout in layouts[:1]:
+        if layout.where != "sequence":
+            raise ValueError(f"model_type '{family.model_type}': its image tokens lie outside the token sequence, so an object's are no token group")
+        if layout.reason:
+            raise ValueError(layout.reason)
+    return layouts
+
+
+def object_groups(layouts: Sequence[Layout], items: Sequence, masks: Mapping[str, Masks], rings: int = 0) -> Callable:
+    """Token groups from pixels: ``groups(item, prompt)`` gives the tokens that show any part of each mask.
+
+    Parameters
+    ----------
+    layouts : one an item
+    masks : mapping of group name to (callable or mapping of item ids)
+        Bool ``[height, width]`` each.
+    rings : {0, 1, 2}
+        Rings of neighbours that count too.
+    """
+    of = {
+        str(item_field(item, "id")): (layout, {name: object_tokens(layout, mask_of(one, item), rings=rings) for name, one in masks.items()})
+        for item, layout in zip(items, layouts, strict=True)
+    }
+
+    def groups(item, prompt):
+        layout, chosen = of[str(item_field(item, "id"))]
+        return {name: layout.in_sequence(members, len(prompt)) for name, members in chosen.items()}
+
+    return groups
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectTokens:
+    """Whether answers were right when image tokens became the mean one.
+
+    Attributes
+    ----------
+    correct : DataFrame
+        One row an item, indexed by its id; ``cluster``, ``task``, ``full``, ``object, ring 0``, ... and ``random, ring 0``, ... (the mean over
+        draws), ``register, ring 0``, ``gradients, ring 0`` where asked for; NaN for items that a condition was not measured on.
+    replaced : dict of str to float
+        Condition to the mean number of tokens it replaces.
+    registers : float
+        Mean number of register tokens in an image: those whose norm stands out (``REGISTER_SD``).
+    registers_taken : dict of int to float
+        Ring to the share of the tokens of ``register`` that are register tokens.
+    """
+
+    correct: pd.DataFrame
+    replaced: dict[str, float]
+    registers: float
+    registers_taken: dict[int, float]
+
+    @property
+    def clusters(self) -> np.ndarray:
+        """Scene of every item."""
+        return self.correct["cluster"].to_numpy()
+
+    def drop(self, condition: str) -> np.ndarray:
+        """Right without replacement minus right under a condition, ``[item]``."""
+        return (self.correct["full"] - self.correct[condition]).to_numpy(float)
+
+    def relative_drop(self, condition: str) -> float:
+        """Share of the accuracy that a condition costs; 0 where there is none to lose."""
+        whole = float(self.correct["full"].mean())
+        return float(self.drop(condition).mean()) / whole if whole > 0 else 0.0
+
+
+def smallest_ring(measured: ObjectTokens, rings: Sequence[int] = (0, 1, 2), least: float = 0.70, otherwise: int = 1) -> int:
+    """The smallest ring with which replacing the object costs more than ``least`` of the accuracy; ``otherwise`` where none does.
+
+    To be asked of discovery items.
+    """
+    return next((ring for ring in sorted(rings) if measured.relative_drop(f"object, ring {ring}") > least), otherwise)
+
+
+def replace_object_tokens(
+    subject: Subject,
+    items: Sequence,
+    masks: Masks,
+    mean: Vector,
+    *,
+    rings: Sequence[int] = (0, 1, 2),
+    draws: int = 0,
+    register: bool = False,
+    gradient_items: int = 0,
+    seed: int = 0,
+    store: str | Path | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
+) -> ObjectTokens:
+    """Replace an object's image tokens by the mean one before the first layer, with rings of neighbours, and controls of the same number.
+
+    Parameters
+    ----------
+    masks : callable or mapping of item ids
+        The object's pixels, bool ``[height, width]``.
+    mean : Vector
+        ``vlm_core.mean_token`` of other items.
+    rings : of {0, 1, 2}
+        Each is measured.
+    draws : int
+        Random sets of tokens an item and ring; 0 for none.
+    register : bool
+        Whether the tokens with the highest norms are replaced too.
+    gradient_items : int
+        Number of items (the first) on which the tokens with the highest integrated gradients (50 steps, the answer's logit) are replaced.
+    seed : int
+        Of the random tokens.
+    store, progress
+        See ``vlm_core.sweep``.
+
+    Raises
+    ------
+    ValueError
+        Without items, where image tokens have no place, the family cannot replace tokens, or no item shows its object.
+
+    Notes
+    -----
+    Neo et al., ICLR 2025 (object tokens, mean ablation, register tokens, integrated gradients towards the answer's real first token). Random and
+    register tokens are taken outside the object with its ring: only so do they say that it is the *object's* tokens that matter; where
+    fewer are left outside than the object has, all of them. Where an image has fewer register tokens than that, the next highest norms fill
+    up; ``registers_taken`` says how many were real ones. Under families that add visual features again in later layers (Qwen3-VL) these
+    are not replaced.
+    """
+    if not len(items):
+        raise ValueError("there are no items whose tokens could be replaced")
+    subject.anatomy.require("replace_tokens")
+    items = take(items, range(len(items)))
+    layouts = item_layouts(subject, items)
+    shown = [{ring: object_tokens(layout, mask_of(masks, item), rings=ring) for ring in rings} for item, layout in zip(items, layouts, strict=True)]
+    kept = [index for index, own in enumerate(shown) if own[min(rings)].any()]
+    if not kept:
+        raise ValueError("no item shows its object in its image tokens: nothing can be replaced")
+    items, layouts, shown = ([one[index] for index in kept] for one in (items, layouts, shown))
+    norms = _norms(subject, items, layouts) if register else [np.zeros(len(layout)) for layout in layouts]
+    level = _register_level(norms)
+    gradients = _gradients(subject, items[:gradient_items], layouts) if gradient_items else []
+    named, assignments, taken = {}, [], {ring: [] for ring in rings}
+    for index, (item, layout, own) in enumerate(zip(items, layouts, shown, strict=True)):
+        rng = np.random.default_rng((seed, index))
+        chosen = {}
+        for ring, members in own.items():
+            count, outside = int(members.sum()), np.flatnonzero(layout.placed() & ~members)
+            chosen[f"object, ring {ring}"] = members
+            for draw in range(draws):
+                chosen[f"random/{draw}, ring {ring}"] = _members(rng.permutation(outside)[:count], len(layout))
+            if register:
+                highest = _highest(norms[index], outside, count)
+                chosen[f"register, ring {ring}"] = _members(highest, len(layout))
+                taken[ring].append(np.mean(norms[index][highest] > level) if len(highest) else 0.0)
+            if index < len(gradients):
+                chosen[f"gradients, ring {ring}"] = _members(_highest(gradients[index], np.arange(len(layout)), count), len(layout))
+        named[str(item_field(item, "id"))] = layout, chosen
+        assignments += [(index, "full"), *((index, name) for name, members in chosen.items() if members.any())]
+    labels = list(dict.fromkeys(label for _, label in assignments if label != "full"))
+    rows = {"full": None, **{label: ReplaceTokens(mean, label) for label in labels}}
+
+    def groups(item, prompt):
+        layout, chosen = named[str(item_field(item, "id"))]
+        return {name: layout.in_sequence(members, len(prompt)) for name, members in chosen.items()}
+
+    table = sweep(
+        subject, items, rows, metrics=("correct",), assignments=assignments, groups=groups, store=store, progress=progress
+    )
+    found = wide(table)
+    correct, replaced = found[["cluster", "task", "full"]].copy(), {}
+    for ring in rings:
+        for name in ("object", *CONTROLS):
+            columns = [label for label in labels if label.split(",")[0].split("/")[0] == name and label.endswith(f"ring {ring}")]
+            if columns:
+                correct[f"{name}, ring {ring}"] = found[columns].mean(axis=1)
+                sizes = [members.sum() for _, chosen in named.values() for label, members in chosen.items() if label in columns]
+                replaced[f"{name}, ring {ring}"] = float(np.mean(sizes))
+    registers = float(np.mean([np.sum(one > level) for one in norms])) if register else 0.0
+    return ObjectTokens(correct, replaced, registers, {ring: float(np.mean(some)) for ring, some in taken.items() if some})
+
+
+def _members(indices: np.ndarray, n: int) -> np.ndarray:
+    members = np.zeros(n, dtype=bool)
+    members[indices] = True
+    return members
+
+
+def _highest(values: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
+    return among[np.argsort(-values[among], kind="stable")[:count]]
+
+
+def _norms(subject: Subject, items: list, layouts: list[Layout]) -> list[np.ndarray]:
+    """Length of every image token's embedding as it enters the first layer, ``[image token]`` an item."""
+    states = observe(subject, items, HiddenStates(layers=(0,), positions="image tokens"))[:, 0]
+    return [np.linalg.norm(own[: len(layout)], axis=1) for own, layout in zip(states, layouts, strict=True)]
+
+
+def _register_level(norms: list[np.ndarray]) -> float:
+    every = np.concatenate(norms)
+    return float(every.mean() + REGISTER_SD * every.std())
+
+
+def _gradients(subject: Subject, items: list, layouts: list[Layout]) -> list[np.ndarray]:
+    shares = observe(subject, items, IntegratedGradients())["attribution"]
+    return [own[: len(layout)] for own, layout in zip(shares, layouts, strict=False)]
