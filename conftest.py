@@ -5,5 +5,6 @@ pytest_plugins = [
     "fixtures.measurements",
     "fixtures.h1_rankings",
     "fixtures.tracing_measurements",
+    "fixtures.mask_measurements",
     "fixtures.students",
 ]

@@ -2,6 +2,7 @@
 
 ``localisation_heads(subject, items)``   the heads that are chosen most often over a set
 ``LocalisationHeads``                    them, and what they were chosen by
+``set_scores(per_item, sets)``            what sets of heads score on every item, to compare them with
 ``elbow(values)``                        the value at the bend of a sorted curve
 ``spatial_entropy(maps, layout)``        how scattered attention is over the image
 """
@@ -25,7 +26,7 @@ from vlm_core.observation.sinks import SinkMass, Sinks
 from vlm_core.subjects.subject import Subject
 from vlm_core.tracing.object_tokens import item_layouts
 
-__all__ = ["LocalisationHeads", "elbow", "localisation_heads", "spatial_entropy"]
+__all__ = ["LocalisationHeads", "elbow", "localisation_heads", "set_scores", "spatial_entropy"]
 
 LEAST_IMAGE_MASS = 0.2
 MOST_SINK_SHARE = 0.5
@@ -42,7 +43,7 @@ class LocalisationHeads:
     Attributes
     ----------
     heads : tuple of HeadId
-        The most often chosen ones, the first most often.
+        The most often chosen ones, the first most often; fewer than asked for where there are fewer candidates.
     frequency : ndarray ``[layer, head]``
         Share of the items on which a head was among the chosen ones.
     mass : ndarray ``[layer, head]``
@@ -91,7 +92,7 @@ def localisation_heads(
     Raises
     ------
     ValueError
-        Without items, where image tokens have no place on the image, or fewer candidates than ``top``.
+        Without items, or where image tokens have no place on the image.
 
     Notes
     -----
@@ -126,11 +127,15 @@ def localisation_heads(
     if sunk:
         share = np.divide(np.concatenate(sunk).mean(0), mass, out=np.ones_like(mass), where=mass > 0)
         candidates &= (mass >= LEAST_IMAGE_MASS) & (share <= MOST_SINK_SHARE)
-    if candidates.sum() < top:
-        raise ValueError(f"{int(candidates.sum())} heads are candidates, fewer than the {top} asked for: ask for fewer, or pass sinks=None")
     frequency = _frequency(np.where(candidates, entropy, np.inf), per_item, min(chosen, max(top, int(candidates.sum()) // 2)))
     ranked = order_heads(np.where(candidates, frequency + 1e-6 * mass, -1.0))
-    return LocalisationHeads(tuple(ranked[:top]), frequency, mass, threshold, candidates, entropy)
+    return LocalisationHeads(tuple(ranked[: min(top, int(candidates.sum()))]), frequency, mass, threshold, candidates, entropy)
+
+
+def set_scores(per_item: ArrayLike, sets: Sequence[Sequence[HeadId]]) -> np.ndarray:
+    """Mean score of each set of heads on every item: ``per_item`` ``[item, layer, head]``, result ``[set, item]``."""
+    per_item = np.asarray(per_item, dtype=float)
+    return np.stack([np.mean([per_item[:, layer, head] for layer, head in heads], axis=0) for heads in sets])
 
 
 def _frequency(entropy: np.ndarray, mass: np.ndarray, chosen: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from vlm_core import Sinks, SinkMass, attention_map, observe
 from vlm_core.families.anatomy import HeadId
 from vlm_core.families.layout import Layout
-from vlm_core.heads.localisation import elbow, localisation_heads, spatial_entropy
+from vlm_core.heads.localisation import elbow, localisation_heads, set_scores, spatial_entropy
 
 
 def grids(*shapes: tuple[int, int], extra: int = 0) -> Layout:
@@ -109,8 +109,14 @@ def test_sink_aware_heads_look_at_the_image_beside_its_sinks(subject, items):
     eligible = (plain.mass >= 0.2) & (sunk <= 0.5 * plain.mass)
     np.testing.assert_array_equal(aware.candidates, plain.candidates & eligible)
     assert 0 < aware.candidates.sum() < plain.candidates.sum()
-    with pytest.raises(ValueError, match="0 heads are candidates, fewer than the 3"):
-        localisation_heads(subject, items, sinks=Sinks((0,), 0.0))
+    everything = localisation_heads(subject, items, sinks=Sinks((0,), 0.0))
+    assert everything.heads == () and not everything.candidates.any() and not everything.frequency.any()
+
+
+def test_scores_of_sets_are_means_over_their_heads():
+    per_item = np.random.default_rng(0).random((5, 2, 3))
+    found = set_scores(per_item, [[(0, 1), (1, 2)], [HeadId(1, 0)]])
+    np.testing.assert_allclose(found, [(per_item[:, 0, 1] + per_item[:, 1, 2]) / 2, per_item[:, 1, 0]])
 
 
 def test_no_items_no_heads(subject):
