@@ -8,7 +8,7 @@ import pandas as pd
 from reports.exhibits import mean_with_interval
 from vlm_core.stats import interval
 
-_ROLES = {"object": "targeted", "random": "random", "register": "baseline", "gradients": "floor"}
+_ROLES = {"object": "targeted", "random": "random", "register": "random", "gradients": "floor"}
 _SAID = {
     "object": "the object's tokens",
     "random": "as many random tokens",
@@ -42,7 +42,8 @@ def head_impact(evidence, impact, ranking, agreement: dict[str, float]) -> None:
         title="Head Impact: how far what a head looks at is the asked object",
         caption=f"{len(impact.items)} confirmation items of all tasks; attention above the head's mean. Layers from the highest: "
         f"{', '.join(map(str, ranking.order))}. Kendall's τ with other thresholds: {said}.",
-        alt=f"Map of {scores.shape[0]} layers by {scores.shape[1]} heads; the highest overlap, {scores[best]:.2f}, at layer {best[0]}, head {best[1]}.",
+        alt=f"Map of {scores.shape[0]} layers by {scores.shape[1]} heads; the highest overlap, {scores[best]:.2f}, at layer {best[0]}, "
+        f"head {best[1]}.",
     )
 
 
@@ -51,11 +52,17 @@ def localisation(evidence, heads, targeted: float, draws, p_value: float, n_item
     named = ", ".join(map(str, heads))
     evidence.figure(
         "null_histogram",
-        {"draws": [float(one) for one in draws], "observed": targeted, "p_value": p_value, "x_label": "overlap with the asked object (IoU)"},
+        {
+            "draws": [float(one) for one in draws],
+            "observed": targeted,
+            "p_value": p_value,
+            "x_label": "overlap with the asked object (IoU)",
+        },
         title=f"Localisation heads against {len(draws)} layer-matched random sets",
-        caption=f"{n_items} confirmation items of all tasks. Each count is one random set of heads of the same layers; the line is {named}, "
-        "chosen on discovery items.",
-        alt=f"Histogram of the overlap of random heads with the asked object; {named} overlap by {targeted:.2f}, Monte-Carlo p {p_value:.3g}.",
+        caption=f"{n_items} confirmation items of all tasks. Each count is one random set of heads of the same layers; the line is "
+        f"{named}, chosen on discovery items.",
+        alt=f"Histogram of the overlap of random heads with the asked object; {named} overlap by {targeted:.2f}, "
+        f"Monte-Carlo p {p_value:.3g}.",
     )
 
 
@@ -75,7 +82,8 @@ def object_tokens(evidence, measured: dict, ring: int, chance: float) -> None:
             known = found.correct[condition].dropna()
             value = mean_with_interval(known, found.correct.loc[known.index, "cluster"])
             kind, _, where = condition.partition(", ")
-            rows.append({"split": split, "condition": condition, "tokens": found.replaced.get(condition, 0.0), "items": len(known), **value})
+            about = {"split": split, "condition": condition, "tokens": found.replaced.get(condition, 0.0), "items": len(known)}
+            rows.append({**about, **value})
             label = "nothing replaced" if kind == "full" else f"{_SAID[kind]}, {where}"
             bars.append({"label": label, "role": _ROLES.get(kind, "baseline"), **value})
         evidence.table("object-tokens.csv", pd.DataFrame(rows).rename(columns={"value": "accuracy"}))
@@ -84,8 +92,8 @@ def object_tokens(evidence, measured: dict, ring: int, chance: float) -> None:
             "accuracy_bars",
             {"bars": bars, "chance": chance},
             title=f"Identification when tokens become the mean visual token, {split} items",
-            caption=f"{len(found.correct)} {split} items, 95 % cluster intervals; rings of neighbours around the object's tokens, ring {ring} chosen on "
-            "discovery items. Random tokens and those of the highest norm lie outside the object."
+            caption=f"{len(found.correct)} {split} items, 95 % cluster intervals; rings of neighbours around the object's tokens, ring {ring} "
+            "chosen on discovery items. Random tokens and those of the highest norm lie outside the object."
             + (f" Gradient tokens: {few} items." if few else ""),
             alt="Bars of accuracy: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
         )

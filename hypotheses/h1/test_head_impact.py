@@ -1,7 +1,7 @@
 """H1: what heads look at while answering, against the pixels of the asked object (Head Impact).
 
-Published with p-values: heads' overlap differs between layers (p < 0.001) and not within (p > 0.05). p-values turn on how many items there are, so
-the claim is decided on effect sizes: layers must explain more of the variance of ranks than the heads of a layer do.
+Published with p-values: heads' overlap differs between layers (p < 0.001) and not within (p > 0.05). p-values turn on how many items there
+are, so the claim is decided on effect sizes: layers must explain more of the variance of ranks than the heads of a layer do.
 """
 
 import numpy as np
@@ -39,18 +39,16 @@ def test_overlap_differs_between_layers_and_not_within(impact, floors, seed, evi
     measured = impact("confirmation")
     found, ranking = layer_test(measured.at()), layer_ranking(measured.scores, seed=seed)
     exhibits_masks.head_impact(evidence, measured, ranking, agreements(measured))
-    estimate = estimate_statistic(
-        between_minus_within(measured.at(), measured.clusters), measured.clusters, smallest_alpha=LAYERS.alpha / evidence.family_size, rng=seed
-    )
+    statistic, alpha = between_minus_within(measured.at(), measured.clusters), LAYERS.alpha / evidence.family_size
     evidence.decide(
         LAYERS,
-        estimate,
+        estimate_statistic(statistic, measured.clusters, smallest_alpha=alpha, rng=seed),
         controls=controls(measured, floors),
         p_value=found.p_heads,
         details={
             "between layers": {"p": found.p_heads, "epsilon²": found.epsilon_heads, "unit": "a head's mean over items"},
             "between layers, item by item": {"p": found.p_items, "epsilon²": found.epsilon_items, "unit": "a head on an item"},
-            "within layers": [{"layer": k, "p": p, "epsilon²": e} for k, (p, e) in enumerate(zip(found.p_within, found.epsilon_within, strict=True))],
+            "within layers": {"p": found.p_within, "epsilon²": found.epsilon_within, "unit": "a head on an item, layer by layer"},
             "as published": found.p_heads < 0.001 and min(found.p_within) > 0.05,
             "layers": {"order": ranking.order, "top": ranking.top, "bottom": ranking.bottom, "random": ranking.random},
             "literature": LITERATURE,
@@ -61,17 +59,22 @@ def test_overlap_differs_between_layers_and_not_within(impact, floors, seed, evi
 @pytest.mark.claim(THRESHOLDS)
 def test_the_ranking_survives_other_thresholds(impact, floors, seed, evidence):
     measured = impact("confirmation")
-    estimate = estimate_statistic(
-        threshold_agreement(measured), measured.clusters, limits=(-1.0, 1.0), smallest_alpha=THRESHOLDS.alpha / evidence.family_size, rng=seed
+    statistic, alpha = threshold_agreement(measured), THRESHOLDS.alpha / evidence.family_size
+    evidence.decide(
+        THRESHOLDS,
+        estimate_statistic(statistic, measured.clusters, limits=(-1.0, 1.0), smallest_alpha=alpha, rng=seed),
+        controls=controls(measured, floors),
+        details={"tau": agreements(measured), "literature": LITERATURE},
     )
-    evidence.decide(THRESHOLDS, estimate, controls=controls(measured, floors), details={"tau": agreements(measured), "literature": LITERATURE})
 
 
 def controls(measured, floors):
     """The subject must look at images, and heads at the asked object more than at where another item's object is."""
     return [
         pooled_grounding(floors, measured.items, 0.10),
-        worth_something("overlap with the own object against another item's", "negative", measured.own_minus_elsewhere(), measured.clusters),
+        worth_something(
+            "overlap with the own object against another item's", "negative", measured.own_minus_elsewhere(), measured.clusters
+        ),
     ]
 
 

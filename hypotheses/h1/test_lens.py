@@ -1,6 +1,7 @@
 """H1: an object's word in the logit lens of its own image tokens.
 
-A word that many answers use climbs everywhere late in a model; what is tested is its lead at the object's own tokens over tokens of other objects.
+A word that many answers use climbs everywhere late in a model; what is tested is its lead at the object's own tokens over those of other
+objects.
 """
 
 import pytest
@@ -12,8 +13,8 @@ from vlm_core.tracing.lens_tracks import both_stages, entropy_stages
 
 LENS = Claim(
     id="H1.lens",
-    sentence="The object's word climbs in the logit lens of its own tokens with depth, and the lens' entropy is high, falls, and rises again at the end.",
-    effect="rank: slope over layers of log rank(other objects' tokens) - log rank(own tokens); entropy: the smaller of its fall and its rise",
+    sentence="The object's word climbs in the logit lens of its own patches with depth; the lens' entropy is high, falls, rises at the end.",
+    effect="rank: slope over layers of log rank(others' patches) - log rank(own patches); entropy: the smaller of its fall and its rise",
     test=Trend(),
     source="Neo et al., ICLR 2025",
     tier="exploratory",

@@ -11,7 +11,7 @@ from vlm_core.stats import Claim, Superiority, monte_carlo_p
 
 LOCALISATION = Claim(
     id="H1.localisation",
-    sentence="The attention of the three localisation heads overlaps the asked object by 5 points of IoU more than that of random heads of their layers.",
+    sentence="The three localisation heads' attention overlaps the asked object by 5 points of IoU more than random heads' of their layers.",
     effect="IoU(localisation heads) - IoU(random heads of the same layers and number, mean over draws), paired per item",
     test=Superiority(0.05),
     source="Kang et al., CVPR 2025 (localisation heads); the comparison is ours",

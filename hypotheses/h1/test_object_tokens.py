@@ -1,7 +1,7 @@
 """H1: what identifies an object sits in its own image tokens.
 
-Its tokens become the mean visual token before the first layer, so that no layer ever sees them. How many rings of neighbours go with them is chosen
-on discovery items: the smallest ring that costs more than 70 % of the accuracy, one ring where none does.
+Its tokens become the mean visual token before the first layer, so that no layer ever sees them. How many rings of neighbours go with them is
+chosen on discovery items: the smallest ring that costs more than 70 % of the accuracy, one ring where none does.
 """
 
 import pandas as pd
@@ -40,6 +40,7 @@ def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, se
     exhibits_masks.object_tokens(evidence, splits, ring, baseline.chance)
     evidence.table("baseline-metrics.csv", pd.DataFrame(identification_floors.rows()))
     lost = measured.drop(f"object, ring {ring}")
+    beyond_random = lost - measured.drop(f"random, ring {ring}")
     shares = pooled_shares(lost, measured.correct["full"], measured.clusters)
     evidence.decide(
         OBJECT_TOKENS,
@@ -47,7 +48,7 @@ def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, se
         baseline=baseline,
         controls=[
             identification_floors.grounded("identification", OBJECT_TOKENS.test.threshold),
-            worth_something("the object's tokens against random ones", "negative", lost - measured.drop(f"random, ring {ring}"), measured.clusters),
+            worth_something("the object's tokens against random ones", "negative", beyond_random, measured.clusters),
         ],
         details={
             "ring": ring,

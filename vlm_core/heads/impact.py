@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 THRESHOLDS = ("mean", "mean + sd", 0.75, 0.9)
-"""What counts as looking: above the head's mean (the paper's), a standard deviation above it, the top quarter, the top tenth of image tokens."""
+"""What counts as looking: above the head's mean (as published), a standard deviation above it, the top quarter, the top tenth of tokens."""
 
 LAYERS = 4
 """Layers that the paper tunes as top, bottom and random ones, of models of 24 to 28."""
@@ -269,7 +269,9 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def _cube(per_item: ArrayLike) -> np.ndarray:
     per_item = np.asarray(per_item, dtype=float)
     if per_item.ndim != 3 or min(per_item.shape[1:]) < 2 or not np.isfinite(per_item).all():
-        raise ValueError(f"Head Impact is compared as finite numbers [item, layer, head] of two layers and heads or more, not {per_item.shape}")
+        raise ValueError(
+            f"Head Impact is compared as finite numbers [item, layer, head] of two layers and heads or more, not {per_item.shape}"
+        )
     return per_item
 
 

@@ -84,8 +84,8 @@ def localisation_heads(
     chosen : int
         Heads with the lowest spatial entropy that each item chooses among the candidates, at most half of them.
     sinks : Sinks or bool, optional
-        Sink-aware: heads are candidates only with an image mass of at least 0.2, of which at most half lies on attention sinks. True finds the
-        model's sinks on the items.
+        Sink-aware: heads are candidates only with an image mass of at least 0.2, of which at most half lies on attention sinks. True finds
+        the model's sinks on the items.
     batch_rows : int, optional
         Items per forward pass.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlm_core import Sinks, SinkMass, attention_map, observe
+from vlm_core import SinkMass, Sinks, attention_map, observe
 from vlm_core.families.anatomy import HeadId
 from vlm_core.families.layout import Layout
 from vlm_core.heads.localisation import elbow, localisation_heads, set_scores, spatial_entropy

@@ -55,7 +55,9 @@ def item_layouts(subject: Subject, items: Sequence, batch: int = 32) -> list[Lay
         layouts += image_layouts(family, subject.model.config, subject.processor, prepared.inputs, sizes)
     for layout in layouts[:1]:
         if layout.where != "sequence":
-            raise ValueError(f"model_type '{family.model_type}': its image tokens lie outside the token sequence, so an object's are no token group")
+            raise ValueError(
+                f"model_type '{family.model_type}': its image tokens lie outside the token sequence, so an object's are no token group"
+            )
         if layout.reason:
             raise ValueError(layout.reason)
     return layouts
@@ -182,7 +184,10 @@ def replace_object_tokens(
     subject.anatomy.require("replace_tokens")
     items = take(items, range(len(items)))
     layouts = item_layouts(subject, items)
-    shown = [{ring: object_tokens(layout, mask_of(masks, item), rings=ring) for ring in rings} for item, layout in zip(items, layouts, strict=True)]
+    shown = [
+        {ring: object_tokens(layout, mask_of(masks, item), rings=ring) for ring in rings}
+        for item, layout in zip(items, layouts, strict=True)
+    ]
     kept = [index for index, own in enumerate(shown) if own[min(rings)].any()]
     if not kept:
         raise ValueError("no item shows its object in its image tokens: nothing can be replaced")
@@ -214,9 +219,7 @@ def replace_object_tokens(
         layout, chosen = named[str(item_field(item, "id"))]
         return {name: layout.in_sequence(members, len(prompt)) for name, members in chosen.items()}
 
-    table = sweep(
-        subject, items, rows, metrics=("correct",), assignments=assignments, groups=groups, store=store, progress=progress
-    )
+    table = sweep(subject, items, rows, metrics=("correct",), assignments=assignments, groups=groups, store=store, progress=progress)
     found = wide(table)
     correct, replaced = found[["cluster", "task", "full"]].copy(), {}
     for ring in rings:
