@@ -4,6 +4,7 @@ pytest_plugins = [
     "fixtures.probe_sets",
     "fixtures.measurements",
     "fixtures.h1_rankings",
+    "fixtures.h1_measurements",
     "fixtures.tracing_measurements",
     "fixtures.mask_measurements",
     "fixtures.students",

@@ -32,6 +32,8 @@ _ROLE_COLOURS = {
     "floor": "floor",
     "chance": "muted",
 }
+_GROUPS = ("targeted", "alert", "baseline", "second", "floor", "third", "ink", "muted")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _OTHERS = ("targeted", "second", "third", "alert", "baseline", "floor")
 
 
@@ -155,14 +157,14 @@ def trend_line(data):
 
 
 def null_histogram(data):
-    """``{"draws": [value], "observed": value, "x_label"?, "p_value"?}``."""
+    """``{"draws": [value], "observed": value, "observed_label"?, "x_label"?, "p_value"?}``."""
     figure, axes = _axes(height=2.5)
     draws, observed = [value for value in data["draws"] if value is not None], data["observed"]
     axes.hist(draws, bins=min(40, max(8, len(draws) // 8)), color=COLOURS["random"], alpha=0.85)
     top = axes.get_ylim()[1]
     axes.set_ylim(0, top * 1.22)
     axes.plot([observed, observed], [0, top * 1.05], color=COLOURS["targeted"], linewidth=2.2)
-    text = f"targeted {number(observed)}"
+    text = f"{data.get('observed_label', 'targeted')} {number(observed)}"
     if data.get("p_value") is not None:
         text += f", p {_p(data['p_value'])}"
     lower, upper = axes.get_xlim()
@@ -197,6 +199,28 @@ def slope(data):
     axes.set_ylabel(data.get("y_label", "accuracy"))
     axes.set_title(f"thin: each of {len(data['series'])} seeds; bold: their mean", loc="left", fontsize=9.5)
     return figure, {}
+
+
+def scatter(data):
+    """``{"points": [{x, y, group, tip?}], "x_label"?, "y_label"?}``: a colour and a shape for each group, its name where its points are."""
+    figure, axes = _axes(height=4.2)
+    groups = list(dict.fromkeys(point["group"] for point in data["points"]))
+    tips = {}
+    for place, group in enumerate(groups):
+        colour, marker = COLOURS[_GROUPS[place % len(_GROUPS)]], _MARKERS[place % len(_MARKERS)]
+        mine = [point for point in data["points"] if point["group"] == group]
+        for number_, point in enumerate(mine):
+            (drawn,) = axes.plot(point["x"], point["y"], marker=marker, color=colour, markersize=4, linestyle="none", alpha=0.75)
+            drawn.set_gid(f"point-{place}-{number_}")
+            tips[f"point-{place}-{number_}"] = point.get("tip", group)
+        middle = [float(np.median([point[axis] for point in mine])) for axis in ("x", "y")]
+        axes.annotate(
+            group, middle, ha="center", va="center", fontweight="bold", color=colour,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": COLOURS["paper"], "edgecolor": colour, "alpha": 0.85, "linewidth": 0.8},
+        )  # fmt: skip
+    axes.set_xlabel(data.get("x_label", ""))
+    axes.set_ylabel(data.get("y_label", ""))
+    return figure, tips
 
 
 def attention_overlay(data):

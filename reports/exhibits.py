@@ -61,23 +61,10 @@ def head_ablation(evidence, task: str, conditions: dict[str, tuple[str, pd.Serie
 
 
 def head_map(evidence, task: str, coefficients, heads, r2: float) -> None:
-    """The layers × heads map of attribution, targeted heads marked; rows for ``head-features.csv``."""
+    """The layers × heads map of attribution, targeted heads marked."""
     coefficients = np.asarray(coefficients)
     layers, width = coefficients.shape
     chosen = {tuple(head) for head in heads}
-    cells = [(layer, head) for layer in range(layers) for head in range(width)]
-    evidence.table(
-        "head-features.csv",
-        pd.DataFrame(
-            {
-                "task": task,
-                "layer": [layer for layer, _ in cells],
-                "head": [head for _, head in cells],
-                "attribution": [float(coefficients[cell]) for cell in cells],
-                "targeted": [cell in chosen for cell in cells],
-            }
-        ),
-    )
     evidence.figure(
         "head_map",
         {

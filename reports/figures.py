@@ -49,6 +49,7 @@ KINDS = {
     "attention_overlay": Kind("attention_overlay", ("image", "values", "prompt", "answer")),
     "null_histogram": Kind("null_histogram", ("draws", "observed")),
     "slope": Kind("slope", ("series",), "series", ("name", "points")),
+    "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),
     "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
 }
 

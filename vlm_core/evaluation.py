@@ -25,7 +25,7 @@ from vlm_core.subjects.subject import Subject, require_subject
 from vlm_core.sweeps.scoring import candidate_metric
 from vlm_core.sweeps.sweep import sweep
 
-__all__ = ["accuracy_table", "evaluate"]
+__all__ = ["accuracy_table", "evaluate", "shown_items"]
 
 COLUMNS = ("item", "cluster", "task", "prompt", "image", "output", "answer", "correct", "score")
 
@@ -83,7 +83,7 @@ def evaluate(
         raise ValueError(f"out {str(out)!r} is a directory: name the file that the rows go to")
     if logits and mode == "greedy":
         raise ValueError("logits are those of the candidates: ask for them in mode 'candidates'")
-    shown, names = _shown_items(items, blind)
+    shown, names = shown_items(items, blind)
     if mode == "candidates":
         outputs, correct, score = _by_candidates(subject, shown, plan, batch_rows)
     else:
@@ -147,7 +147,8 @@ def _fields(item, **changes) -> dict:
     return {**{name: item_field(item, name) for name in SCORED}, **changes}
 
 
-def _shown_items(items: Sequence, blind: str | None) -> tuple[list, list[str]]:
+def shown_items(items: Sequence, blind: str | None) -> tuple[list, list[str]]:
+    """Items with the images that ``evaluate(blind=...)`` shows, and the scene (or ``"mean"``) that each image is of."""
     if blind not in (None, "mean", "swap"):
         raise ValueError(f"blind must be None, 'mean' or 'swap', got '{blind}'")
     shown = take(items, range(len(items)))

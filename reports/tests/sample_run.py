@@ -166,7 +166,7 @@ def records():
                 )
             ],
         ),
-        make("H1.redundancy", "inconclusive", 0.82, 0.05),
+        make("H1.redundancy", "inconclusive", 0.82, 0.05, figures=[usage(np.random.default_rng(1))]),
         make("H1.object_tokens", "invalid", None, 0, controls=[failed]),
         make("H1.attention_is_not_attribution", "refuted", 0.48, 0.11),
         make(
@@ -270,6 +270,15 @@ def trend(rng):
     ]
     data = {"points": points, "x_label": "layer from which all visual tokens are gone", "reference": 0.91, "reference_label": "intact"}
     return figure("trend_line", data, "Accuracy by the layer at which tokens go")
+
+
+def usage(rng):
+    points = [
+        {"x": round(3 * place + rng.normal(), 3), "y": round(2 * (place % 2) + rng.normal(), 3), "group": task, "tip": f"{task} {item}"}
+        for place, task in enumerate(("color", "count", "relation"))
+        for item in range(12)
+    ]
+    return figure("scatter", {"points": points, "x_label": "first axis", "y_label": "second axis"}, "Items by the heads they use")
 
 
 def slopes(rng):

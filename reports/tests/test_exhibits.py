@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import drawings, exhibits, figures
+from reports import drawings, exhibits, exhibits_h1, figures
 from reports.evidence import Evidence
 from vlm_core import HeadId
 from vlm_core.stats import interval
@@ -73,11 +73,7 @@ def test_head_ablation_rows_and_bars(evidence):
 def test_head_map_marks_the_targeted_heads(evidence):
     coefficients = np.array([[0.1, -0.2, 0.5], [0.0, 0.9, 0.3]])
     exhibits.head_map(evidence, "count", coefficients, [HeadId(1, 1), HeadId(0, 2)], 0.834)
-    tables, figure = one_figure(evidence)
-    rows = tables["head-features.csv"]
-    assert list(zip(rows["layer"], rows["head"], strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert rows["attribution"].tolist() == coefficients.ravel().tolist()
-    assert rows["targeted"].tolist() == [False, False, True, False, True, False]
+    _, figure = one_figure(evidence)
     assert figure["data"]["values"] == coefficients.tolist()
     assert [(mark["layer"], mark["head"]) for mark in figure["data"]["marks"]] == [(0, 2), (1, 1)]
     assert "R² on unseen masks 0.83" in figure["caption"] and "0.2, 1.1" in figure["alt"]
@@ -267,5 +263,6 @@ def test_every_kind_of_figure_has_an_exhibit(evidence):
     exhibits.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
     exhibits.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
     exhibits.students(evidence, {"before": [answers(1, 1)], "after": [answers(2, 2)]})
+    exhibits_h1.usage_map(evidence, [[0.0, 1.0]], ["count"], ["count-1"], {"task": 0.1, "colours": 0.0}, 0.5)
     _, drawn = left(evidence)
     assert {figure["kind"] for figure in drawn} == figures.KINDS.keys()

@@ -3,6 +3,7 @@
 ``attention``          where heads attend: mass on token groups, entropy, top tokens, the full map
 ``image_attention``    attention on every image token, and its overlap with an object
 ``outputs``            head outputs, the residual stream
+``position``           how far back heads look, and what rotary positions do to them
 ``sinks``, ``lens``, ``gradients``, ``means``   attention sinks, projections to words, gradients, streaming means
 ``at``                 an observer in some layers and heads only
 ``observing``          runs them over items

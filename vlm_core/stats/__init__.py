@@ -9,7 +9,7 @@ NumPy, SciPy and pandas only: a report can be rendered, and a verdict re-read, w
 """
 
 from .claims import Claim, ClaimTest, Equivalence, NonInferiority, Superiority, Trend
-from .descriptive import Interval, interval
+from .descriptive import Interval, interval, interval_each
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
 from .permutation import monte_carlo_p, sign_flip_p
@@ -35,6 +35,7 @@ __all__ = [
     "estimate_statistic",
     "holm",
     "interval",
+    "interval_each",
     "kendall_w",
     "kruskal",
     "linear_contrast",

@@ -1,0 +1,90 @@
+"""H1: heads have kinds of work, and what they look at tells which.
+
+Categories come from interventions on discovery items (which path through a head the answer needs), features from attention on confirmation
+items: nothing that defines a category is among what predicts it.
+"""
+
+import numpy as np
+import pytest
+
+from fixtures.measurements import TOP_HEADS
+from hypotheses.h1.controls import grounded_overall, prediction_of_unseen_masks
+from probes import GROUNDING_TASKS
+from reports import exhibits_h1
+from vlm_core.heads.features import FEATURES
+from vlm_core.heads.probing import tell_categories, tell_grounded
+from vlm_core.heads.taxonomy import cluster_heads
+from vlm_core.stats import Claim, Superiority
+
+TAXONOMY = Claim(
+    id="H1.taxonomy",
+    sentence="A linear probe tells head categories apart, and groundedness from head features, above label-shuffled controls by 0.2.",
+    effect="balanced accuracy on what the probe was not fitted to - that of probes fitted to shuffled labels",
+    test=Superiority(0.2),
+    source="Kim et al. 2025, arXiv:2509.17588; control as in Hewitt & Liang 2019, arXiv:1909.03368",
+    tier="exploratory",
+    unit="scene, or head where heads are told apart",
+)
+
+
+@pytest.mark.claim(TAXONOMY, told="category")
+def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, attribution, pooled_attribution, evidence):
+    seen = seen_features("discovery")
+    clusters = cluster_heads(seen.matrix(), seed=seed)
+    exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least)
+    exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy), FEATURES)
+    told, heads = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
+    exhibits_h1.probe(evidence, "the category of a head", told, "Heads that the probe was not fitted to, features of confirmation items")
+    evidence.decide(
+        TAXONOMY,
+        told.gain,
+        clusters=heads,
+        bounds=None,
+        p_value=told.p_value,
+        controls=[grounded_overall(floors, TAXONOMY.test.threshold), prediction_of_unseen_masks(pooled_attribution)],
+        details={
+            "accuracy": told.accuracy,
+            "control_accuracy": told.control_accuracy,
+            "heads_by_category": taxonomy.counts(),
+            "categories_told_apart": list(told.classes),
+            "silhouette": {"k": clusters.k, "measured": clusters.silhouette, "features permuted": clusters.permuted.mean()},
+        },
+    )
+
+
+@pytest.mark.claim(TAXONOMY, told="groundedness")
+def test_features_tell_whether_an_answer_is_grounded(floors, seed, grounded_answers, evidence):
+    learnt, asked = grounded_answers("discovery"), grounded_answers("confirmation")
+    told = tell_grounded(learnt, asked, seed=seed)
+    exhibits_h1.probe(evidence, "groundedness of an answer", told, "Confirmation answers, the probe fitted to discovery answers")
+    evidence.decide(
+        TAXONOMY,
+        told.gain,
+        clusters=asked.clusters,
+        bounds=None,
+        p_value=told.p_value,
+        controls=[grounded_overall(floors, TAXONOMY.test.threshold)],
+        details={
+            "accuracy": told.accuracy,
+            "control_accuracy": told.control_accuracy,
+            "pairs": {"discovery": len(learnt.items) // 2, "confirmation": len(asked.items) // 2, "items": asked.asked},
+            "label": "an answer that is right with its own image and lost with another scene's, under either image",
+        },
+    )
+
+
+def feature_tables(seen, attribution, pooled, taxonomy) -> dict:
+    """One row a head: of all tasks, and of each task's own discovery items."""
+
+    def known(ranked):
+        chosen = np.zeros(ranked.coefficients.shape, dtype=bool)
+        chosen[tuple(np.transpose(ranked.top(TOP_HEADS)))] = True
+        return {
+            "attribution": (ranked.per_item, ranked.clusters),
+            "targeted": chosen,
+            "category": taxonomy.category,
+            "confidence": taxonomy.confidence,
+        }
+
+    tables = {task: seen.of(task).table(known(attribution(task))) for task in GROUNDING_TASKS}
+    return {"all": seen.table(known(pooled) | taxonomy.effects.table()), **tables}

@@ -1,0 +1,114 @@
+"""Exhibits of H1 beyond those that other hypotheses share: what heads look like, what they are for, and when they are used.
+
+As in `reports.exhibits`: one function an exhibit, nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+LETTERS = {"cross-modal grounding": "G", "vision summarisation": "V", "instruction following": "I", "routing": "R"}
+
+
+def head_features(evidence, tables: dict[str, pd.DataFrame], notes: dict[str, str]) -> None:
+    """``head-features.csv``: one row a head and task, every feature with its interval; ``head-features.json``: what each is.
+
+    ``tables``: task (``all`` for all of them) → one row a head.
+    """
+    frames = [table.assign(task=task)[["task", *table.columns]] for task, table in tables.items()]
+    evidence.table("head-features.csv", pd.concat(frames, ignore_index=True))
+    evidence.artifact_json("head-features.json", notes)
+
+
+def taxonomy(evidence, heads: dict[str, dict], clusters, least: float) -> None:
+    """``head-taxonomy.json`` and the map of heads by category.
+
+    Parameters
+    ----------
+    heads : dict
+        ``"layer.head"`` → ``layer, head, category, confidence, drops, evidence`` (`vlm_core.heads.taxonomy.Taxonomy.as_dict`).
+    clusters : vlm_core.heads.taxonomy.HeadClusters
+    least : float
+        Share of the margin from which a path counts.
+    """
+    evidence.artifact_json(
+        "head-taxonomy.json",
+        {
+            "heads": {name: {**one, "cluster": int(label)} for (name, one), label in zip(heads.items(), clusters.labels, strict=True)},
+            "rule": f"the path whose cutting costs most of the answer's margin, from {least:g} of it on",
+            "clustering": {
+                "k": clusters.k,
+                "silhouette": clusters.silhouette,
+                "silhouette_by_k": {str(k): value for k, value in clusters.by_k.items()},
+                "silhouette_permuted_features": clusters.permuted.tolist(),
+                "p_value": clusters.p_value,
+            },
+        },
+    )
+    shape = tuple(1 + max(one[axis] for one in heads.values()) for axis in ("layer", "head"))
+    costliest, marks = np.zeros(shape), []
+    for one in heads.values():
+        costliest[one["layer"], one["head"]] = max(path["drop"] for path in one["drops"].values())
+        if one["category"] in LETTERS:
+            marks.append({"layer": one["layer"], "head": one["head"], "label": LETTERS[one["category"]]})
+    counts = {name: sum(one["category"] == name for one in heads.values()) for name in LETTERS}
+    said = ", ".join(f"{LETTERS[name]} {name} ({n})" for name, n in counts.items())
+    evidence.figure(
+        "head_map",
+        {"values": costliest.tolist(), "marks": marks, "value_label": "margin lost (share)"},
+        title="What heads are for: the path of each whose cutting costs most",
+        caption=f"Discovery items of all tasks. {said}; the others cost less than {least:g} of the margin whatever path is cut.",
+        alt=f"Map of {shape[0]} layers by {shape[1]} heads by category: {said}.",
+    )
+
+
+def probe(evidence, what: str, told, rows: str) -> None:
+    """Held-out accuracy of a linear probe against probes fitted to shuffled labels.
+
+    ``told``: `vlm_core.heads.probing.Probe`; ``rows``: what was asked, for the caption. Nothing is drawn where nothing was asked.
+    """
+    if not told.correct.size:
+        return
+    evidence.figure(
+        "null_histogram",
+        {
+            "draws": told.control_accuracy.tolist(),
+            "observed": told.accuracy,
+            "observed_label": "probe",
+            "p_value": told.p_value,
+            "x_label": "balanced accuracy on held-out rows",
+        },
+        title=f"A linear probe for {what}, against {told.control_accuracy.size} probes fitted to shuffled labels",
+        caption=f"{rows}. Balanced over {len(told.classes)} classes; each count is one probe fitted to shuffled labels.",
+        alt=f"Histogram of the accuracy of probes fitted to shuffled labels; the probe reaches {told.accuracy:.2f}.",
+    )
+
+
+def usage_map(evidence, places, groups, items, agreement: dict[str, float], p_value: float) -> None:
+    """Which heads items use, in two dimensions, coloured by task.
+
+    Parameters
+    ----------
+    places : [item, 2]
+    groups, items : sequence of str, one an item
+    agreement : dict
+        Labels → mean silhouette.
+    p_value : float
+    """
+    said = ", ".join(f"{name} {value:.2f}" for name, value in agreement.items())
+    evidence.figure(
+        "scatter",
+        {
+            "points": [
+                {"x": float(x), "y": float(y), "group": group, "tip": item}
+                for (x, y), group, item in zip(np.asarray(places, dtype=float), groups, items, strict=True)
+            ],
+            "x_label": "t-SNE, first axis (no unit)",
+            "y_label": "second axis",
+        },
+        title="Items that use the same heads lie together",
+        caption=f"{len(items)} discovery items, t-SNE of their head attributions in cosine distance, one point an item. Agreement of "
+        f"labels with the use of heads (mean silhouette): {said}; permutation p {p_value:.3g}.",
+        alt=f"Scatter of {len(items)} items by which heads they use, coloured by {len(set(groups))} groups. Agreement by labels: {said}.",
+    )

@@ -1,0 +1,338 @@
+"""Linear probes: what can be read off the features of heads.
+
+``held_out``          a ridge probe's held-out answers, and those of the same probe trained on shuffled labels: `Probe`
+``tell_categories``   categories of heads, from their features
+``groundedness``      head features of answers that rest on their image and of answers that cannot: `Groundedness`
+``tell_grounded``     which of the two an answer is, from the features of heads
+
+A probe's accuracy means nothing by itself: rows of one class may be most, and many features fit anything. So it is balanced over classes,
+scored on what the probe did not see, and compared with probes whose training labels were shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vlm_core.evaluation import evaluate, shown_items
+from vlm_core.heads.features import HeadFeatures, head_features
+from vlm_core.items import item_field, take
+from vlm_core.observation.sinks import Sinks, find_sinks
+from vlm_core.stats import monte_carlo_p
+from vlm_core.subjects.subject import Subject
+
+__all__ = ["Groundedness", "Probe", "groundedness", "held_out", "tell_categories", "tell_grounded"]
+
+FEWEST = 4  # heads of a category that is asked for: fewer are too few to learn from and to be asked about
+
+_PENALTIES = np.logspace(-3, 3, 13)  # per feature, of standardised features
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Held-out answers of a probe and of its control.
+
+    Attributes
+    ----------
+    correct : float ndarray ``[row]``
+        1 where the probe names the row's class; NaN in rows that were not asked.
+    control : float ndarray ``[row]``
+        Share of probes trained on shuffled labels that do.
+    weights : float ndarray ``[row]``
+        What a row counts so that every class counts as much: mean 1 over the rows asked.
+    control_accuracy : ndarray ``[shuffle]``
+        Balanced accuracy of each control probe.
+    classes : tuple
+    """
+
+    correct: np.ndarray
+    control: np.ndarray
+    weights: np.ndarray
+    control_accuracy: np.ndarray
+    classes: tuple
+
+    @property
+    def accuracy(self) -> float:
+        """Balanced accuracy: the mean over classes of the share of rows that are told right."""
+        asked = np.isfinite(self.correct)
+        return float((self.weights * self.correct)[asked].mean()) if asked.any() else float("nan")
+
+    @property
+    def gain(self) -> np.ndarray:
+        """Per row asked: what it adds to balanced accuracy above the control; the mean is the probe's gain."""
+        asked = np.isfinite(self.correct)
+        return (self.weights * (self.correct - self.control))[asked]
+
+    @property
+    def p_value(self) -> float | None:
+        """Of the accuracy against those of the control probes; None where nothing was asked."""
+        return monte_carlo_p(self.accuracy, self.control_accuracy) if self.correct.size else None
+
+
+def held_out(
+    features: ArrayLike,
+    labels: Sequence,
+    folds: ArrayLike,
+    *,
+    asked: Sequence | None = None,
+    within: ArrayLike | None = None,
+    shuffles: int = 200,
+    seed: int = 0,
+) -> Probe:
+    """Predict the class of every row with a linear probe that was fitted to the other folds.
+
+    The probe is a linear discriminant for classes of equal frequency, made by ridge regression on the classes' indicators; the penalty is
+    chosen on the rows fitted to, by leaving one out. Control probes differ in one thing: the labels they are fitted to are shuffled.
+
+    Parameters
+    ----------
+    features : ``[row, feature]``
+        NaNs stand at their column's mean.
+    labels : ``[row]``
+    folds : ``[row]``
+        Rows of one fold (a scene, a split) are never on both sides.
+    asked : sequence of folds, optional
+        Folds whose rows are predicted; default all.
+    within : ``[row]``, optional
+        Labels are shuffled among rows of one group (the two conditions of one item); default among all.
+    shuffles : int
+
+    Returns
+    -------
+    Probe
+
+    Raises
+    ------
+    ValueError
+        If there is one class, one fold, or a class is missing from what some probe is fitted to.
+
+    References
+    ----------
+    Hewitt & Liang 2019, arXiv:1909.03368 (control tasks); Hastie, Buja & Tibshirani 1995, Ann. Statist. 23:73-102 (penalised discriminants
+    by regression); Hastie, Tibshirani & Friedman 2009, eq. 7.64 (leaving one out).
+    """
+    features, folds = np.asarray(features, dtype=float), np.asarray(folds)
+    classes, codes = np.unique(np.asarray(labels), return_inverse=True)
+    n = len(features)
+    if features.ndim != 2 or codes.shape != (n,) or folds.shape != (n,):
+        raise ValueError(
+            f"a probe needs features [row, feature] and a label and fold of each row, not {features.shape}, {codes.shape}, {folds.shape}"
+        )
+    if classes.size < 2:
+        raise ValueError(f"a probe needs two classes to tell apart: all rows are {classes.tolist()[0] if classes.size else 'missing'!r}")
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([codes, *(_shuffled(codes, within, rng) for _ in range(shuffles))])
+    named = np.full((len(drawn), n), -1)
+    for fold in np.unique(folds) if asked is None else asked:
+        test = folds == fold
+        if not test.any() or test.all():
+            raise ValueError(
+                f"fold {str(fold)!r} holds {'every' if test.any() else 'no'} row: a probe needs rows to fit and rows to predict"
+            )
+        fitted = drawn[:, ~test]
+        if np.setdiff1d(np.arange(classes.size), fitted[0]).size:
+            missing = classes[np.setdiff1d(np.arange(classes.size), fitted[0])[0]]
+            raise ValueError(f"class {str(missing)!r} is in fold {str(fold)!r} alone: a probe cannot learn it from the others")
+        train, tested = _standardised(features[~test], features[test])
+        named[:, test] = _predicted(train, fitted, tested, classes.size)
+    seen = named[0] >= 0
+    right = (named == codes).astype(float)
+    weights = np.zeros(n)
+    counts = np.bincount(codes[seen], minlength=classes.size)
+    weights[seen] = seen.sum() / (np.count_nonzero(counts) * counts[codes[seen]])
+    control = right[1:]
+    missing = np.where(seen, 0.0, np.nan)
+    return Probe(right[0] + missing, control.mean(0) + missing, weights, (control * weights)[:, seen].mean(1), tuple(classes.tolist()))
+
+
+def _shuffled(codes: np.ndarray, within: ArrayLike | None, rng: np.random.Generator) -> np.ndarray:
+    if within is None:
+        return rng.permutation(codes)
+    # Rows sorted by group, then at random: the labels in the first order, put down in the second.
+    groups = np.unique(np.asarray(within), return_inverse=True)[1].ravel()
+    found = np.empty_like(codes)
+    found[np.lexsort((rng.random(codes.size), groups))] = codes[np.argsort(groups, kind="stable")]
+    return found
+
+
+def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    known = np.isfinite(train)
+    count = np.maximum(known.sum(0), 1)
+    mean = np.where(known, train, 0.0).sum(0) / count
+    spread = np.sqrt(np.where(known, np.square(train - mean), 0.0).sum(0) / count)
+    use = spread > 1e-9
+    return tuple(np.where(np.isfinite(rows), (rows - mean) / np.where(use, spread, 1.0), 0.0)[:, use] for rows in (train, test))
+
+
+def _predicted(train: np.ndarray, codes: np.ndarray, test: np.ndarray, n_classes: int) -> np.ndarray:
+    """Class of each test row by probes fitted to every set of labels: ``[set, row]`` from codes ``[set, train row]``."""
+    if not train.shape[1]:
+        return np.zeros((len(codes), len(test)), dtype=int)
+    left, values, right = np.linalg.svd(train, full_matrices=False)
+    members = (codes[:, :, None] == np.arange(n_classes)).astype(float)  # [set, row, class]
+    target = members - members.mean(1, keepdims=True)
+    projected = np.einsum("nr,snc->src", left, target)
+    penalties = _PENALTIES * train.shape[1]
+    chosen = penalties[_left_out_loss(left, values, target, projected, penalties).argmin(0)]
+    shrink = values / (np.square(values) + chosen[:, None])  # [set, direction]
+    coefficients = projected * shrink[:, :, None]
+    return _nearest_class(
+        np.einsum("nr,src->snc", left * values, coefficients), np.einsum("tr,src->stc", test @ right.T, coefficients), members
+    )
+
+
+def _left_out_loss(left, values, target, projected, penalties) -> np.ndarray:
+    """Mean squared error of each row's target, predicted from the others: ``[penalty, set]``."""
+    losses = []
+    for penalty in penalties:
+        shrink = np.square(values) / (np.square(values) + penalty)
+        leverage = np.square(left) @ shrink + 1 / len(left)
+        fitted = np.einsum("nr,src->snc", left * shrink, projected)
+        losses.append(np.square((target - fitted) / np.maximum(1 - leverage, 1e-6)[None, :, None]).mean((1, 2)))
+    return np.stack(losses)
+
+
+def _nearest_class(fitted: np.ndarray, scores: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Class whose fitted scores lie nearest to each row's, in units of their spread within classes: ``[set, row]``."""
+    counts = members.sum(1)[:, :, None]
+    centres = np.einsum("snc,snk->sck", members, fitted) / counts
+    apart = fitted - np.einsum("snc,sck->snk", members, centres)
+    spread = np.einsum("snk,snl->skl", apart, apart) / fitted.shape[1]
+    # class scores sum to 0: one direction has no spread, and a trace of the others' keeps it from being divided by
+    trace = np.trace(spread, axis1=1, axis2=2)[:, None, None]
+    spread = spread + (1e-9 * trace + 1e-300) * np.eye(spread.shape[1])
+    weight = np.linalg.solve(spread, np.swapaxes(centres, 1, 2))  # [set, score, class]
+    offset = 0.5 * np.einsum("sck,skc->sc", centres, weight)
+    return (np.einsum("stk,skc->stc", scores, weight) - offset[:, None]).argmax(2)
+
+
+def tell_categories(
+    features: ArrayLike, category: ArrayLike, *, folds: int = 6, shuffles: int = 200, seed: int = 0
+) -> tuple[Probe, np.ndarray]:
+    """Probe the category of heads from their features, on heads that the probe was not fitted to.
+
+    Parameters
+    ----------
+    features : ``[head, feature]``
+        Of other items than those that the categories come from.
+    category : ``[head]``
+        Categories of fewer than four heads are not asked for.
+    folds : int
+        Heads are dealt out so that each fold holds as nearly as possible the same number of every category.
+
+    Returns
+    -------
+    probe : Probe
+    heads : int ndarray
+        The heads that were asked, in order; none, and an empty probe, where fewer than two categories have four heads.
+    """
+    features, category = np.asarray(features, dtype=float), np.asarray(category).ravel()
+    names, counts = np.unique(category, return_counts=True)
+    heads = np.flatnonzero(np.isin(category, names[counts >= FEWEST]))
+    if np.count_nonzero(counts >= FEWEST) < 2:
+        return _NOTHING, heads[:0]
+    rng = np.random.default_rng(seed)
+    order = np.lexsort((rng.random(heads.size), category[heads]))
+    dealt = np.empty(heads.size, dtype=int)
+    dealt[order] = np.arange(heads.size) % folds
+    return held_out(features[heads], category[heads], dealt, shuffles=shuffles, seed=seed), heads
+
+
+def tell_grounded(learnt: Groundedness, asked: Groundedness, *, shuffles: int = 200, seed: int = 0) -> Probe:
+    """Probe whether answers are grounded: fitted to the items of one split, asked about those of another.
+
+    The control shuffles which of an item's two conditions is called grounded.
+
+    Returns
+    -------
+    Probe
+        One row for each of ``asked``, in order; empty where either split has no grounded answer.
+
+    Raises
+    ------
+    ValueError
+        If the two share a scene.
+    """
+    shared = set(learnt.clusters) & set(asked.clusters)
+    if shared:
+        raise ValueError(
+            f"the two splits share {len(shared)} scenes, such as {sorted(shared)[0]}: a probe would be asked about what it has seen"
+        )
+    if not len(learnt.items) or not len(asked.items):
+        return _NOTHING
+    sizes = len(learnt.items), len(asked.items)
+    pairs = np.concatenate([np.char.add(f"{split}/", np.array(one.items)) for split, one in enumerate((learnt, asked))])
+    probe = held_out(
+        np.concatenate([learnt.features, asked.features]), np.concatenate([learnt.grounded, asked.grounded]), np.repeat([0, 1], sizes),
+        asked=[1], within=pairs, shuffles=shuffles, seed=seed,
+    )  # fmt: skip
+    rows = slice(sizes[0], None)
+    return Probe(probe.correct[rows], probe.control[rows], probe.weights[rows], probe.control_accuracy, probe.classes)
+
+
+_NOTHING = Probe(np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0), ())
+
+
+@dataclass(frozen=True, eq=False)
+class Groundedness:
+    """Head features of grounded and of ungrounded answers, two rows an item.
+
+    Attributes
+    ----------
+    features : ndarray ``[row, layer × head × feature]``
+    grounded : bool ndarray ``[row]``
+    items, clusters : tuple of str
+        Item and scene of each row.
+    asked : int
+        Items that there were; ``len(items) / 2`` of them gave a pair.
+    """
+
+    features: np.ndarray
+    grounded: np.ndarray
+    items: tuple[str, ...]
+    clusters: tuple[str, ...]
+    asked: int
+
+
+def groundedness(subject: Subject, items: Sequence, *, known: HeadFeatures | None = None, sinks: Sinks | None = None) -> Groundedness:
+    """Head features while the subject answers with the item's image, and with another scene's.
+
+    An item's answer is *grounded* where it is right with the item's own image and lost with another scene's: it is right because of what is
+    seen. The same item under the other image is the ungrounded condition: what the question asks for is not what the image shows.
+    Images are swapped among items of a task and prompts stay, so that both conditions hold the same images and the same prompts: neither tells them
+    apart, only whether they belong together. Items whose answer does not change so are left out.
+
+    Parameters
+    ----------
+    items : sequence of items
+    known : HeadFeatures, optional
+        `head_features` of these items, so that only the other condition is measured.
+    sinks : Sinks, optional
+
+    Returns
+    -------
+    Groundedness
+        Without a row where no item's answer changes so.
+
+    Notes
+    -----
+    [ours] METHODS asks for groundedness of an answer without saying how it is labelled. Where the other image happens to show what is asked
+    for, the subject answers about that image: such pairs are harder, not easier, to tell apart.
+    """
+    items = take(items, range(len(items)))
+    sinks = sinks or find_sinks(subject, items[:32])
+    known = head_features(subject, items, sinks=sinks) if known is None else known
+    right, lost = evaluate(subject, items), evaluate(subject, items, blind="swap")
+    rows = np.flatnonzero(right["correct"].to_numpy() & ~lost["correct"].to_numpy())
+    own = known.per_item[rows].reshape(rows.size, int(np.prod(known.per_item.shape[1:])))
+    others = shown_items(items, "swap")[0]
+    swapped = head_features(subject, [others[row] for row in rows], sinks=sinks).per_item.reshape(own.shape) if rows.size else own
+    names = tuple(str(item_field(items[row], "id")) for row in rows)
+    scenes = tuple(str(item_field(items[row], "scene_id")) for row in rows)
+    return Groundedness(
+        np.concatenate([own, swapped]),
+        np.repeat([True, False], rows.size), names * 2, scenes * 2, len(items),
+    )  # fmt: skip

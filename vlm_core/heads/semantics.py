@@ -1,0 +1,206 @@
+"""Whether heads are used by what is asked for and shown, or by what images look like.
+
+``usage``         per-item attributions as directions: which heads an item uses, however strongly
+``appearance``    low-level looks of images, in groups: brightness, texture, colours
+``compare_labels``  how well groups of labels agree with usage, semantic against low-level: `LabelAgreement`
+``flat_map``      usage in two dimensions (t-SNE), to look at
+
+HeAr's finding, as a test: the choice of heads clusters by semantic category, not by low-level appearance (Kim et al. 2025,
+arXiv:2509.17588).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vlm_core.stats import Estimate, estimate_statistic, monte_carlo_p
+
+__all__ = ["LabelAgreement", "appearance", "compare_labels", "flat_map", "usage"]
+
+
+def usage(per_item: ArrayLike) -> np.ndarray:
+    """Unit vectors ``[item, heads]`` from attributions ``[item, layer, head]``: the strength of an answer is left out.
+
+    Raises
+    ------
+    ValueError
+        If no head matters in some item, so that it has no direction.
+    """
+    per_item = np.asarray(per_item, dtype=float)
+    rows = per_item.reshape(len(per_item), -1)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.all(length > 0):
+        raise ValueError(f"{int((length == 0).sum())} items have no attribution but zeros: which heads they use is not defined")
+    return rows / length
+
+
+def appearance(images: Sequence, n_groups: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Group images by looks that take no object to see, computed from their pixels.
+
+    ``brightness`` (mean luminance) and ``texture`` (mean absolute difference of neighbouring pixels) in groups of equal size, ``colours``
+    by k-means of 4 × 4 × 4 colour histograms.
+
+    Parameters
+    ----------
+    images : sequence of PIL images
+    n_groups : int
+        Of each look: as many as there are semantic groups to compare with, so that none has it easier.
+
+    Returns
+    -------
+    dict of str to int ndarray ``[image]``
+    """
+    from sklearn.cluster import KMeans
+
+    if not 2 <= n_groups <= len(images):
+        raise ValueError(
+            f"{len(images)} images cannot be put into {n_groups} groups: expected at least two groups, and no more than images"
+        )
+    brightness, texture, histograms = [], [], []
+    for image in images:
+        pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
+        luminance = pixels @ (0.299, 0.587, 0.114)
+        brightness.append(luminance.mean())
+        texture.append((np.abs(np.diff(luminance, axis=0)).mean() + np.abs(np.diff(luminance, axis=1)).mean()) / 2)
+        cells = np.minimum((pixels * 4).astype(int), 3) @ (16, 4, 1)
+        histograms.append(np.bincount(cells.ravel(), minlength=64) / cells.size)
+    return {
+        "brightness": _equal_groups(brightness, n_groups),
+        "texture": _equal_groups(texture, n_groups),
+        "colours": KMeans(n_groups, n_init=4, random_state=seed).fit_predict(np.sqrt(histograms)),
+    }
+
+
+def _equal_groups(values: Sequence[float], n_groups: int) -> np.ndarray:
+    groups = np.empty(len(values), dtype=int)
+    groups[np.argsort(values, kind="stable")] = np.arange(len(values)) * n_groups // len(values)
+    return groups
+
+
+@dataclass(frozen=True, eq=False)
+class LabelAgreement:
+    """How well labels agree with the use of heads.
+
+    Attributes
+    ----------
+    agreement : dict of str to float
+        Mean silhouette, in cosine distance, of every set of labels.
+    strongest : str
+        The low-level labels that agree best.
+    gain : Estimate or None
+        Agreement of the semantic labels minus that of the strongest low-level ones (chosen anew in every resample), scenes resampled; None
+        where it does not vary.
+    permuted : ndarray ``[draw]``
+        The same with the semantic labels permuted among items.
+    p_value : float
+        Of the gain against the permuted ones.
+    """
+
+    agreement: dict[str, float]
+    strongest: str
+    gain: Estimate | None
+    permuted: np.ndarray
+    p_value: float
+
+
+def compare_labels(
+    vectors: ArrayLike,
+    semantic: Sequence,
+    looks: Mapping[str, Sequence],
+    clusters: Sequence,
+    *,
+    permutations: int = 999,
+    smallest_alpha: float = 0.05,
+    seed: int = 0,
+) -> LabelAgreement:
+    """Semantic labels against low-level ones: which agree more with the use of heads.
+
+    Parameters
+    ----------
+    vectors : ``[item, ...]``
+        Unit vectors (`usage`).
+    semantic : ``[item]``
+        What is asked for and shown.
+    looks : mapping of name to ``[item]``
+        `appearance`, or others.
+    clusters : ``[item]``
+        Scene of each item.
+
+    Raises
+    ------
+    ValueError
+        If a set of labels has one group only, or a number of labels that is not that of the items.
+
+    Notes
+    -----
+    Silhouette: Rousseeuw 1987. An item that a resample draws twice is not its own neighbour.
+    """
+    vectors = np.asarray(vectors, dtype=float).reshape(len(vectors), -1)
+    distances = np.clip(1 - vectors @ vectors.T, 0, None)
+    np.fill_diagonal(distances, 0.0)
+    sets = {"semantic": semantic, **looks}
+    members = {}
+    for name, labels in sets.items():
+        codes = np.unique(np.asarray(labels), return_inverse=True)[1].ravel()
+        if len(codes) != len(distances):
+            raise ValueError(f"{len(distances)} items and {len(codes)} labels '{name}': each item needs exactly one")
+        if codes.max() < 1:
+            raise ValueError(f"all items have the same label '{name}': there are no groups to agree with")
+        members[name] = codes
+    scene = np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        per_item = weights[:, scene]
+        low = np.max([_silhouettes(distances, members[name], per_item) for name in looks], axis=0)
+        return _silhouettes(distances, members["semantic"], per_item) - low
+
+    ones = np.ones((1, len(distances)))
+    agreement = {name: float(_silhouettes(distances, codes, ones)[0]) for name, codes in members.items()}
+    strongest = max(looks, key=lambda name: agreement[name])
+    rng = np.random.default_rng(seed)
+    permuted = np.array(
+        [_silhouettes(distances, rng.permutation(members["semantic"]), ones)[0] for _ in range(permutations)]
+    ) - agreement[strongest]  # fmt: skip
+    observed = agreement["semantic"] - agreement[strongest]
+    gain = estimate_statistic(
+        difference, clusters, limits=(-2.0, 2.0), n_resamples=1999, smallest_alpha=smallest_alpha, rng=seed, draws_at_once=200
+    )
+    return LabelAgreement(agreement, strongest, gain, permuted, monte_carlo_p(observed, permuted))
+
+
+def _silhouettes(distances: np.ndarray, codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean silhouette ``[draw]`` of one labelling, items counting ``weights`` ``[draw, item]``."""
+    n_groups = codes.max() + 1
+    n_draws, n = weights.shape
+    means = np.full((n_groups, n_draws, n), np.inf)
+    within = np.zeros((n_draws, n))
+    alone = np.zeros((n_draws, n), dtype=bool)
+    for group in range(n_groups):
+        mine = codes == group
+        total = weights[:, mine] @ distances[mine]  # a copy of an item lies at distance 0 from it and adds nothing
+        size = np.repeat(weights[:, mine].sum(1, keepdims=True), n, axis=1)
+        others = np.where(mine, size - weights, size)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.where(others > 0, total / others, np.inf)
+        means[group] = np.where(mine, np.inf, mean)
+        within[:, mine], alone[:, mine] = np.where(others > 0, mean, 0.0)[:, mine], (others <= 0)[:, mine]
+    nearest = means.min(0)
+    widest = np.maximum(within, nearest)
+    with np.errstate(invalid="ignore"):
+        values = np.where(alone | ~np.isfinite(nearest) | (widest <= 0), 0.0, (nearest - within) / np.where(widest > 0, widest, 1.0))
+    return (weights * values).sum(1) / weights.sum(1)
+
+
+def flat_map(vectors: ArrayLike, seed: int = 0) -> np.ndarray:
+    """Vectors ``[item, ...]`` in two dimensions, ``[item, 2]``: t-SNE in cosine distance. To look at: no claim rests on it."""
+    from sklearn.manifold import TSNE
+
+    vectors = np.asarray(vectors, dtype=float).reshape(len(vectors), -1)
+    if len(vectors) < 5:
+        raise ValueError(f"{len(vectors)} items: a map of neighbours needs at least five")
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=seed, max_iter=500).fit_transform(vectors)

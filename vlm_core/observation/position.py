@@ -1,0 +1,163 @@
+"""How much of a head's attention is a matter of position.
+
+``RelativeDistance``   how far back a head looks, and how much of its attention lies on the token before
+``RotaryBias``         what rotary positions do to a head's attention: the same queries and keys, all tokens at one position
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from vlm_core.observation.observing import observe_encoded
+from vlm_core.seam.seam import active, current_run
+from vlm_core.seam.views import AttentionView
+from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.subject import Subject
+
+__all__ = ["RelativeDistance", "RotaryBias"]
+
+
+@dataclass(frozen=True)
+class RelativeDistance:
+    """Distance between query and key, weighted by attention, averaged over a group of queries: ``[item, layer, head, kind]``.
+
+    The kinds are ``distance`` (tokens, as a share of how far away the first token is: 0 looks at itself, 1 at the first token) and
+    ``previous`` (share of attention on the token right before). Tokens are counted where they stand in the sequence, dropped ones not;
+    NaN where keys lie outside the sequence (Mllama's cross-attention), or for ``distance`` where the only query is the first token.
+
+    Parameters
+    ----------
+    queries : str
+        A token group: whose attention.
+    """
+
+    queries: str = "question"
+
+    @property
+    def axes(self) -> tuple:
+        """Head and kind."""
+        return (("head", None), ("kind", ("distance", "previous")))
+
+    def attention(self, view: AttentionView) -> torch.Tensor:
+        """``[element, head, kind]`` of one layer."""
+        shape = (*view.query.shape[:2], 2)
+        if view.crossed:
+            return torch.full(shape, torch.nan, device=view.query.device)
+        valid = view.tokens.valid
+        place = valid.int().cumsum(1) - 1  # the first valid token of every element is 0
+        total, count = torch.zeros(shape, device=valid.device), torch.zeros((shape[0], 1, 2), device=valid.device)
+        for block in view.blocks(self.queries):
+            at = place.gather(1, block.positions)[:, :, None]
+            apart = (at - place[:, None, : block.probabilities.shape[3]]).abs()
+            share = apart / at.clamp(min=1)
+            seen = torch.stack([share, (apart == 1) & (place[:, None, : share.shape[2]] < at)], dim=-1).float()
+            found = torch.einsum("ehqk,eqkc->ehqc", block.probabilities, seen)
+            defined = torch.stack([block.real & (at[:, :, 0] > 0)] * 2, dim=-1)
+            total += found.masked_fill(~defined[:, None], 0.0).sum(2)
+            count += defined.float().sum(1)[:, None]
+        return total / count
+
+
+@dataclass(frozen=True)
+class RotaryBias:
+    """What rotary positions do to a head's attention: ``[item, layer, head, kind]``.
+
+    The kinds are ``moved``, the share of attention that lands on other keys than it would if all tokens stood at one position (total
+    variation distance, 0 to 1, averaged over queries), and ``image``, the mass on image keys that is left without positions. Everything
+    else stays: the layer's own input, its causal order, windows and caps.
+
+    NaN in layers whose attention takes no rotary positions from its decoder layer.
+
+    Parameters
+    ----------
+    queries : str
+        A token group: whose attention.
+
+    Notes
+    -----
+    [ours] The attention module of each layer is asked for its queries and keys once more, with every token given the rotation of the
+    first: a rotation common to query and key leaves their product, so this is attention without rotary position in any scheme (partial,
+    scaled, multi-axis). Published scores without RoPE (FEATHER) skip the rotation; where all is rotary the two agree.
+    """
+
+    queries: str = "question"
+
+    @property
+    def axes(self) -> tuple:
+        """Head and kind."""
+        return (("head", None), ("kind", ("moved", "image")))
+
+    def measure(self, subject: Subject, items: Sequence, encoded: Sequence[Encoded], intervention=None) -> dict:
+        """``{"": [item, layer, head, kind]}``."""
+        observer = _Unrotated(self.queries)
+        handles = [module.register_forward_pre_hook(observer.ask, with_kwargs=True) for module in subject.anatomy.attentions]
+        try:
+            return observe_encoded(subject, items, encoded, [observer], intervention).values[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Asked(Exception):
+    """Queries and keys are known: the rest of the attention module need not run."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Asking:
+    """What is active while an attention module is asked for queries and keys: it keeps them."""
+
+    layer: int
+    kept: dict
+
+    def attention_layer(self, module) -> int:
+        return self.layer
+
+    def attend(self, layer, original, module, query, key, *args, **kwargs):
+        self.kept[layer] = (query, key)
+        raise _Asked
+
+
+@dataclass(frozen=True, eq=False)
+class _Unrotated:
+    """The observer behind ``RotaryBias``: ``ask`` comes before each attention module, ``attention`` inside it."""
+
+    queries: str
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def ask(self, module, args: tuple, kwargs: dict) -> None:
+        run = current_run()
+        if self not in getattr(run, "observers", ()):
+            return  # another thread's run through the same model
+        layer, rotations = run.attention_layer(module), kwargs.get("position_embeddings")
+        if layer is None or rotations is None:
+            return
+        one = tuple(part[..., :1, :].expand_as(part) for part in rotations) if isinstance(rotations, tuple | list) else (
+            rotations[..., :1, :].expand_as(rotations)
+        )  # fmt: skip
+        caches = {name: None for name in ("past_key_values", "past_key_value") if name in kwargs}
+        try:
+            with active(_Asking(layer, self.kept)):
+                module.forward(*args, **{**kwargs, **caches, "position_embeddings": one})
+        except _Asked:
+            return
+
+    def attention(self, view: AttentionView) -> torch.Tensor:
+        """``[element, head, kind]`` of one layer."""
+        shape = (*view.query.shape[:2], 2)
+        if view.layer not in self.kept:
+            return torch.full(shape, torch.nan, device=view.query.device)
+        query, key = self.kept.pop(view.layer)
+        flat = replace(view, query=query, key=key, _kept={})
+        image = view.keys_of("image").float()
+        total, count = torch.zeros(shape, device=image.device), torch.zeros((shape[0], 1, 1), device=image.device)
+        for with_places, without in zip(view.blocks(self.queries), flat.blocks(self.queries), strict=True):
+            seen = without.probabilities.shape[3]
+            moved = (with_places.probabilities - without.probabilities).abs().sum(3) / 2
+            on_image = torch.einsum("ehqk,ek->ehq", without.probabilities, image[:, :seen])
+            real = without.real[:, None, :, None].float()
+            total += (torch.stack([moved, on_image], dim=-1) * real).sum(2)
+            count += real.sum(2)
+        return total / count

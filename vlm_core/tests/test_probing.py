@@ -1,0 +1,146 @@
+"""Probes: planted information is read, none where there is none, and nothing of a held-out row is seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+
+from vlm_core import groundedness, held_out
+from vlm_core.evaluation import evaluate
+from vlm_core.heads import probing
+from vlm_core.heads.probing import Groundedness, tell_categories, tell_grounded
+from vlm_core.tests.tiny import make_items
+
+
+def rows(n=60, signal=2.0, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    return rng.normal(size=(n, 8)) + signal * rng.normal(size=(classes, 8))[labels], labels, np.arange(n) // 6
+
+
+def test_planted_classes_are_told_apart_and_the_control_is_at_chance():
+    told = held_out(*rows())
+    assert told.accuracy > 0.9 and told.p_value == 1 / 201
+    assert told.control_accuracy.mean() == pytest.approx(1 / 3, abs=0.05)
+    assert told.gain.mean() == pytest.approx(told.accuracy - told.control_accuracy.mean())
+
+
+def test_without_signal_there_is_no_gain():
+    gains = [held_out(*rows(signal=0.0, seed=seed), shuffles=50).gain.mean() for seed in range(8)]
+    assert np.mean(gains) == pytest.approx(0, abs=0.06)
+
+
+def test_common_classes_do_not_pay():
+    features, _, folds = rows(n=120, signal=0.0)
+    rare = np.where(np.arange(120) % 6 == 0, "rare", "common")
+    told = held_out(features, rare, folds, shuffles=50)
+    assert told.accuracy == pytest.approx(0.5, abs=0.15) and told.control_accuracy.mean() == pytest.approx(0.5, abs=0.05)
+    assert told.weights.mean() == pytest.approx(1.0) and told.weights[0] == pytest.approx(3.0)
+    signal = features + 4 * (rare == "rare")[:, None] * np.eye(8)[0]
+    assert held_out(signal, rare, folds, shuffles=5).accuracy > 0.9
+
+
+def test_a_held_out_row_teaches_nothing():
+    features, labels, folds = rows()
+    same = held_out(features, labels, folds, asked=[3], shuffles=3)
+    assert np.isnan(same.correct[folds != 3]).all() and np.isfinite(same.correct[folds == 3]).all()
+    first = np.flatnonzero(folds == 3)[0]
+    changed, others = features.copy(), labels.copy()
+    changed[first], others[first] = 1000, (labels[first] + 1) % 3
+    again = held_out(changed, others, folds, asked=[3], shuffles=3)
+    assert (again.correct[folds == 3][1:] == same.correct[folds == 3][1:]).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_without_penalty_the_probe_is_linear_discriminant_analysis(classes, monkeypatch):
+    monkeypatch.setattr(probing, "_PENALTIES", np.array([1e-12]))
+    features, labels, _ = rows(n=160, signal=0.7, classes=classes)
+    labels[:100] = np.where(np.arange(100) % 5, labels[:100], 0)  # one class is commoner
+    train, test = probing._standardised(features[:100], features[100:])
+    found = probing._predicted(train, labels[None, :100], test, classes)
+    expected = LinearDiscriminantAnalysis(priors=np.full(classes, 1 / classes)).fit(train, labels[:100]).predict(test)
+    assert (found[0] == expected).all()
+
+
+def test_leaving_one_out_is_fitting_without_it():
+    features, labels, _ = rows(n=30)
+    train, _ = probing._standardised(features, features[:1])
+    target = (labels[:, None] == np.arange(3)) - np.bincount(labels) / 30
+    left, values, _ = np.linalg.svd(train, full_matrices=False)
+    found = probing._left_out_loss(left, values, target[None], (left.T @ target)[None], [0.3, 20.0])
+    for penalty, (loss,) in zip([0.3, 20.0], found, strict=True):
+        kept = ~np.eye(30, dtype=bool)
+        errors = [target[out] - Ridge(penalty).fit(train[kept[out]], target[kept[out]]).predict(train[[out]])[0] for out in range(30)]
+        assert loss == pytest.approx(np.square(errors).mean())
+
+
+def test_labels_are_shuffled_within_groups():
+    codes, groups = np.array([0, 1] * 20), np.repeat(np.arange(20), 2)
+    rng, flipped = np.random.default_rng(0), 0
+    for _ in range(50):
+        found = probing._shuffled(codes, groups, rng)
+        assert (np.sort(found.reshape(20, 2), axis=1) == [0, 1]).all()
+        flipped += (found.reshape(20, 2)[:, 0] == 1).sum()
+    assert flipped / 1000 == pytest.approx(0.5, abs=0.06)
+
+
+def test_what_cannot_be_probed_is_refused():
+    features, labels, folds = rows()
+    with pytest.raises(ValueError, match="two classes"):
+        held_out(features, np.zeros(60), folds)
+    with pytest.raises(ValueError, match="every row"):
+        held_out(features, labels, np.zeros(60))
+    with pytest.raises(ValueError, match="class '2' is in fold '1' alone"):
+        held_out(features, np.where(np.arange(60) < 30, np.arange(60) % 2, 2), np.arange(60) // 30, asked=[1])
+    with pytest.raises(ValueError, match="label and fold"):
+        held_out(features, labels[1:], folds)
+
+
+def test_missing_features_stand_at_the_mean():
+    features, labels, folds = rows()
+    holes = features.copy()
+    holes[::7, 2] = np.nan
+    holes[:, 5] = np.nan
+    assert held_out(holes, labels, folds, shuffles=5).accuracy > 0.85
+
+
+def test_categories_with_few_heads_are_not_asked_for():
+    rng = np.random.default_rng(0)
+    category = np.array(["a"] * 12 + ["b"] * 8 + ["c"] * 3)
+    features = rng.normal(size=(23, 5)) + 3 * (category == "a")[:, None]
+    told, heads = tell_categories(features, category)
+    assert told.classes == ("a", "b") and heads.tolist() == list(range(20)) and told.accuracy > 0.9
+    none, heads = tell_categories(features, np.array(["a"] * 20 + ["b"] * 3))
+    assert none.gain.size == heads.size == 0 and none.p_value is None and np.isnan(none.accuracy)
+
+
+def condition(n, shift, seed, scenes="x"):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(n, 10))
+    names = tuple(f"{scenes}{i}" for i in range(n))
+    features = np.concatenate([base + shift * np.eye(10)[0] + 0.3 * rng.normal(size=(n, 10)), base + 0.3 * rng.normal(size=(n, 10))])
+    return Groundedness(features, np.repeat([True, False], n), names * 2, names * 2, n)
+
+
+def test_grounded_answers_are_told_from_others_on_unseen_items():
+    assert tell_grounded(condition(60, 4.0, 0, "d"), condition(50, 4.0, 1, "c")).accuracy > 0.9
+    none = tell_grounded(condition(60, 0.0, 0, "d"), condition(50, 0.0, 1, "c"))
+    assert none.gain.mean() == pytest.approx(0, abs=0.15) and none.correct.shape == (100,)
+    with pytest.raises(ValueError, match="share 50 scenes"):
+        tell_grounded(condition(60, 4.0, 0), condition(50, 4.0, 1))
+    assert tell_grounded(condition(0, 4.0, 0, "d"), condition(50, 4.0, 1, "c")).p_value is None
+
+
+def test_groundedness_pairs_the_two_images_of_one_question(subject):
+    items = make_items(12)
+    right, lost = evaluate(subject, items), evaluate(subject, items, blind="swap")
+    keep = right["correct"] & ~lost["correct"]
+    assert 0 < keep.sum() < 12
+    found = groundedness(subject, items)
+    n = int(keep.sum())
+    assert found.items == tuple(right["item"][keep]) * 2 and found.grounded.tolist() == [True] * n + [False] * n
+    assert found.features.shape[0] == 2 * n and found.asked == 12
+    image_mass = found.features.reshape(2, n, 3, 4, -1)[..., 0]
+    assert np.abs(image_mass[0] - image_mass[1]).max() > 1e-4  # another image was shown
