@@ -97,7 +97,9 @@ def test_correlation_of_attention_and_attribution_is_spearmans():
 
 def test_scenes_that_a_draw_leaves_out_entirely_are_no_crash():
     few = {"a": drawn(TRUTH, 1.0, n=8), "b": drawn(TRUTH, 1.0, n=200, name="t")}
-    assert np.isfinite(scene_agreement(few, **FEW).estimate.bounds(0.05)).all()
+    # in a quarter of the draws one half of the four scenes is missing: as no agreement these would stretch the bounds to nothing
+    found = scene_agreement(few, **FEW).estimate
+    assert found.bounds(0.05)[0] > found.value - 0.15
     with pytest.raises(ValueError, match="a has 4 scenes: 3 parts need at least 6"):
         scene_agreement({"a": few["a"]}, parts=3)
 

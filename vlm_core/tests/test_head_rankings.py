@@ -85,11 +85,11 @@ def test_what_is_removed_is_the_callers(planted):
 
 
 def test_shares_of_unchanged_heads_by_hand():
-    without = np.array([[[10.0, 9.6, 9.5, 4.0]], [[-1.96, -2.04, -2.2, -2.0]]])  # 5 % of 10 is 0.5, of -2 is 0.1
+    without = np.array([[[10.0, 9.6, 9.5, 14.0]], [[-1.96, -2.04, -2.2, -2.0]]])  # 5 % of 10 is 0.5, of -2 is 0.1
     measured = SingleHeads(np.array([10.0, -2.0]), np.array([9.5, -2.05]), without, ("a", "b"), ("s", "t"), "logit")
     assert measured.unchanged(0.05).tolist() == [2 / 4, 3 / 4]  # a change of 5 % is not less than 5 %
     assert measured.all_change(0.05).tolist() == [True, False]
-    assert measured.cost[0, 0].tolist() == pytest.approx([0.0, 0.4, 0.5, 6.0])
+    assert measured.cost[0, 0].tolist() == pytest.approx([0.0, 0.4, 0.5, -4.0])
 
 
 def test_random_scores_are_new_orders_by_seed(planted):
