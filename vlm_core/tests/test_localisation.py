@@ -122,3 +122,13 @@ def test_scores_of_sets_are_means_over_their_heads():
 def test_no_items_no_heads(subject):
     with pytest.raises(ValueError, match="at least one"):
         localisation_heads(subject, [])
+
+
+def test_of_heads_with_one_spot_the_one_that_looks_more_is_chosen(subject, items, monkeypatch):
+    from vlm_core.heads import localisation
+
+    monkeypatch.setattr(localisation, "spatial_entropy", lambda maps, layout: np.zeros(maps.shape[:-1]))
+    found = localisation_heads(subject, items, top=1, chosen=1)
+    mass = np.stack([attention_map(subject, item) for item in items]).sum(-1).reshape(len(items), -1)
+    most = np.bincount(np.where(found.candidates.ravel(), mass, -1.0).argmax(1), minlength=mass.shape[1]) / len(items)
+    np.testing.assert_allclose(found.frequency.ravel(), most)
