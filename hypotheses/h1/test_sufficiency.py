@@ -52,7 +52,7 @@ def share_carried(rows, ranking, measure):
         return None
     own = rows[rows["ranking"] == ranking]
     part = own["only"] if measure == "faithfulness" else own["every"] + own["none"] - own["without"]
-    return share_of_effect(part, own["every"], own["none"], own["task"] + own["cluster"])
+    return share_of_effect(part, own["every"], own["none"], own["cluster"])
 
 
 def task_shares(rows):
