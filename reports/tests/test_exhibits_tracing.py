@@ -87,7 +87,8 @@ def test_lines_in_order_are_not_turned():
 
 def test_arrival_curves_fall_from_one(evidence):  # noqa: F811
     size = np.arange(1.0, 9.0)[:, None]
-    lost = {route: size * np.array([1.0, share, 0.0]) + [[0.0, 0.1 * (share > 0.5), 0.0]] for route, share in (("text", 0.0), ("image", 0.7))}
+    more = {"text": 0.0, "image": 0.1}
+    lost = {route: size * [1.0, 7 * share, 0.0] + [[0.0, share, 0.0]] for route, share in more.items()}
     found = Arrivals(*ABOUT, 3, lost, lost)
     exhibits_tracing.arrival_curves(evidence, found)
     tables, (figure,) = left(evidence)

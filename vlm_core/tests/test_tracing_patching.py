@@ -15,7 +15,7 @@ from vlm_core.tests.family_processors import PROCESSORS
 from vlm_core.tests.oracles import hooked, logits
 from vlm_core.tests.tiny import tiny_subject
 from vlm_core.tests.tracing_items import make_pairs, square
-from vlm_core.tracing.patching import DIRECTIONS, PAIRED, PLACES, Patching, contrasting, patch
+from vlm_core.tracing.patching import DIRECTIONS, PAIRED, PLACES, Patching, activation_patching, contrasting
 from vlm_core.tracing.places import token_places
 
 NOISE = GaussianNoise(2.0, seed=3)
@@ -33,7 +33,7 @@ def corruption(request):
 
 @pytest.fixture(scope="module")
 def patched(subject, pairs, corruption):
-    return patch(subject, contrasting(subject, pairs), corruption, masks=square, heads=True)
+    return activation_patching(subject, contrasting(subject, pairs), corruption, masks=square, heads=True)
 
 
 class Plain:
@@ -123,12 +123,12 @@ def test_every_token_moves_all_and_a_run_patched_by_itself_nothing(patched):
 
 
 def test_a_moved_object_counts_where_it_was_and_where_it_is(subject, pairs):
-    there = square({"corner": [0, 0]}) if pairs[0]["corner"] != [0, 0] else square({"corner": [12, 12]})
+    there = square({"corner": [0 if place >= 8 else 12 for place in pairs[0]["corner"]]})
     pixels = np.asarray(pairs[0]["image"]).copy()
     pixels[there] = (255, 0, 0)
     moved = {**pairs[0], "partner_image": Image.fromarray(pixels)}
     one = contrasting(subject, [moved])
-    found = patch(subject, one, masks=square, layers=(0,))
+    found = activation_patching(subject, one, masks=square, layers=(0,))
     object_, image = (found.denoised[0, 0, PLACES.index(place)] for place in ("object", "image"))
     # CLIP's class token and every patch see all pixels, so the rest of the image differs too; by hand:
     plain = Plain(subject, moved, PAIRED)
@@ -140,17 +140,19 @@ def test_a_moved_object_counts_where_it_was_and_where_it_is(subject, pairs):
 def test_families_with_tiles_and_several_rows_are_patched():
     processor, model = PROCESSORS["qwen2_vl"]()
     subject = Subject(model, processor, name="qwen2_vl")
-    found = patch(subject, contrasting(subject, make_pairs(2)), masks=square, layers=(1, 2))
+    found = activation_patching(subject, contrasting(subject, make_pairs(2)), masks=square, layers=(1, 2))
     np.testing.assert_allclose(found.share("sufficient")[:, PLACES.index("all")], 1, atol=1e-2)
     assert np.isfinite(found.denoised).all() and found.heads_denoised is None
 
 
 def test_chunks_change_nothing(subject, pairs, monkeypatch, tmp_path):
     items, told = contrasting(subject, pairs), []
-    whole = patch(subject, items, masks=square, layers=(1,))
+    whole = activation_patching(subject, items, masks=square, layers=(1,))
     monkeypatch.setattr("vlm_core.tracing.patching._BYTES", 1)
-    parts = patch(subject, items, masks=square, layers=(1,), store=tmp_path, progress=lambda done, total: told.append((done, total)))
-    again = patch(subject, items, masks=square, layers=(1,), store=tmp_path)
+    parts = activation_patching(
+        subject, items, masks=square, layers=(1,), store=tmp_path, progress=lambda done, total: told.append((done, total))
+    )
+    again = activation_patching(subject, items, masks=square, layers=(1,), store=tmp_path)
     for name in ("clean", "corrupted", "denoised", "noised"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-4)
         np.testing.assert_array_equal(getattr(again, name), getattr(parts, name))
@@ -216,12 +218,12 @@ def test_ends_are_no_evidence_of_a_handover():
 def test_wrong_input_is_said(subject, pairs):
     items = contrasting(subject, pairs)
     with pytest.raises(ValueError, match="there are no items to patch"):
-        patch(subject, [], masks=square)
+        activation_patching(subject, [], masks=square)
     with pytest.raises(ValueError, match="corruption is 'blur': expected 'paired image' or GaussianNoise"):
-        patch(subject, items, "blur", masks=square)
+        activation_patching(subject, items, "blur", masks=square)
     with pytest.raises(ValueError, match="item 'pair-0': its picture, the counterfactual one and the mask have sizes"):
-        patch(subject, items[:1], masks=lambda item: np.ones((4, 4), dtype=bool))
-    without = patch(subject, items[:1], masks=square, layers=(1,))
+        activation_patching(subject, items[:1], masks=lambda item: np.ones((4, 4), dtype=bool))
+    without = activation_patching(subject, items[:1], masks=square, layers=(1,))
     with pytest.raises(ValueError, match="heads were not patched"):
         without.share("sufficient", "heads")
     with pytest.raises(ValueError, match="no patching 'useful' of 'places'"):
@@ -234,11 +236,11 @@ def test_pictures_of_other_tokens_are_refused():
     (item,) = contrasting(subject, make_pairs(1))
     wide = {**item, "partner_image": item["partner_image"].resize((96, 32)), "image": item["image"].resize((32, 96))}
     with pytest.raises(ValueError, match="have sizes"):
-        patch(subject, [wide], masks=lambda one: np.ones((96, 32), dtype=bool))
+        activation_patching(subject, [wide], masks=lambda one: np.ones((96, 32), dtype=bool))
 
 
 def test_tiny_layers_only_heads():
     subject = tiny_subject(layers=2, seed=4)
-    found = patch(subject, contrasting(subject, make_pairs(2)), masks=square, layers=(), heads=True)
+    found = activation_patching(subject, contrasting(subject, make_pairs(2)), masks=square, layers=(), heads=True)
     assert found.denoised.shape == (2, 0, len(PLACES)) and found.heads_noised.shape == (2, 2, 4)
     assert np.abs(found.moved("sufficient", "heads")).max() > 1e-3

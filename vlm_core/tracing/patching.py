@@ -1,8 +1,8 @@
 """Activation patching: where the answer's information is, layer by layer, place by place, head by head.
 
-``patch(subject, items, corruption, ...)``   both directions under one corruption of the image
-``Patching``                                 logit differences, and shares of the clean run's advantage that places hold
-``contrasting(subject, items)``              the items whose answer differs from its counterfactual in the first token, scored by these two
+``activation_patching(subject, items, ...)``   both directions under one corruption of the image
+``Patching``                                   logit differences, and shares of the clean run's advantage that places hold
+``contrasting(subject, items)``                the items whose answer and counterfactual differ in their first token, scored by these
 
 *Denoising* puts activations of the clean run into the corrupted one: what brings the answer back is sufficient. *Noising* puts activations
 of the corrupted run into the clean one: what destroys the answer is necessary. The image is corrupted by Gaussian noise on its embeddings,
@@ -29,7 +29,7 @@ from vlm_core.sweeps.sweep import sweep
 from vlm_core.tracing.places import Masks, Places, mask_of, token_places
 from vlm_core.tracing.shares import pooled_share, pooled_shares
 
-__all__ = ["DIRECTIONS", "PAIRED", "PLACES", "Patching", "contrasting", "patch"]
+__all__ = ["DIRECTIONS", "PAIRED", "PLACES", "Patching", "activation_patching", "contrasting"]
 
 DIRECTIONS = ("sufficient", "necessary")
 PLACES = ("object", "background", "image", "context", "last", "all")
@@ -89,7 +89,7 @@ class Patching:
             ("sufficient", "heads"): self.heads_denoised, ("necessary", "heads"): self.heads_noised,
         }[direction, what]  # fmt: skip
         if patched is None:
-            raise ValueError("heads were not patched: call patch(..., heads=True)")
+            raise ValueError("heads were not patched: call activation_patching(..., heads=True)")
         start = self.corrupted if direction == "sufficient" else self.clean
         moved = patched - start.reshape(-1, *[1] * (patched.ndim - 1))
         return moved if direction == "sufficient" else -moved
@@ -151,7 +151,7 @@ def contrasting(subject: Subject, items: Sequence) -> list[dict]:
     return kept
 
 
-def patch(
+def activation_patching(
     subject: Subject,
     items: Sequence,
     corruption: str | GaussianNoise = PAIRED,
@@ -249,9 +249,9 @@ class _Rows:
             corrupted = self._captured(partners[number] if self.paired else item, self._groups(item), noise or None)
             untouched = [("clean", number, None), ("corrupted", corrupt, noise or None)]
             itself = [("itself", corrupt, (*noise, Patch("residual", self.layers, corrupted, "all")))]
-            denoised = [("denoised", corrupt, (*noise, one)) for one in self._patches(clean)]
+            denoised = [("denoised", corrupt, (*self._corrupted_from(one, corrupted), one)) for one in self._patches(clean)]
             noised = [("noised", number, one) for one in self._patches(corrupted)]
-            denoised += [("heads_denoised", corrupt, (*noise, one)) for one in self._head_patches(clean)]
+            denoised += [("heads_denoised", corrupt, (*self._corrupted_from(one, corrupted), one)) for one in self._head_patches(clean)]
             noised += [("heads_noised", number, one) for one in self._head_patches(corrupted)]
             for row, (name, where, intervention) in enumerate([*untouched, *itself, *denoised, *noised]):
                 label = "untouched" if intervention is None else f"{number}/{row}"
@@ -279,11 +279,17 @@ class _Rows:
 
     def _captured(self, item, groups, intervention=None) -> Activations:
         wanted = {"groups": groups, "intervention": intervention}
-        taken = [capture_activations(self.subject, item, "residual", self.layers, **wanted)]
+        # Under noise, a head's patch starts from the stream that enters its layer.
+        streams = {*self.layers, *(head.layer for head in self.heads if not self.paired)}
+        taken = [capture_activations(self.subject, item, "residual", streams, **wanted)]
         if self.heads:
             taken.append(capture_activations(self.subject, item, "head", **wanted))
         values = {place: tensor for one in taken for place, tensor in one.values.items()}
         return Activations(values, taken[0].image, taken[0].groups)
+
+    def _corrupted_from(self, patch: Patch, corrupted: Activations) -> tuple[Patch, ...]:
+        """What makes a run a corrupted one where it is patched: nothing for another picture; noise need not pass all layers again."""
+        return () if self.paired else (Patch("residual", patch.layers, corrupted, "all"),)
 
     def _patches(self, source: Activations) -> list[Patch]:
         return [Patch("residual", (layer,), source, place) for layer in self.layers for place in PLACES]

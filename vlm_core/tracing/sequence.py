@@ -4,8 +4,8 @@
 ``Arrivals``                   mean depths of arrival, and their difference
 ``ROUTES``                     the edges
 
-What cutting edges from layer ``l`` on still costs is what has not arrived before ``l``: divided by what cutting them in all layers costs,
-it falls from 1 to 0 over the layers like a survival function, and the area under it is the mean depth at which the information arrives. [ours]
+What cutting edges from layer ``l`` on still costs is what has not arrived before ``l``: of what cutting them in all layers costs, it falls
+from 1 to 0 over the layers like a survival function, and the area under it is the mean depth at which the information arrives. [ours]
 """
 
 from __future__ import annotations
