@@ -61,11 +61,14 @@ def accuracy_bars(data):
 
 
 def head_map(data):
-    """``{"values": [layer][head], "marks"?: [{layer, head, label?}], "value_label"?}``; one hue, intensity is the value."""
+    """``{"values": [layer][head], "marks"?: [{layer, head, label?}], "value_label"?, "links"?: {"layer.head": url}}``; one hue for values."""
     values = _matrix(data["values"])
     layers, heads = values.shape
     figure, axes = _axes(height=max(2.0, 0.9 + 0.3 * layers))
     tips = _cells(axes, values, lambda row, column, value: f"layer {row}, head {column}: {value}")
+    for cell in axes.patches:
+        _, row, column = cell.get_gid().split("-")
+        cell.set_url(data.get("links", {}).get(f"{row}.{column}"))
     for mark in data.get("marks", ()):
         axes.add_patch(
             Rectangle(
@@ -252,8 +255,8 @@ def attention_overlay(data):
     return figure, {}
 
 
-def _outline(mask, width, height):
-    """The edges between a mask's inside and outside, the mask stretched over ``width`` and ``height``."""
+def outline_edges(mask, width, height):
+    """The edges between a mask's inside and outside, the mask stretched over ``width`` and ``height``: ``[((x, y), (x, y))]``."""
     padded = np.pad(mask, 1)
     rows, columns = mask.shape
     across, down = np.arange(columns + 1) * width / columns, np.arange(rows + 1) * height / rows
@@ -262,6 +265,11 @@ def _outline(mask, width, height):
         edges.append([(across[column], down[row]), (across[column + 1], down[row])])
     for row, column in np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:]):
         edges.append([(across[column], down[row]), (across[column], down[row + 1])])
+    return edges
+
+
+def _outline(mask, width, height):
+    edges = outline_edges(mask, width, height)
     path = Path(np.reshape(edges, (-1, 2)), [Path.MOVETO, Path.LINETO] * len(edges))
     return PathPatch(path, facecolor="none", edgecolor=_OUTLINE, linewidth=1.5, capstyle="projecting")
 

@@ -123,7 +123,12 @@ def _for_page(svg, *, prefix, label, tips):
     seen = set()
     svg = re.sub(r' id="([^"]+)"', lambda found: _unique(found[1], prefix, seen), svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
-    svg = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}-\1"', svg)
+    # What is linked to outside the drawing keeps its id; the drawing is one picture to keyboards and screen readers.
+    svg = re.sub(
+        r'xlink:href="#([^"]+)"',
+        lambda found: f'xlink:href="#{prefix}-{found[1]}"' if found[1] in seen else f'href="#{found[1]}" tabindex="-1"',
+        svg,
+    )
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for name, colour in COLOURS.items():
         svg = re.sub(rf"{colour}\b", f"var(--fig-{name})", svg, flags=re.IGNORECASE)

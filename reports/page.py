@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import jinja2
 import markupsafe
 
-from reports import figures, record, summary, wording
+from reports import figures, heads, record, summary, wording
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -22,7 +23,8 @@ def render(folder):
     Parameters
     ----------
     folder : pathlib.Path
-        Holds ``run.json`` and ``evidence.json`` (or, of a killed run, ``records.jsonl``).
+        Holds ``run.json`` and ``evidence.json`` (or, of a killed run, ``records.jsonl``), and what else the page shows where it is there
+        (``head-report.json``).
 
     Returns
     -------
@@ -30,13 +32,16 @@ def render(folder):
     """
     identity, records = record.load_run(folder)
     target = folder / "report.html"
-    target.write_text(text(identity, records), encoding="utf-8")
+    target.write_text(text(identity, records, heads.load(folder)), encoding="utf-8")
     return target
 
 
-def text(identity, records):
-    """The page as text."""
-    return _environment().get_template("report.html.j2").render(summary.page(identity, records), svg=_FigureWriter())
+def text(identity, records, described=None):
+    """The page as text; ``described``: the head report, if there is one."""
+    model = summary.page(identity, records)
+    return _environment().get_template("report.html.j2").render(
+        model, heads=heads.section(described), svg=_FigureWriter(heads.links(described))
+    )
 
 
 @functools.cache
@@ -51,6 +56,7 @@ def _environment():
     environment.filters.update(
         number=lambda value: wording.number(value).replace("-", "−"),
         signed_text=lambda text: str(text).replace("-", "−"),
+        minus=lambda sentence: re.sub(r"-(?=\d)", "−", sentence),
         p=wording.p_value,
         percent=lambda value: "–" if value is None else f"{value:.0%}",
         params=record.describe_params,
@@ -78,14 +84,16 @@ def shown(value):
 
 
 class _FigureWriter:
-    """Draws figures for one page, each with ids of its own."""
+    """Draws figures for one page, each with ids of its own; cells of head maps lead to the cards of their heads."""
 
-    def __init__(self):
+    def __init__(self, links):
         self._drawn = 0
+        self._links = links
 
     def __call__(self, figure):
         self._drawn += 1
-        return markupsafe.Markup(figures.render(figure["kind"], figure["data"], prefix=f"f{self._drawn}", label=figure["alt"]))
+        data = {**figure["data"], "links": self._links} if figure["kind"] == "head_map" else figure["data"]
+        return markupsafe.Markup(figures.render(figure["kind"], data, prefix=f"f{self._drawn}", label=figure["alt"]))
 
 
 def _inline(name):

@@ -25,6 +25,7 @@ _HOMES = {
     "heads.localisation": ("LocalisationHeads", "localisation_heads"),
     "heads.probing": ("groundedness", "held_out"),
     "heads.rankings": ("attention_mass", "gradient_gates", "without_each_head"),
+    "heads.report": ("HeadReport", "head_report"),
     "heads.semantics": ("compare_labels",),
     "heads.taxonomy": ("Taxonomy", "categorise", "cluster_heads", "path_effects"),
     "interventions": (

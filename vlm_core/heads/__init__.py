@@ -10,6 +10,8 @@
 ``taxonomy``      categories of heads by what the answer loses without a path; clusters of features
 ``probing``       linear probes on features of heads, against shuffled labels
 ``semantics``     whether heads are used by what is asked, or by what images look like
+``report``        what the first heads of a ranking do and look at
+``description``   the same in a sentence, from the numbers
 ``draws``         random heads to compare with
 ``impact``        Head Impact: overlap of what heads look at with the object; layers ranked by it
 ``localisation``  localisation heads: attention on the image that falls on one spot
