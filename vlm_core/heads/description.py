@@ -38,7 +38,8 @@ def describe_head(entry: Mapping[str, Any]) -> str:
     if share["value"] is None:
         return f"{said}."
     than = {1: "more than", -1: "less than", 0: "not measurably other than"}[_side(gain)]
-    return f"{said}, {_text(share['value'])} of that on the asked object, {than} evenly spread attention would ({_text(even['value'])})."
+    put = f"{than} what evenly spread attention would put there ({_text(even['value'])})"
+    return f"{said}, {_text(share['value'])} of that on the asked object, {put}."
 
 
 def _side(measured: Mapping[str, float | None]) -> int:

@@ -163,7 +163,7 @@ def test_the_sentence_in_full():
     assert describe_head(entry_of()) == (
         "Head 1.3 (cross-modal grounding, in 0.93 of resamples): with its view of the image removed, the margin of the answer falls by "
         "1.23 [0.90, 1.51], and accuracy falls by 0.031 [0.012, 0.050]; the token that answers puts 0.62 of its attention through it on the "
-        "image, 0.41 of that on the asked object, more than evenly spread attention would (0.11)."
+        "image, 0.41 of that on the asked object, more than what evenly spread attention would put there (0.11)."
     )
 
 
@@ -211,10 +211,10 @@ def test_a_head_without_any_effect_is_said_to_have_none():
 @pytest.mark.parametrize(
     ("gain", "words"),
     [
-        (measured(0.3, 0.2, 0.4), "more than evenly spread"),
-        (measured(-0.1, -0.2, -0.05), "less than evenly spread"),
-        (measured(0.01, -0.02, 0.04), "not measurably other than evenly spread"),
-        (measured(0.3), "not measurably other than evenly spread"),
+        (measured(0.3, 0.2, 0.4), "more than what evenly spread"),
+        (measured(-0.1, -0.2, -0.05), "less than what evenly spread"),
+        (measured(0.01, -0.02, 0.04), "not measurably other than what evenly spread"),
+        (measured(0.3), "not measurably other than what evenly spread"),
     ],
 )
 def test_attention_on_the_object_is_compared_with_even_attention(gain, words):
