@@ -1,7 +1,7 @@
 """Observe, change and measure vision-language models through one seam.
 
->>> from vlm_core import ZeroHeads, load_subject, sweep
->>> subject = load_subject("fixtures/embedded/vlm")                                   # doctest: +SKIP
+>>> from vlm_core import ZeroHeads, load_vlm, sweep
+>>> subject = load_vlm("fixtures/embedded/vlm")                                   # doctest: +SKIP
 >>> table = sweep(subject, items, {"full": None, "cut": ZeroHeads([(3, 1)])})         # doctest: +SKIP
 
 ``vlm_core.stats`` needs no torch; names below load their modules on first use, so importing it stays cheap.
@@ -66,7 +66,7 @@ _HOMES = {
     "observation.recording_config": ("RecordingConfig",),
     "observation.sinks": ("SinkMass", "Sinks", "find_sinks"),
     "subjects.checks": ("selfcheck",),
-    "subjects.load": ("load_subject",),
+    "subjects.load": ("load_vlm",),
     "subjects.subject": ("Batch", "Subject"),
     "tracing.background": ("without_object",),
     "tracing.patching": ("activation_patching", "contrasting"),

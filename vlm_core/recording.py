@@ -52,7 +52,7 @@ from vlm_core.seam.plan import require_possible
 from vlm_core.seam.views import Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups
-from vlm_core.subjects.load import load_subject
+from vlm_core.subjects.load import load_vlm
 from vlm_core.subjects.subject import Subject, require_subject
 
 __all__ = ["Recording", "RecordingConfig", "record"]
@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         config, items = RecordingConfig.from_file(options.config), _JsonLines(Path(options.items))
-        recording = record(load_subject(options.subject), items, config, options.out)
+        recording = record(load_vlm(options.subject), items, config, options.out)
     except (SubjectError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"{len(recording.items)} items in {recording.path}: {', '.join((*recording.tables, *recording.arrays))}")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_core import Batch, HeadId, ImageKVMeans, Subject, SubjectError, image_kv_means, load_subject
+from vlm_core import Batch, HeadId, ImageKVMeans, Subject, SubjectError, image_kv_means, load_vlm
 
 __all__ = ["CANDIDATES", "EMBEDDED", "SHAPES", "Case", "Prompt", "Shape", "open_case", "own_tree", "random_llava"]
 
@@ -261,7 +261,7 @@ def open_case(name: str, checkpoint: Path | None = None, seed: int = 0) -> Case:
             raise SubjectError(
                 f"subject 'embedded' needs a checkpoint, there is none at {path}: run from a checkout or name one with --checkpoint"
             )
-        subject = load_subject(path, device="cpu")
+        subject = load_vlm(path, device="cpu")
         if subject.anatomy.family.model_type != "llava" or subject.model.config.text_config.model_type != "llama":
             raise SubjectError(f"subject '{path}' is no LLaVA with a Llama decoder: the hooks it is compared with are written for one")
         subject.seam.remove()

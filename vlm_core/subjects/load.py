@@ -1,4 +1,4 @@
-"""A subject from a checkpoint, checked: ``load_subject(path_or_id)``.
+"""A subject from a checkpoint, checked: ``load_vlm(path_or_id)``.
 
 ``precheck_subject(...)`` lives in ``vlm_core.subjects.checkpoint``: the cheap checks, without loading weights.
 """
@@ -18,14 +18,14 @@ from vlm_core.subjects.checkpoint import inspect_checkpoint
 from vlm_core.subjects.checks import selfcheck
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["load_subject"]
+__all__ = ["load_vlm"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A config that contradicts itself can fail anywhere in the code that reads it.
 _UNLOADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError, StrictDataclassError)
 
 
-def load_subject(
+def load_vlm(
     path_or_id: str | Path,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",

@@ -83,7 +83,7 @@ class Subject:
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise SubjectError(
                 f"subject '{name}' is no transformers model but a {type(model).__name__}: pass a model for image-text-to-text, or load "
-                f"one with load_subject(path_or_id)."
+                f"one with load_vlm(path_or_id)."
             )
         self.model = model.eval()
         self.processor = processor
@@ -130,7 +130,7 @@ class Subject:
         if self.processor is None:
             raise SubjectError(
                 f"subject '{self.name}' has no processor, so it takes ready-made inputs only: make it Subject(model, processor), or load "
-                f"it with load_subject."
+                f"it with load_vlm."
             )
 
     def identity(self) -> dict[str, Any]:
@@ -465,7 +465,7 @@ def require_subject(value: Any) -> None:
     """
     if not isinstance(value, Subject):
         raise TypeError(
-            f"the subject must be a Subject, got {value!r:.60} ({type(value).__name__}): load it with load_subject(path_or_id), or make "
+            f"the subject must be a Subject, got {value!r:.60} ({type(value).__name__}): load it with load_vlm(path_or_id), or make "
             f"it Subject(model, processor)"
         )
 

@@ -64,7 +64,7 @@ def open_subject(source: SubjectSource) -> Subject:
     ValueError
         For a callable that cannot be pickled, so that it cannot be told from others.
     """
-    from vlm_core.subjects.load import load_subject
+    from vlm_core.subjects.load import load_vlm
     from vlm_core.subjects.subject import Subject
 
     require_source(source)
@@ -75,9 +75,9 @@ def open_subject(source: SubjectSource) -> Subject:
     if key not in _OPENED:
         # One subject at a time: another source means another sweep.
         _OPENED.clear()
-        opened = load_subject(source) if isinstance(source, str | Path) else source()
+        opened = load_vlm(source) if isinstance(source, str | Path) else source()
         if not isinstance(opened, Subject):
-            raise TypeError(f"the subject's callable must give a Subject, got {type(opened).__name__}: return load_subject(...)")
+            raise TypeError(f"the subject's callable must give a Subject, got {type(opened).__name__}: return load_vlm(...)")
         _OPENED[key] = opened
     return _OPENED[key]
 

@@ -117,7 +117,7 @@ SWEEPS = [
     # subjects
     (dict(subject=None), TypeError, "must be a Subject, a checkpoint's path or id, or a callable"),
     (dict(subject=torch.nn.Linear(2, 2)), TypeError, ("a bare Linear", "Subject(model, processor)")),
-    (dict(subject=dict), TypeError, ("must give a Subject, got dict", "load_subject")),
+    (dict(subject=dict), TypeError, ("must give a Subject, got dict", "load_vlm")),
     (dict(subject=lambda: None), ValueError, ("cannot be pickled", "give the Subject itself")),
     # items
     (dict(items=None), ValueError, ("must be a sequence", "None (NoneType)")),

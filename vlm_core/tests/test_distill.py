@@ -13,7 +13,7 @@ import trl
 from safetensors.torch import load_file
 
 import vlm_core.distill
-from vlm_core import SubjectError, evaluate, load_subject
+from vlm_core import SubjectError, evaluate, load_vlm
 from vlm_core.distill import SFTBudget, TrainingDiverged, instruction_set, sft
 from vlm_core.tests.tiny import make_items, tiny_llava
 
@@ -95,7 +95,7 @@ def test_an_instruction_set_needs_an_answer_an_item():
 
 
 def test_the_loss_is_on_the_answers_only(run, taught, student):
-    subject = load_subject(student, check=False)
+    subject = load_vlm(student, check=False)
     expected = {}
     for row in taught[1]:
         prompts = [message["content"] for message in row["messages"] if message["role"] == "user"]
@@ -130,7 +130,7 @@ def test_the_checkpoint_it_started_from_is_not_changed(run, student):
 
 
 def test_the_result_is_a_subject_with_a_log(run):
-    results = evaluate(load_subject(run.path), make_items(4))
+    results = evaluate(load_vlm(run.path), make_items(4))
     assert len(results) == 4
     log = json.loads((run.path / "training.json").read_text())
     assert log["budget"] == {"steps": 2, "batch_size": 3, "learning_rate": 1e-3}

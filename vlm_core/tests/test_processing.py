@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from vlm_core import Subject, load_subject
+from vlm_core import Subject, load_vlm
 from vlm_core.families.processing import images_only, load_processor, processor_class
 from vlm_core.tests.family_processors import PROCESSORS, VARIANTS, save
 
@@ -20,7 +20,7 @@ PROMPT = "what is in the image ?"
 @pytest.mark.parametrize("name", [*PROCESSORS, "llava_pixtral"])
 def test_a_saved_family_loads_and_encodes_the_same(name, tmp_path):
     processor, model = {**PROCESSORS, **VARIANTS}[name]()
-    loaded = load_subject(save(tmp_path, name), check=False)
+    loaded = load_vlm(save(tmp_path, name), check=False)
     assert type(loaded.processor).__name__ == type(processor).__name__
     assert loaded.model.config.model_type == model.config.model_type
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8))

@@ -450,7 +450,7 @@ def test_the_command_line_ends_in_one_sentence(subject, tmp_path, monkeypatch, c
     (tmp_path / "config.toml").write_text("[observers.attention_mass]\n")
     (tmp_path / "items.jsonl").write_text(changes.pop("lines", '{"id": "a", "prompt": "what ?", "image": "config.toml"}'))
     if "subject" not in changes:
-        monkeypatch.setattr(recording, "load_subject", lambda path: subject)
+        monkeypatch.setattr(recording, "load_vlm", lambda path: subject)
     options = {"subject": "tiny", "config": "config.toml", "items": "items.jsonl", "out": "out", **changes}
     with pytest.raises(SystemExit) as ended:
         recording.main([word for name, value in options.items() for word in (f"--{name}", str(tmp_path / value))])
@@ -466,7 +466,7 @@ def test_the_command_line(subject, tmp_path, monkeypatch, capsys):
             item["image"].save(tmp_path / f"{item['id']}.png")
             lines.write(json.dumps({"id": item["id"], "prompt": item["prompt"], "image": f"{item['id']}.png"}) + "\n")
     (tmp_path / "config.toml").write_text("[observers.attention_mass]\n")
-    monkeypatch.setattr(recording, "load_subject", lambda path: subject)
+    monkeypatch.setattr(recording, "load_vlm", lambda path: subject)
     options = {"subject": "tiny", "config": "config.toml", "items": "items.jsonl", "out": "out"}
     recording.main([word for name, value in options.items() for word in (f"--{name}", str(tmp_path / value))])
     assert "3 items" in capsys.readouterr().out

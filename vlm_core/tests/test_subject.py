@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
-from vlm_core import Subject, SubjectError, ZeroHeads, load_subject, precheck_subject, sweep
+from vlm_core import Subject, SubjectError, ZeroHeads, load_vlm, precheck_subject, sweep
 from vlm_core.seam.seam import _before_layer
 from vlm_core.subjects.checkpoint import inspect_checkpoint
 from vlm_core.tests.tiny import CHAT_TEMPLATE, make_items, tiny_llava, tiny_subject
@@ -46,7 +46,7 @@ def edit_config(folder, **changes):
 
 
 def test_a_saved_checkpoint_loads_and_gives_the_same_numbers(saved, subject):
-    loaded = load_subject(saved)
+    loaded = load_vlm(saved)
     items = make_items(3)
     interventions = [None, ZeroHeads([(1, 1)])]
     assert sweep(loaded, items, interventions).equals(sweep(subject, items, interventions))
@@ -58,11 +58,11 @@ def test_a_subject_with_the_seam_saves_a_checkpoint_that_loads(tmp_path):
     subject = tiny_subject()
     subject.model.save_pretrained(tmp_path)
     subject.processor.save_pretrained(tmp_path)
-    assert load_subject(tmp_path).heads == subject.heads
+    assert load_vlm(tmp_path).heads == subject.heads
 
 
 def test_identity_names_the_weights(saved, tmp_path):
-    identity = load_subject(saved).identity()
+    identity = load_vlm(saved).identity()
     assert json.loads(json.dumps(identity)) == identity
     assert identity["family"] == "llava"
     assert (identity["n_layers"], identity["n_heads"], identity["dtype"]) == (3, 4, "float32")
@@ -70,7 +70,7 @@ def test_identity_names_the_weights(saved, tmp_path):
     model, processor = tiny_llava(seed=3)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert load_subject(tmp_path).identity()["weights"] != identity["weights"]
+    assert load_vlm(tmp_path).identity()["weights"] != identity["weights"]
     assert Subject(model, processor).identity()["weights"] != tiny_subject().identity()["weights"]
 
 
@@ -79,8 +79,8 @@ def test_half_precision_checkpoints_compute_in_float32_on_a_cpu(tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert inspect_checkpoint(tmp_path).dtype == "bfloat16"
-    assert load_subject(tmp_path, device="cpu").model.dtype == torch.float32
-    assert load_subject(tmp_path, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load_vlm(tmp_path, device="cpu").model.dtype == torch.float32
+    assert load_vlm(tmp_path, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
 def test_an_unknown_path_is_not_found(tmp_path):
@@ -103,7 +103,7 @@ def test_a_broken_config_is_named(copy):
 def test_a_text_only_checkpoint_is_named(copy):
     edit_config(copy, model_type="llama", vision_config=None)
     with pytest.raises(SubjectError, match=r"text-only checkpoint \(model_type 'llama'"):
-        load_subject(copy)
+        load_vlm(copy)
 
 
 def test_an_undeclared_family_is_named(copy):
@@ -165,7 +165,7 @@ def test_missing_tensors_are_named(copy):
     save_file({name: value for name, value in weights.items() if name != dropped}, copy / "model.safetensors",
               metadata={"format": "pt"})
     with pytest.raises(SubjectError, match=r"lacks 1 tensor.*q_proj"):
-        load_subject(copy)
+        load_vlm(copy)
 
 
 def test_too_little_memory_is_told_before_loading(monkeypatch, saved):
@@ -173,7 +173,7 @@ def test_too_little_memory_is_told_before_loading(monkeypatch, saved):
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     with pytest.raises(SubjectError, match=r"needs about .* GiB on cpu .* only 0\.0 GiB are free"):
-        load_subject(saved, device="cpu")
+        load_vlm(saved, device="cpu")
 
 
 def test_precheck_does_not_import_torch(saved):
@@ -259,7 +259,7 @@ def test_a_model_spread_by_a_device_map_gives_the_same_numbers(saved, subject):
         "model.language_model.rotary_emb": "cpu",
         "lm_head": "cpu",
     }
-    loaded = load_subject(saved, device_map=spread)
+    loaded = load_vlm(saved, device_map=spread)
     assert loaded.model.model.language_model.layers[1].mlp.gate_proj.weight.device.type == "meta"
     items, rows = make_items(3), [None, ZeroHeads([(1, 0)]), ZeroHeads([(0, 1)], queries="question")]
     pd.testing.assert_frame_equal(sweep(loaded, items, rows), sweep(subject, items, rows), rtol=1e-5, atol=1e-5)
@@ -267,7 +267,7 @@ def test_a_model_spread_by_a_device_map_gives_the_same_numbers(saved, subject):
 
 def test_a_device_and_a_device_map_are_one_too_many(saved):
     with pytest.raises(ValueError, match="device 'cpu' and device_map 'auto' were both given"):
-        load_subject(saved, device="cpu", device_map="auto")
+        load_vlm(saved, device="cpu", device_map="auto")
 
 
 @pytest.mark.parametrize(
@@ -288,26 +288,26 @@ def test_a_device_and_a_device_map_are_one_too_many(saved):
 def test_a_dtype_and_a_device_that_are_not_there(saved, monkeypatch, options, words):
     monkeypatch.setattr("vlm_core.subjects.load.inspect_checkpoint", lambda *_: pytest.fail("the checkpoint was read first"))
     with pytest.raises(ValueError, match=words):
-        load_subject(saved, **options)
+        load_vlm(saved, **options)
 
 
 def test_a_gpu_beyond_those_there_are(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="device 'cuda:2' is not there: use 'auto' or 'cpu' or 'cuda:0' or 'cuda:1'$"):
-        load_subject(saved, device="cuda:2")
+        load_vlm(saved, device="cuda:2")
 
 
 def test_a_device_that_this_machine_lacks(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device 'cuda' is not there: use 'auto' or 'cpu'$"):
-        load_subject(saved, device="cuda")
-    assert load_subject(saved, device=torch.device("cpu"), dtype="float64", check=False).model.dtype == torch.float64
+        load_vlm(saved, device="cuda")
+    assert load_vlm(saved, device=torch.device("cpu"), dtype="float64", check=False).model.dtype == torch.float64
 
 
 @pytest.mark.parametrize(("path", "words"), [(None, "got None"), (3, r"got 3 \(int\)"), ("", "got ''"), (__file__, "is a file: point to the folder")])
 def test_what_names_no_checkpoint(path, words):
-    for call in (precheck_subject, load_subject):
+    for call in (precheck_subject, load_vlm):
         with pytest.raises(SubjectError, match=words):
             call(path)
 
@@ -334,5 +334,5 @@ def test_what_transformers_says_is_one_line(copy):
     text = json.loads((copy / "config.json").read_text())["text_config"]
     edit_config(copy, text_config={**text, "hidden_size": "x"})
     with pytest.raises(SubjectError, match="could not be loaded by transformers: .*'hidden_size'.*got str") as refused:
-        load_subject(copy)
+        load_vlm(copy)
     assert "\n" not in str(refused.value)
