@@ -28,11 +28,11 @@ TAXONOMY = Claim(
 
 
 @pytest.mark.claim(TAXONOMY, told="category")
-def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, attribution, pooled_attribution, evidence):
+def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, evidence):
     seen = seen_features("discovery")
     clusters = cluster_heads(seen.matrix(), seed=seed)
     exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least)
-    exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy), FEATURES)
+    exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
     told, heads = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
     exhibits_h1.probe(evidence, "the category of a head", told, "Heads that the probe was not fitted to, features of confirmation items")
     evidence.decide(
@@ -73,7 +73,7 @@ def test_features_tell_whether_an_answer_is_grounded(floors, seed, grounded_answ
     )
 
 
-def feature_tables(seen, attribution, pooled, taxonomy) -> dict:
+def feature_tables(seen, attribution, pooled, taxonomy, other_scores) -> dict:
     """One row a head: of all tasks, and of each task's own discovery items."""
 
     def known(ranked):
@@ -87,4 +87,4 @@ def feature_tables(seen, attribution, pooled, taxonomy) -> dict:
         }
 
     tables = {task: seen.of(task).table(known(attribution(task))) for task in GROUNDING_TASKS}
-    return {"all": seen.table(known(pooled) | taxonomy.effects.table()), **tables}
+    return {"all": seen.table(known(pooled) | taxonomy.effects.table() | other_scores()), **tables}
