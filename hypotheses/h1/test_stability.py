@@ -22,6 +22,7 @@ STABILITY = Claim(
 @pytest.mark.claim(STABILITY)
 @pytest.mark.parametrize("across", ["scenes", "paraphrases"])
 def test_rankings_agree(across, seed, floors, usable, reworded, evidence):
+    pytest.skip("both halves still share one fitted model and resamples do not refit it: W would come out too high, its interval too narrow")
     rankings = usable()
     if across == "scenes":
         found = scene_agreement(rankings, parts=2, seed=seed)
