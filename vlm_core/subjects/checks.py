@@ -191,5 +191,6 @@ def _check_readout(subject: Subject, batch: Batch, plain: torch.Tensor) -> None:
 
 
 def _tolerance(logits: torch.Tensor) -> float:
-    # Different kernels (with and without an explicit mask) round differently: a few hundred ulp of the largest logit.
-    return 1024 * torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item())
+    # Different kernels (with and without an explicit mask) round differently: by up to a thousand ulp in float32, and never by more than a
+    # tenth of the largest logit, which in half precision is the tighter bound.
+    return min(1024 * torch.finfo(logits.dtype).eps, 0.1) * max(1.0, logits.abs().max().item())

@@ -543,7 +543,7 @@ def break_knock_out(monkeypatch, subject):
 
 
 def break_readout(monkeypatch, subject):
-    object.__setattr__(subject.anatomy, "head", torch.nn.Linear(32, subject.anatomy.vocab_size))
+    object.__setattr__(subject.anatomy, "head", torch.nn.Linear(32, subject.anatomy.vocab_size, dtype=subject.model.dtype))
 
 
 @pytest.mark.parametrize(
@@ -556,8 +556,10 @@ def break_readout(monkeypatch, subject):
         ("readout", break_readout),
     ],
 )
-def test_selfcheck_names_the_check_that_fails(monkeypatch, name, break_it):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_selfcheck_names_the_check_that_fails(monkeypatch, name, break_it, dtype):
     subject = tiny_subject(attention="eager")
+    subject.model.to(dtype)
     selfcheck(subject)
     break_it(monkeypatch, subject)
     with pytest.raises(SubjectError, match=f"failed the self-check '{name}'"):
