@@ -87,8 +87,8 @@ class RotaryBias:
 
     @property
     def axes(self) -> tuple:
-        """Head and kind."""
-        return (("head", None), ("kind", ("moved", "image")))
+        """Layer, head and kind."""
+        return (("layer", None), ("head", None), ("kind", ("moved", "image")))
 
     def measure(self, subject: Subject, items: Sequence, encoded: Sequence[Encoded], intervention=None) -> dict:
         """``{"": [item, layer, head, kind]}``."""

@@ -39,6 +39,7 @@ from vlm_core.observation.image_attention import ImageAttention, MaskIoU
 from vlm_core.observation.lens import DirectLogits, LogitLens
 from vlm_core.observation.means import KeyValues
 from vlm_core.observation.outputs import HeadOutputs, HiddenStates
+from vlm_core.observation.position import RelativeDistance, RotaryBias
 from vlm_core.observation.sinks import SinkMass
 
 __all__ = ["KINDS", "RecordingConfig"]
@@ -50,6 +51,8 @@ KINDS: dict[str, type] = {
     "mask_iou": MaskIoU,
     "image_attention": ImageAttention,
     "top_tokens": TopTokens,
+    "relative_distance": RelativeDistance,
+    "rotary_bias": RotaryBias,
     "full_attention": FullAttention,
     "head_outputs": HeadOutputs,
     "direct_logits": DirectLogits,

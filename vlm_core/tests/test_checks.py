@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AttentionMaskInterface
 
 import vlm_core.seam.attending
 import vlm_core.subjects.checks
@@ -56,9 +57,14 @@ def leave_something_behind(monkeypatch, subject):
     monkeypatch.setattr(vlm_core.subjects.checks, "_check_readout", spoil)
 
 
+def take_the_seam_off(monkeypatch, subject):
+    subject.model.set_attn_implementation({"text_config": "sdpa"})
+
+
 @pytest.mark.parametrize(
     ("name", "break_it", "detail"),
     [
+        ("no-op", take_the_seam_off, "the seam is not on the language model any more"),
         ("attention", halve_attention, "sums to 1 only within 0.5"),
         ("image keys", replace_nothing, "not all image keys of head L2.H0 are replaced"),
         ("image keys", replace_more, "changes values elsewhere"),
@@ -71,6 +77,50 @@ def test_what_is_broken_is_named(monkeypatch, name, break_it, detail):
     selfcheck(subject)
     break_it(monkeypatch, subject)
     with pytest.raises(SubjectError, match=f"failed the self-check '{name}': .*{detail}"):
+        selfcheck(subject)
+
+
+def break_causality(monkeypatch, subject):
+    for name in ("eager", "vlm_core_eager"):
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, lambda *args, **kwargs: None)
+    # Knock-outs build their own causal mask, and so notice a missing one first.
+    monkeypatch.setattr(vlm_core.subjects.checks, "_check_knock_out", lambda *args: None)
+
+
+def break_one_mask(monkeypatch, subject):
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "vlm_core_eager", lambda *args, **kwargs: None)
+
+
+def break_zero_head(monkeypatch, subject):
+    object.__setattr__(subject.anatomy, "head_dim", 4)
+
+
+def break_knock_out(monkeypatch, subject):
+    cut = vlm_core.seam.attending.block
+    monkeypatch.setattr(vlm_core.seam.attending, "block", lambda mask, edges: cut(mask, edges | (torch.rand(edges.shape) < 0.1)))
+
+
+def break_readout(monkeypatch, subject):
+    object.__setattr__(subject.anatomy, "head", torch.nn.Linear(32, subject.anatomy.vocab_size, dtype=subject.model.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it"),
+    [
+        ("no-op", break_one_mask),
+        ("zero head", break_zero_head),
+        ("knock-out of nothing", break_knock_out),
+        ("causality", break_causality),
+        ("readout", break_readout),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_broken_is_named_in_every_type(monkeypatch, name, break_it, dtype):
+    subject = tiny_subject(attention="eager")
+    subject.model.to(dtype)
+    selfcheck(subject)
+    break_it(monkeypatch, subject)
+    with pytest.raises(SubjectError, match=f"failed the self-check '{name}'"):
         selfcheck(subject)
 
 

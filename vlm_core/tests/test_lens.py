@@ -65,6 +65,19 @@ def test_the_last_layer_is_the_model_and_every_layer_is_normed_once(subject):
     assert (seen["rank"] == 0).any() or (seen["rank"] > 3).any()
 
 
+def test_the_final_norm_is_applied_once(subject):
+    """Trap 6: transformers' last hidden state is normed already. The lens's last row is the model; norming that state again is not."""
+    (item,) = make_items(1)
+    seen = torch.from_numpy(observe(subject, [item], LogitLens(words=WORDS, full=True))["logits"])[0]
+    with torch.inference_mode():
+        outputs = subject.model(**subject.encode_items([item]).inputs, output_hidden_states=True)
+        last, logits = outputs.hidden_states[-1][0, -1], outputs.logits[0, -1]
+        torch.testing.assert_close(subject.anatomy.head(last), logits, rtol=1e-4, atol=1e-4)
+        twice = subject.anatomy.head(subject.anatomy.norm(last))
+    torch.testing.assert_close(seen[-1], logits, rtol=1e-4, atol=1e-4)
+    assert (twice - logits).abs().max() > 0.05 * logits.abs().max()
+
+
 def test_a_lens_on_every_image_token_in_pieces(subject, monkeypatch):
     items = make_items(3)
     whole = observe(subject, items, LogitLens(layers=(1, 3), positions="image", top=2, words="candidates"))

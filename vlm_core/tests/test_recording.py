@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
+import vlm_core
 from vlm_core import (
     At,
     AttentionMass,
@@ -125,6 +127,14 @@ def test_every_observer_can_be_named_in_a_file(kind):
     assert RecordingConfig.from_dict(named.to_dict()) == named
 
 
+def test_every_observer_there_is_can_be_recorded():
+    public = (getattr(vlm_core, name) for name in vlm_core.__all__)
+    found = {one for one in public if isinstance(one, type) and one.__module__.startswith("vlm_core.observation.") and is_dataclass(one)}
+    observers = {one for one in found if any(hasattr(one, name) for name in ("attention", "layer", "site", "parts", "measure"))}
+    # ``At`` is what ``layers`` and ``heads`` of any of them make.
+    assert observers - {At} == set(KINDS.values())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -210,6 +220,18 @@ def test_what_comes_back_is_what_observing_gives(subject, recorded):
     torch.testing.assert_close(recorded.moments("kv").mean, moments.mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(recorded.moments("kv").std, moments.std, rtol=1e-4, atol=1e-6)
     assert torch.equal(recorded.moments("kv").count, moments.count)
+
+
+@pytest.mark.parametrize("kind", ["relative_distance", "rotary_bias"])
+def test_what_positions_do_is_recorded_head_by_head(subject, tmp_path, kind):
+    items = make_items(5)
+    recorded = record(subject, items, RecordingConfig.from_dict({"shard_items": 2, "observers": {kind: {}}}), tmp_path)
+    table, seen = recorded.table(kind), observe(subject, items, KINDS[kind]())
+    assert list(table.columns) == ["item", "layer", "head", "kind", "value"]
+    assert table["kind"].unique().tolist() == list(KINDS[kind]().axes[-1][1])
+    np.testing.assert_allclose(table["value"].to_numpy().reshape(seen.shape), seen, rtol=1e-4, atol=1e-6)
+    (one,) = table[(table["item"] == "item-3") & (table["layer"] == 2) & (table["head"] == 1)]["value"].tolist()[1:]
+    assert one == pytest.approx(seen[3, 2, 1, 1], rel=1e-4)
 
 
 def test_heads_of_a_table_keep_their_own_numbers(subject, tmp_path):
