@@ -99,7 +99,7 @@ def record(
         )
     require_items(items)
     require_row(intervention, "intervention")
-    require_possible(intervention, subject.anatomy)
+    require_possible(intervention, subject.anatomy, named=groups is not None)
     for name, function in (("groups", groups), ("progress", progress)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a callable or None, got {function!r:.60} ({type(function).__name__})")

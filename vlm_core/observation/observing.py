@@ -139,7 +139,7 @@ def observed(
     require_subject(subject)
     require_items(items)
     require_row(intervention, "intervention")
-    require_possible(intervention, subject.anatomy)
+    require_possible(intervention, subject.anatomy, named=groups is not None)
     if groups is not None and not callable(groups):
         raise TypeError(f"groups must be a callable of (item, encoded) or None, got {groups!r:.60} ({type(groups).__name__})")
     batch_rows = integer(subject.batch_rows if batch_rows is None else batch_rows, "batch_rows", least=1)

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from vlm_core.interventions import (
+    Activations,
     DropTokens,
+    GaussianNoise,
     HeadDirections,
     HeadMeans,
     ImageKV,
@@ -33,13 +35,15 @@ from vlm_core.interventions import (
     Row,
     Steer,
     Touch,
+    Vector,
     ZeroHeads,
     describe,
     parts,
     touches,
 )
+from vlm_core.seam.views import GROUPS
 
-__all__ = ["Program", "Replacement", "forget", "parts", "require_fit", "require_possible"]
+__all__ = ["Program", "Replacement", "forget", "parts", "place_of", "require_fit", "require_possible", "require_width", "source_of"]
 
 Means = HeadMeans | HeadDirections | ImageKVMeans | ImageKV
 Edit = Patch | Steer | ReplaceTokens
@@ -68,15 +72,32 @@ def _head_mask(heads: tuple, n_layers: int, n_heads: int) -> np.ndarray:
     mask = np.zeros((n_layers, n_heads), dtype=bool)
     if heads:
         index = np.asarray(heads)
-        if index.min() < 0 or index[:, 0].max() >= n_layers or index[:, 1].max() >= n_heads:
-            raise ValueError(f"a head lies outside this model's {n_layers} layers x {n_heads} heads: {heads}")
         mask[index[:, 0], index[:, 1]] = True
     return mask
 
 
-def _check_layers(part: Intervention, layers: Sequence[int], n_layers: int, last: int) -> None:
-    if any(not 0 <= layer <= last for layer in layers):
-        raise ValueError(f"{part.describe()} names a layer outside this model's {n_layers} layers")
+def _require_places(part: Intervention, n_layers: int, n_heads: int) -> None:
+    """Refuse a layer or head that a model of these sizes does not have."""
+    if not isinstance(part, Intervention):
+        raise TypeError(f"not an intervention: {part!r}")
+    entering = isinstance(part, Steer) or (isinstance(part, Patch) and part.site == "residual")
+    layers = (part.layer,) if isinstance(part, DropTokens | MergeTokens | Steer) else getattr(part, "layers", ())
+    # Declarations keep layers, and heads by their layers, in order.
+    if layers and not (layers[0] >= 0 and layers[-1] < n_layers + entering):
+        wrong = layers[0] if layers[0] < 0 else layers[-1]
+        after = f" ({n_layers} is what enters the final norm)" if entering else ""
+        raise ValueError(
+            f"{part.describe()} names layer {wrong}, a layer outside this model's {n_layers} layers: they count from 0 to "
+            f"{n_layers - 1 + entering}{after}"
+        )
+    for one in getattr(part, "heads", ()):
+        layer, head = (layers[0] if layers else 0, one) if isinstance(part, KnockOut) else one
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            shown = f"head {head}" if isinstance(part, KnockOut) else f"head L{layer}.H{head}"
+            raise ValueError(
+                f"{part.describe()} names {shown}, which lies outside this model's {n_layers} layers x {n_heads} heads: layers count from 0 "
+                f"to {n_layers - 1}, heads from 0 to {n_heads - 1}"
+            )
 
 
 # Few: an entry holds its sources' tensors. A batch names the same rows many times, a sweep in batch after batch.
@@ -88,21 +109,16 @@ def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
     knocks: list[KnockOut] = []
     edits: list[tuple[str, int, Edit]] = []
     for part in parts(row):
+        _require_places(part, n_layers, n_heads)
         if isinstance(part, DropTokens | MergeTokens):
-            _check_layers(part, (part.layer,), n_layers, n_layers - 1)
             if part.keep < 1.0:
                 shortenings.append(part)
         elif isinstance(part, KnockOut):
-            _check_layers(part, part.layers, n_layers, n_layers - 1)
-            _head_mask(tuple((layer, head) for layer in part.layers for head in part.heads), n_layers, n_heads)
             if part.layers:
                 knocks.append(part)
         elif isinstance(part, Patch):
-            _check_layers(part, part.layers, n_layers, n_layers if part.site == "residual" else n_layers - 1)
-            _head_mask(part.heads, n_layers, n_heads)
             edits.extend((part.site, layer, part) for layer in part.layers)
         elif isinstance(part, Steer):
-            _check_layers(part, (part.layer,), n_layers, n_layers)
             edits.append(("residual", part.layer, part))
         elif isinstance(part, ReplaceTokens):
             edits.append((EMBEDDING, 0, part))
@@ -110,19 +126,16 @@ def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
             mask = _head_mask(part.heads, n_layers, n_heads)
             zero[part.queries] = zero.get(part.queries, False) | mask
         elif isinstance(part, ResampleHeads):
-            _head_mask(part.heads, n_layers, n_heads)
             patch = Patch("head", (), part.source, part.queries, part.heads)
             edits.extend(("head", layer, patch) for layer in patch.layers)
-        elif isinstance(part, MeanHeads | RedirectHeads | ReplaceImageKV):
+        else:
             mask = _head_mask(part.heads, n_layers, n_heads)
             kinds = {MeanHeads: ["mean"], RedirectHeads: ["direction"]}.get(type(part), ["image_kv", "image_kv_tokens"])
-            source = part.directions if isinstance(part, RedirectHeads) else part.means
+            source = _brought(part)
             chosen = kinds[-1] if isinstance(source, ImageKV) else kinds[0]
             _refuse_overlap(part, source, mask, [pair for name in kinds for pair in replaced[name].values()])
             before = replaced[chosen].get(part.queries)
             replaced[chosen][part.queries] = (mask, source) if before is None else _joined(before, (mask, source))
-        else:
-            raise TypeError(f"not an intervention: {part!r}")
     layers = [part.layer for part in shortenings]
     if len(set(layers)) != len(layers):
         raise ValueError(f"{describe(row)}: a row drops or merges tokens at most once per layer")
@@ -135,23 +148,34 @@ def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
         knocks=tuple(knocks),
         edits=tuple(edits),
         touch=touches(row, n_layers),
-        positions=frozenset(
-            getattr(part, name)
-            for part in parts(row)
-            for name in ("queries", "keys", "positions", "tokens")
-            if hasattr(part, name)
-        ),
+        positions=frozenset(group for part in parts(row) for group in _named_groups(part)),
         needs=frozenset(need for part in parts(row) for need in _needs(part)),
     )
 
 
+def _named_groups(part: Intervention) -> list[Positions]:
+    return [getattr(part, name) for name in ("queries", "keys", "positions", "tokens") if hasattr(part, name)]
+
+
+def _vectors(source: Means) -> tuple[torch.Tensor, ...]:
+    return (source.values,) if isinstance(source, HeadMeans | HeadDirections) else (source.keys, source.values)
+
+
+def _brought(part: Intervention) -> Means:
+    """The vectors per head that a part puts in place of a head's own."""
+    return part.directions if isinstance(part, RedirectHeads) else part.means
+
+
+def _image_layers(part: Intervention) -> tuple[int, ...]:
+    """Layers in which image keys must lie."""
+    if isinstance(part, ReplaceImageKV):
+        return tuple(dict.fromkeys(head.layer for head in part.heads))
+    return part.layers if isinstance(part, KnockOut) and part.keys == "image" else ()
+
+
 def _needs(part: Intervention) -> list[tuple[str, int | None]]:
     """Capabilities, each with a layer in which image keys must lie, or None."""
-    if isinstance(part, ReplaceImageKV):
-        return [(part.capability, None), *((part.capability, head.layer) for head in part.heads)]
-    if isinstance(part, KnockOut) and part.keys == "image":
-        return [(part.capability, None), *((part.capability, layer) for layer in part.layers)]
-    return [(part.capability, None)]
+    return [(part.capability, None), *((part.capability, layer) for layer in _image_layers(part))]
 
 
 def _refuse_overlap(part: Intervention, source: Means, mask: np.ndarray, pairs: list[tuple[np.ndarray, Means]]) -> None:
@@ -341,8 +365,13 @@ class Program:
         )
 
 
-def require_fit(shape: Sequence[int], n_layers: int, n_heads: int, head_dim: int) -> None:
-    """Refuse means (or another image's vectors) ``[layer, head, ..., head_dim]`` of another model.
+def require_fit(shape: Sequence[int], n_layers: int, n_heads: int, head_dim: int, what: str = "means") -> None:
+    """Refuse means (or directions, or another image's vectors) ``[layer, head, ..., head_dim]`` of another model.
+
+    Parameters
+    ----------
+    what : str
+        What the error calls them.
 
     Raises
     ------
@@ -350,30 +379,85 @@ def require_fit(shape: Sequence[int], n_layers: int, n_heads: int, head_dim: int
     """
     if (*shape[:2], shape[-1]) != (n_layers, n_heads, head_dim):
         raise ValueError(
-            f"means of shape {tuple(shape)} do not fit this model's {n_layers} layers x {n_heads} heads of {head_dim}: compute them on "
+            f"{what} of shape {tuple(shape)} do not fit this model's {n_layers} layers x {n_heads} heads of {head_dim}: compute them on "
             f"the same subject"
         )
 
 
-def require_possible(row: Row, anatomy) -> None:
+def place_of(site: str) -> str:
+    """The site of ``SITES`` that a program's site is: embeddings are the stream that enters the first layer."""
+    return "residual" if site == EMBEDDING else site
+
+
+def source_of(edit: Edit | ResampleHeads) -> Activations | GaussianNoise | Vector:
+    """What an edit puts in place, or adds."""
+    if isinstance(edit, Steer):
+        return edit.direction
+    return edit.by if isinstance(edit, ReplaceTokens) else edit.source
+
+
+def require_width(edit: Edit | ResampleHeads, site: str, layer: int, hidden_size: int, n_heads: int, head_dim: int) -> None:
+    """Refuse an edit whose source has vectors of another width than the model has at ``site``.
+
+    Raises
+    ------
+    ValueError
+    """
+    source, place = source_of(edit), place_of(site)
+    if isinstance(source, GaussianNoise):
+        return
+    found = tuple(source.values.shape) if isinstance(source, Vector) else tuple(source.at(place, layer).shape[1:])
+    expected = (n_heads, head_dim) if place == "head" else (hidden_size,)
+    if found != expected:
+        raise ValueError(
+            f"{edit.describe()} brings vectors of shape {found}, this model has {expected} there: capture or compute "
+            f"them on the same subject"
+        )
+
+
+def require_possible(row: Row, anatomy, named: bool = True) -> None:
     """Refuse a row that a model cannot carry out, before anything runs.
 
     Parameters
     ----------
     anatomy : Anatomy
+    named : bool
+        Whether the prompts may have token groups of their own beside ``vlm_core.seam.views.GROUPS``.
 
     Raises
     ------
     ValueError
-        For a layer or head that it does not have, a capability that its family lacks, means of another model, parts that cannot be
-        combined.
+        For a layer or head that it does not have, a capability that its family lacks, sources of another model, parts that cannot be
+        combined, a token group that no prompt has.
     """
-    effect = _effect(row, anatomy.n_layers, anatomy.n_heads)
-    for capability, layer in effect.needs:
-        anatomy.require(capability, () if layer is None else (layer,))
-    for _, means in (pair for kind in (effect.mean, effect.image_kv, effect.image_kv_tokens) for pair in kind.values()):
-        for tensor in (means.values,) if isinstance(means, HeadMeans) else (means.keys, means.values):
-            require_fit(tensor.shape, anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
+    n_layers, n_heads, head_dim, hidden_size = anatomy.n_layers, anatomy.n_heads, anatomy.head_dim, anatomy.hidden_size
+    all_parts = parts(row)
+    for part in all_parts:
+        _require_places(part, n_layers, n_heads)
+        anatomy.require(part.capability, _image_layers(part))
+        if isinstance(part, MeanHeads | RedirectHeads | ReplaceImageKV):
+            for tensor in _vectors(_brought(part)):
+                what = "directions" if isinstance(part, RedirectHeads) else "means"
+                if (*tensor.shape[:2], tensor.shape[-1]) != (n_layers, n_heads, head_dim):
+                    require_fit(tensor.shape, n_layers, n_heads, head_dim, f"{what} of {part.describe()}")
+        elif isinstance(part, Patch):
+            for layer in part.layers:
+                require_width(part, part.site, layer, hidden_size, n_heads, head_dim)
+        elif isinstance(part, ResampleHeads):
+            for layer in {head.layer for head in part.heads}:
+                require_width(part, "head", layer, hidden_size, n_heads, head_dim)
+        elif isinstance(part, Steer | ReplaceTokens):
+            require_width(part, "residual", 0, hidden_size, n_heads, head_dim)
+        if not named:
+            for group in _named_groups(part):
+                if isinstance(group, str) and group not in GROUPS:
+                    raise ValueError(
+                        f"{part.describe()}: there is no token group '{group}' where no groups are given, a prompt knows "
+                        f"{', '.join(GROUPS)}"
+                    )
+    # Only what gives a head vectors, or shortens the sequence, can contradict another part.
+    if sum(isinstance(part, MeanHeads | RedirectHeads | ReplaceImageKV | DropTokens | MergeTokens) for part in all_parts) > 1:
+        _effect(row, n_layers, n_heads)
 
 
 def forget() -> None:
@@ -409,7 +493,7 @@ def _by_layer(masks: list[np.ndarray | None], device: torch.device | str) -> dic
 
 def _replacement(pairs: list, device: torch.device | str, dtype: torch.dtype) -> Replacement:
     distinct = list(dict.fromkeys(pair[1] for pair in pairs if pair is not None))
-    fields = [(means.values,) if isinstance(means, HeadMeans | HeadDirections) else (means.keys, means.values) for means in distinct]
+    fields = [_vectors(means) for means in distinct]
     shapes = {tuple(tensor.shape) for group in fields for tensor in group}
     shape = next(pair[0].shape for pair in pairs if pair is not None)
     for found in shapes:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vlm_core.interventions import Activations, GaussianNoise, Patch, Positions, ReplaceTokens, Steer, Vector
-from vlm_core.seam.plan import EMBEDDING, Program
+from vlm_core.seam.plan import Program, place_of, require_width, source_of
 from vlm_core.seam.positions import Positioned
 from vlm_core.seam.views import Tokens
 
@@ -53,30 +53,17 @@ class StreamEdits:
         self._sources: dict[tuple, torch.Tensor] = {}
         for (site, layer), edits in program.edits.items():
             for row, edit in edits:
-                self._check_width(edit, site, layer)
+                require_width(edit, site, layer, widths["residual"][0], *widths["head"])
                 if not isinstance(edit, Steer):
                     self._places(edit, int(trunk[row]))
 
     def __contains__(self, place: tuple[str, int]) -> bool:
         return place in self.program.edits
 
-    def _check_width(self, edit: Patch | Steer | ReplaceTokens, site: str, layer: int) -> None:
-        source = _source(edit)
-        if isinstance(source, GaussianNoise):
-            return
-        found = source.values if isinstance(source, Vector) else source.at(_place(site), layer)
-        width = tuple(found.shape) if isinstance(source, Vector) else tuple(found.shape[1:])
-        expected = self.widths[_place(site)]
-        if width != expected:
-            raise ValueError(
-                f"{edit.describe()} brings vectors of shape {width}, this model has {expected} there: capture or compute "
-                f"them on the same subject"
-            )
-
     def _places(self, edit: Patch | ReplaceTokens, sequence: int) -> torch.Tensor:
         """For each column of the incoming batch the source's token, -1 where nothing is replaced, ``[column]``."""
         positions = edit.tokens if isinstance(edit, ReplaceTokens) else edit.positions
-        source = _source(edit)
+        source = source_of(edit)
         key = (source, positions, sequence)
         if key not in self._sources:
             columns = self.where.columns(positions, sequence)
@@ -129,15 +116,15 @@ class StreamEdits:
 
     def _overwrite(self, one: torch.Tensor, at, numbers, edit, site: str, layer: int, row: int) -> None:
         """Change ``one`` ``[token, ...]`` in place, at the tokens ``at``; ``numbers`` are the source's tokens."""
-        source = _source(edit)
+        source = source_of(edit)
         if isinstance(source, GaussianNoise):
             item, width = int(self.items[int(self.trunk[row])]), int(np.prod(one.shape[1:]))
-            noise = source.draw(item, _place(site), layer, int(numbers.max()) + 1, width).view(-1, *one.shape[1:])
+            noise = source.draw(item, place_of(site), layer, int(numbers.max()) + 1, width).view(-1, *one.shape[1:])
             new = one[at] + noise.to(one.device, one.dtype)[numbers]
         elif isinstance(source, Vector):
             new = source.values.to(one.device, one.dtype).expand(len(at), *one.shape[1:])
         else:
-            values = source.at(_place(site), layer)
+            values = source.at(place_of(site), layer)
             new = values.to(one.device, one.dtype)[numbers]
         heads = [head.head for head in getattr(edit, "heads", ()) if head.layer == layer]
         if heads:
@@ -145,17 +132,6 @@ class StreamEdits:
             one[at[:, None], chosen[None]] = new[:, chosen]
         else:
             one[at] = new
-
-
-def _place(site: str) -> str:
-    """The site of ``SITES`` that a program's site is: embeddings are the stream that enters the first layer."""
-    return "residual" if site == EMBEDDING else site
-
-
-def _source(edit: Patch | Steer | ReplaceTokens) -> Activations | GaussianNoise | Vector:
-    if isinstance(edit, Steer):
-        return edit.direction
-    return edit.by if isinstance(edit, ReplaceTokens) else edit.source
 
 
 def _members(source: Activations, positions: Positions) -> torch.Tensor:

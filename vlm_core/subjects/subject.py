@@ -25,7 +25,7 @@ from vlm_core.images import as_rgb, require_image
 from vlm_core.interventions import Intervention, require_row
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, item_number, require_items, take
-from vlm_core.seam.plan import Program
+from vlm_core.seam.plan import Program, require_possible
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, install
 from vlm_core.subjects.checkpoint import Checkpoint
@@ -440,6 +440,8 @@ class Subject:
         if items is not None and len(items) != len(batch):
             raise ValueError(f"{len(items)} items were named for {len(batch)} prompts: give one number per prompt")
         anatomy, weight = self.anatomy, self.anatomy.embedding.weight
+        for row in dict.fromkeys(rows):
+            require_possible(row, anatomy)
         program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, weight.device, weight.dtype)
         with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:
             yield run

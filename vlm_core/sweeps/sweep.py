@@ -129,7 +129,7 @@ def sweep(
     try:
         if isinstance(source, Subject):
             for row in table.values():
-                require_possible(row, source.anatomy)
+                require_possible(row, source.anatomy, named=groups is not None)
         for number, piece, computed in run(plan, items, by_item, blocks):
             pieces[number] = piece
             rows = sum(len(by_item[index]) for index in blocks[number])

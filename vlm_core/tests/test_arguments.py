@@ -19,9 +19,18 @@ from vlm_core import (
     DirectLogits,
     DropTokens,
     GaussianNoise,
+    HeadDirections,
+    HeadMeans,
     HiddenStates,
+    ImageKVMeans,
     KnockOut,
+    MeanHeads,
+    MergeTokens,
     Patch,
+    RedirectHeads,
+    ReplaceImageKV,
+    ReplaceTokens,
+    ResampleHeads,
     Steer,
     Subject,
     SubjectError,
@@ -43,6 +52,8 @@ from vlm_core import (
     sweep,
     touches,
 )
+from vlm_core.observation import observing
+from vlm_core.seam import plan
 from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items, tiny_subject
 
@@ -74,6 +85,40 @@ def changed(**fields):
 
 
 PICTURE = Image.new("RGB", (16, 16))
+NARROW = torch.ones(3, 4, 5)
+SITES = {("mlp", 1): torch.ones(4, 5), ("head", 1): torch.ones(4, 4, 5), ("residual", 0): torch.ones(4, 5)}
+OTHERS = Activations(SITES, torch.ones(4, dtype=torch.bool))
+IMPOSSIBLE = [
+    # what a model of 3 layers x 4 heads of 8 cannot do, and how it is said beside the intervention's label
+    (ZeroHeads([(0, 1), (9, 2)]), ("names head L9.H2", "3 layers x 4 heads", "layers count from 0 to 2, heads from 0 to 3")),
+    (ZeroHeads([(0, 4), *((1, head) for head in range(4))]), ("names head L0.H4", "heads from 0 to 3")),
+    (ZeroHeads([(-1, 0)]), ("names head L-1.H0", "layers count from 0 to 2")),
+    (ZeroHeads([(0, -1)]), ("names head L0.H-1", "heads from 0 to 3")),
+    (ResampleHeads([(2, 7)], Activations({("head", 2): torch.ones(4, 4, 8)}, torch.ones(4, dtype=torch.bool))), ("names head L2.H7",)),
+    (KnockOut("last", "image", (-1, 2)), ("names layer -1", "they count from 0 to 2")),
+    (KnockOut("last", "image", (0, 3)), ("names layer 3", "they count from 0 to 2")),
+    (KnockOut("last", "image", (1,), (4,)), ("names head 4", "heads from 0 to 3")),
+    (Steer(4, torch.ones(32)), ("names layer 4", "they count from 0 to 3 (3 is what enters the final norm)")),
+    (Patch("residual", 4, GaussianNoise(1.0)), ("names layer 4", "they count from 0 to 3 (3 is")),
+    (Patch("mlp", 3, GaussianNoise(1.0)), ("names layer 3", "they count from 0 to 2")),
+    (DropTokens(3, 0.5), ("names layer 3", "they count from 0 to 2")),
+    (MergeTokens(3, 0.5), ("names layer 3", "they count from 0 to 2")),
+    # sources of another width
+    (RedirectHeads([(1, 1)], HeadDirections(NARROW)), ("directions of", "(3, 4, 5)", "4 heads of 8", "on the same subject")),
+    (MeanHeads([(1, 1)], HeadMeans(NARROW)), ("means of", "(3, 4, 5)", "4 heads of 8")),
+    (ReplaceImageKV([(1, 1)], ImageKVMeans(NARROW, NARROW)), ("means of", "(3, 4, 5)", "4 heads of 8")),
+    (Steer(1, torch.ones(5)), ("vectors of shape (5,), this model has (32,)",)),
+    (ReplaceTokens(torch.ones(5)), ("vectors of shape (5,), this model has (32,)",)),
+    (ReplaceTokens(OTHERS), ("vectors of shape (5,), this model has (32,)",)),
+    (Patch("mlp", 1, OTHERS), ("vectors of shape (5,), this model has (32,)",)),
+    (ResampleHeads([(1, 1)], OTHERS), ("vectors of shape (4, 5), this model has (4, 8)",)),
+    # token groups that no prompt has
+    (KnockOut("last", "objekt", (1,)), ("no token group 'objekt'", "knows image, text")),
+    (KnockOut("objekt", "image", (1,)), ("no token group 'objekt'", "knows image, text")),
+    (ZeroHeads([(1, 1)], "objekt"), ("no token group 'objekt'", "knows image, text")),
+    (Steer(1, torch.ones(32), positions="objekt"), ("no token group 'objekt'", "knows image, text")),
+    (DropTokens(1, 0.5, tokens="objekt"), ("no token group 'objekt'", "knows image, text")),
+]
 SWEEPS = [
     # interventions
     (dict(interventions=CUT), TypeError, ("a mapping of labels to rows", "(ZeroHeads)", "also of one")),
@@ -84,9 +129,7 @@ SWEEPS = [
     (dict(interventions={"a": "zero"}), TypeError, "got 'zero' (str)"),
     (dict(interventions={"a": ZeroHeads}), TypeError, "got the class ZeroHeads"),
     (dict(interventions=[None, "zero"]), TypeError, "intervention 1 of the list"),
-    (dict(interventions={"a": ZeroHeads([(9, 9)])}), ValueError, "outside this model's 3 layers x 4 heads"),
-    (dict(interventions={"a": KnockOut("last", "image", (-1,))}), ValueError, "a layer outside this model's 3 layers"),
-    (dict(interventions={"a": KnockOut("last", "objekt", (1,))}), ValueError, ("no token group 'objekt'", "knows image, text")),
+    *((dict(interventions={"a": row}), ValueError, (row.describe(), *words)) for row, words in IMPOSSIBLE),
     # metrics
     (dict(metrics=[]), ValueError, "at least one of correct, logit"),
     (dict(metrics=None), ValueError, "at least one of correct, logit"),
@@ -153,7 +196,7 @@ SWEEPS = [
 def test_a_sweep_says_what_it_cannot_do(subject, plain, monkeypatch, arguments, kind, words):
     usual = {"subject": subject, "items": make_items(2), "interventions": {"a": CUT}}
     asked = {**usual, **arguments}
-    if kind is not SubjectError and "groups" not in arguments and "objekt" not in str(arguments):
+    if kind is not SubjectError and "groups" not in arguments:
         # Nothing has run by then: what would encode is not reached.
         monkeypatch.setattr(vlm_core.sweeps.sweep, "_measure", lambda *_: pytest.fail("a block was measured first"))
     refused(lambda: sweep(asked.pop("subject"), asked.pop("items"), asked.pop("interventions"), **asked), kind, words, subject, plain)
@@ -274,6 +317,37 @@ RUNS = [
     (lambda s, b: s.intervene(CUT, b, items=["a", "b"]), ValueError, "an item's number must be an integer"),
     (lambda s, b: s.intervene(CUT, b, groups={"o": [1, 2]}), TypeError, "a mapping of names to BoolTensors"),
 ]
+
+
+@pytest.mark.parametrize(("row", "words"), IMPOSSIBLE)
+def test_an_impossible_intervention_is_named_on_entry(subject, plain, monkeypatch, row, words):
+    def enter():
+        with subject.intervene([None, (CUT, row)], plain[0]):
+            pytest.fail("the run began")
+
+    known = words if "no token group" in words[0] else (row.describe(), *words)
+    refused(enter, ValueError, known, subject, plain)
+    monkeypatch.setattr(observing, "encode_items", lambda *_, **__: pytest.fail("items were encoded first"))
+    refused(lambda: observe(subject, make_items(2), AttentionMass(), row), ValueError, (row.describe(), *words), subject, plain)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ((MeanHeads([(1, 1)], HeadMeans(torch.ones(3, 4, 8))), MeanHeads([(1, 1)], HeadMeans(torch.zeros(3, 4, 8)))), "at most one MeanHeads"),
+        ((DropTokens(1, 0.5), CUT, MergeTokens(1, 0.5)), "at most once per layer"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused_before_anything_runs(subject, plain, monkeypatch, row, words):
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_measure", lambda *_: pytest.fail("a block was measured first"))
+    refused(lambda: sweep(subject, make_items(2), {"a": row}), ValueError, words, subject, plain)
+
+
+def test_checking_a_row_builds_no_tensors(subject, monkeypatch):
+    """A sweep of thousands of rows looks through all of them first: what only a batch needs is not computed for it."""
+    monkeypatch.setattr(plan, "_effect", lambda *_: pytest.fail("the row was compiled"))
+    for row in (CUT, (CUT, Steer(1, torch.ones(32))), MeanHeads([(1, 1)], HeadMeans(torch.ones(3, 4, 8))), KnockOut("last", "image", (1,))):
+        plan.require_possible(row, subject.anatomy)
 
 
 @pytest.mark.parametrize(("run", "kind", "words"), RUNS)
