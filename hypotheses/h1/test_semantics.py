@@ -1,6 +1,6 @@
 """H1: which heads an item uses follows what is asked for and shown, not what the image looks like.
 
-Attributions are estimated over all tasks together, so that nothing draws an item's towards its own task's; only their direction counts.
+Each item's attribution comes from its own masks alone; only its direction counts.
 """
 
 import pytest

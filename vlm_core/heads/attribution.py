@@ -2,10 +2,14 @@
 
 ``head_attribution``   random heads lose the image, item by item; what each head's sight is worth follows from a linear model
 ``HeadAttribution``    the coefficients, per item and for the task, and how well they predict masks they were not fitted to
+
+An item's masks, and the model fitted to them, depend on that item and the seed alone. So scenes can be resampled, or split in halves, after
+the fit: the attribution of some items is the same whether others were measured or not.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,26 +38,25 @@ class HeadAttribution:
     Attributes
     ----------
     per_item : ndarray ``[item, layer, head]``
-        What the target gains when the head sees the image rather than the mean image, other heads seeing it or not at random.
+        What the target gains when the head sees the image rather than the mean image, other heads seeing it or not at random: a model of
+        this item's masks alone.
     items, clusters : tuple of str
         Id and scene of each item.
     target : str
         What was modelled: ``margin`` (log-probability of the answer above the best other candidate) or ``logit`` (the answer's logit).
-    r2 : float
-        Share of the variance within items that the items' models explain on masks they were not fitted to (five-fold).
-    r2_task : float
-        The same for one model of all items.
     n_masks : int
         Masks per item.
+    squares : ndarray ``[item, 3]``
+        Sums of squares of the target over an item's masks, each predicted without having been fitted to (five-fold): around the mean of
+        the masks fitted to, around the item's model, and around one model of all items' masks together, which no coefficient comes from.
     """
 
     per_item: np.ndarray
     items: tuple[str, ...]
     clusters: tuple[str, ...]
     target: str
-    r2: float
-    r2_task: float
     n_masks: int
+    squares: np.ndarray
 
     @property
     def coefficients(self) -> np.ndarray:
@@ -64,9 +67,43 @@ class HeadAttribution:
     def n_items(self) -> int:
         return len(self.items)
 
+    @property
+    def r2(self) -> float:
+        """Share of the variance within items that the items' models explain on masks they were not fitted to."""
+        return self._explained(1)
+
+    @property
+    def r2_task(self) -> float:
+        """The same for one model of all items that were measured together: how alike the items are."""
+        return self._explained(2)
+
+    def _explained(self, model: int) -> float:
+        whole, _, _ = sums = self.squares.sum(0)
+        return 1.0 - float(sums[model] / whole) if whole > 0 else 0.0
+
     def first(self, n: int) -> HeadAttribution:
         """The same of the first ``n`` items only."""
-        return replace(self, per_item=self.per_item[:n], items=self.items[:n], clusters=self.clusters[:n])
+        return replace(self, per_item=self.per_item[:n], items=self.items[:n], clusters=self.clusters[:n], squares=self.squares[:n])
+
+    @classmethod
+    def pooled(cls, parts: Sequence[HeadAttribution]) -> HeadAttribution:
+        """Attributions of different items (of several tasks, say) as one of all these items, in their order.
+
+        Raises
+        ------
+        ValueError
+            Without any, or where they differ in target, number of masks or heads, or share an item.
+        """
+        if not parts:
+            raise ValueError("there are no attributions to pool")
+        kinds = {(one.target, one.n_masks, one.per_item.shape[1:]) for one in parts}
+        if len(kinds) > 1:
+            raise ValueError(f"attributions of different targets, numbers of masks or heads cannot be pooled: {sorted(kinds)}")
+        items, clusters = (tuple(name for one in parts for name in getattr(one, field)) for field in ("items", "clusters"))
+        if len(set(items)) < len(items):
+            raise ValueError(f"the item '{next(name for name in items if items.count(name) > 1)}' is in several of the attributions")
+        per_item, squares = (np.concatenate([getattr(one, field) for one in parts]) for field in ("per_item", "squares"))
+        return cls(per_item, items, clusters, parts[0].target, parts[0].n_masks, squares)
 
     def ranking(self) -> list[HeadId]:
         """Heads from the highest coefficient down."""
@@ -93,8 +130,8 @@ def head_attribution(
     """Head attribution (HeAr).
 
     Every item is run under random masks; in each, a head keeps its view of the image with ``keep_probability`` and has its image
-    keys and values replaced by their mean otherwise. A ridge model of all items, and for each item one of what that leaves, predict the
-    target from the mask; the sum of their coefficients is the item's attribution.
+    keys and values replaced by their mean otherwise. For each item a ridge model of its own predicts the target from the mask; its
+    coefficients are the item's attribution, and their mean over items is the task's.
 
     Parameters
     ----------
@@ -104,7 +141,8 @@ def head_attribution(
     means : ImageKVMeans
         What the image's keys and values are replaced by.
     masks_per_item : int
-        Random masks per item; each fifth of them is predicted by models of the others, to score these.
+        Random masks per item, drawn for its id: an item has the same ones in any list. Each fifth of them is predicted by models of the
+        others, to score these.
     keep_probability : float
         In (0, 1).
     target : {"margin", "logit"}
@@ -131,7 +169,7 @@ def head_attribution(
     References
     ----------
     Kim et al. 2025, arXiv:2509.17588 (mean replacement, linear model of the answer logit); Shah et al. 2024, arXiv:2404.11534 (COAR:
-    keep-probability 0.95, validated on held-out masks). Mask count, the two-step ridge and the margin are our reconstruction, judged by ``r2``.
+    keep-probability 0.95, validated on held-out masks). Mask count, ridge and margin are our reconstruction, judged by ``r2``.
     """
     if masks_per_item < 5:
         raise ValueError(f"masks_per_item is {masks_per_item}: attribution needs at least 5 (each fifth is predicted from the others)")
@@ -142,8 +180,8 @@ def head_attribution(
     if not len(items):
         raise ValueError("head attribution needs at least one item")
     heads, n_items = list(subject.heads), len(items)
-    rng = np.random.default_rng(seed)
-    kept = rng.random((n_items, masks_per_item, len(heads))) < keep_probability
+    ids = [str(item_field(item, "id")) for item in items]
+    kept = np.stack([_draws(seed, one, (masks_per_item, len(heads))) for one in ids]) < keep_probability
     table, assignments = {}, []
     for i in range(n_items):
         for k in range(masks_per_item):
@@ -152,38 +190,42 @@ def head_attribution(
             table[label] = ReplaceImageKV(removed, means, queries=queries) if removed else None
             assignments.append((i, label))
     measured = sweep(subject, items, table, metrics=(target,), assignments=assignments, store=store, progress=progress)
-    per_item, r2, r2_task = _fit(kept, measured["value"].to_numpy(float).reshape(n_items, masks_per_item))
+    per_item, squares = _fit(kept, measured["value"].to_numpy(float).reshape(n_items, masks_per_item))
     return HeadAttribution(
         per_item.reshape(n_items, subject.anatomy.n_layers, subject.anatomy.n_heads),
-        tuple(str(item_field(item, "id")) for item in items),
+        tuple(ids),
         tuple(str(item_field(item, "scene_id")) for item in items),
-        target, r2, r2_task, masks_per_item,
+        target, masks_per_item, squares,
     )  # fmt: skip
 
 
-def _fit(kept: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Coefficients ``[item, head]`` of every item, and how much of the variance of unseen masks the items' models and the task's explain.
+def _draws(seed: int, item: str, shape: tuple[int, int]) -> np.ndarray:
+    """Uniform numbers that depend on the seed and the item's id, not on its place in a list."""
+    digest = hashlib.sha256(item.encode()).digest()
+    return np.random.default_rng([seed, *np.frombuffer(digest, dtype=">u4").tolist()]).random(shape)
+
+
+def _fit(kept: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients ``[item, head]`` of every item, and ``squares`` of `HeadAttribution`.
 
     Every mask is predicted by models of the other four fifths of the masks; the coefficients are those of models of all masks.
     """
     fold = np.arange(kept.shape[1]) % FOLDS
-    own, task, spread = (np.zeros(values.shape) for _ in range(3))
+    squares = np.zeros((len(kept), 3))
     for k in range(FOLDS):
         seen, unseen = fold != k, fold == k
-        shared, coefficients = _models(kept[:, seen], values[:, seen])
-        x = kept[:, unseen] - kept[:, seen].mean(1, keepdims=True)
-        spread[:, unseen] = values[:, unseen] - values[:, seen].mean(1, keepdims=True)
-        own[:, unseen] = spread[:, unseen] - np.einsum("imh,ih->im", x, coefficients)
-        task[:, unseen] = spread[:, unseen] - x @ shared
-    return _models(kept, values)[1], _explained(own, spread), _explained(task, spread)
+        x, y = _centred(kept[:, seen], values[:, seen])
+        new = kept[:, unseen] - kept[:, seen].mean(1, keepdims=True)
+        spread = values[:, unseen] - values[:, seen].mean(1, keepdims=True)
+        own = spread - np.einsum("imh,ih->im", new, _ridge(x, y))
+        shared = spread - new @ _ridge(x.reshape(1, -1, x.shape[2]), y.reshape(1, -1))[0]
+        squares += np.square([spread, own, shared]).sum(2).T
+    return _ridge(*_centred(kept, values)), squares
 
 
-def _models(kept: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients of all items in one, ``[head]``, and of each item, ``[item, head]``."""
-    # an intercept per item is the same as centring each item's rows
-    x, y = kept - kept.mean(1, keepdims=True), values - values.mean(1, keepdims=True)
-    shared = _ridge(x.reshape(1, -1, x.shape[2]), y.reshape(1, -1))[0]
-    return shared, shared + _ridge(x, y - x @ shared)
+def _centred(kept: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each item's rows around their mean, which is the same as an intercept per item."""
+    return kept - kept.mean(1, keepdims=True), values - values.mean(1, keepdims=True)
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -200,8 +242,3 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         errors.append(np.square((y - np.einsum("imr,ir->im", left, shrunk * along)) / np.clip(1 - leverage, 1e-9, None)).sum(1))
     penalty = _PENALTIES[np.argmin(errors, axis=0)][:, None]
     return np.einsum("irh,ir->ih", right, size / (size**2 + penalty) * along)
-
-
-def _explained(residual: np.ndarray, spread: np.ndarray) -> float:
-    whole = float(np.square(spread).sum())
-    return 1.0 - float(np.square(residual).sum()) / whole if whole > 0 else 0.0

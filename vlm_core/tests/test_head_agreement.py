@@ -14,7 +14,7 @@ FEW = {"n_resamples": 500}
 
 def attribution(per_item, per_scene=2, name="s"):
     clusters = tuple(f"{name}{i // per_scene:03d}" for i in range(len(per_item)))
-    return HeadAttribution(per_item, tuple(f"{name}{i}" for i in range(len(per_item))), clusters, "margin", 0.9, 0.5, 100)
+    return HeadAttribution(per_item, tuple(f"{name}{i}" for i in range(len(per_item))), clusters, "margin", 100, np.ones((len(per_item), 3)))
 
 
 def drawn(truth, noise, n=24, seed=0, **options):

@@ -44,7 +44,7 @@ def known_of(subject, items):
     category = np.full(shape, NO_EFFECT, dtype=object)
     category[1, 2] = "cross-modal grounding"
     return (
-        HeadAttribution(per_item, names, scenes, "margin", 0.83, 0.8, 10),
+        HeadAttribution(per_item, names, scenes, "margin", 10, np.tile([1.0, 0.17, 0.2], (len(names), 1))),
         HeadFeatures(rng.random((n, *shape, len(FEATURES))), tuple(FEATURES), names, scenes, tasks),
         Taxonomy(category, np.full(shape, 0.9), PathEffects({}, {}), 0.01),
     )
@@ -274,7 +274,7 @@ def known_of_any(subject, items):
     shape, n = (subject.anatomy.n_layers, subject.anatomy.n_heads), len(items)
     names, scenes, tasks = (tuple(str(item[key]) for item in items) for key in ("id", "scene_id", "task"))
     return (
-        HeadAttribution(np.random.default_rng(0).normal(0, 1, (n, *shape)), names, scenes, "margin", 0.8, 0.8, 10),
+        HeadAttribution(np.random.default_rng(0).normal(0, 1, (n, *shape)), names, scenes, "margin", 10, np.ones((n, 3))),
         HeadFeatures(np.zeros((n, *shape, len(FEATURES))), tuple(FEATURES), names, scenes, tasks),
         Taxonomy(np.full(shape, NO_EFFECT, dtype=object), np.ones(shape), PathEffects({}, {}), 0.01),
     )
@@ -293,7 +293,7 @@ def test_tables_of_other_heads_are_refused(subject):
     items = make_items(2)
     ranked, features, taxonomy = known_of(subject, items)
     means = image_kv_means(subject, items)
-    other = HeadAttribution(np.zeros((2, 2, 4)), ranked.items, ranked.clusters, "margin", 0.8, 0.8, 10)
+    other = HeadAttribution(np.zeros((2, 2, 4)), ranked.items, ranked.clusters, "margin", 10, ranked.squares)
     with pytest.raises(ValueError, match="the attribution describes 2 layers x 4 heads: this subject has 3 x 4"):
         head_report(subject, items, means, other, features, taxonomy)
     with pytest.raises(ValueError, match="needs items"):
