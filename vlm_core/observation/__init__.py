@@ -15,5 +15,6 @@ with one entry per element, or None for "not this layer". ``axes`` names what fo
 be rows of a table; ``ragged`` names the axes (counted from the end) that are as long as a token group is. Two kinds need more: one
 with ``parts(subject, items, encoded)`` is observed as several plain ones, whose records its ``combine`` joins; one with
 ``measure(subject, items, encoded, intervention)`` makes passes of its own (gradients). ``prepare(subject, items)``, where there is
-one, is called once before everything.
+one, is called once before everything, and ``require_there(anatomy, tokens=None)`` before any pass: it refuses layers, heads and, where the
+batch is known (``vlm_core.seam.views.Tokens``), token groups that are not there.
 """

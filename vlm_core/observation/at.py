@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from vlm_core.families.anatomy import Anatomy
 from vlm_core.observation.declaring import freeze_numbers
-from vlm_core.seam.views import AttentionView
+from vlm_core.seam.views import AttentionView, Tokens
 
 __all__ = ["At"]
 
@@ -39,13 +40,17 @@ class At:
         """The observer's."""
         return getattr(self.observer, "ragged", {})
 
-    def prepare(self, subject, items) -> At:
-        """The same, prepared on a subject; a head or layer that it does not have is refused."""
-        anatomy = subject.anatomy
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a head or layer that the model does not have, and what the observer refuses."""
         for name, chosen, n in (("layer", self.layers, anatomy.n_layers), ("head", self.heads, anatomy.n_heads)):
             outside = [number for number in chosen or () if not 0 <= number < n]
             if outside:
-                raise ValueError(f"there is no {name} {outside[0]}: this model has {n} {name}s, counted from 0")
+                raise ValueError(f"At({type(self.observer).__name__}): there is no {name} {outside[0]}: this model has {n} {name}s, counted from 0")
+        if hasattr(self.observer, "require_there"):
+            self.observer.require_there(anatomy, tokens)
+
+    def prepare(self, subject, items) -> At:
+        """The same, prepared on a subject."""
         prepare = getattr(self.observer, "prepare", None)
         return self if prepare is None else At(prepare(subject, items), self.layers, self.heads)
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions.numeric import integer
-from vlm_core.observation.declaring import freeze_groups
-from vlm_core.seam.views import AttentionView
+from vlm_core.observation.declaring import freeze_groups, require_groups, require_images, require_names
+from vlm_core.seam.views import AttentionView, Tokens
 
 __all__ = ["AttentionEntropy", "AttentionMass", "FullAttention", "TopTokens"]
 
@@ -40,7 +41,13 @@ class AttentionMass:
     groups: tuple[str, ...] = ("image", "text", "last", "bos")
 
     def __post_init__(self) -> None:
+        require_names(self, "queries")
         freeze_groups(self, "groups")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries, *self.groups)
 
     @property
     def axes(self) -> tuple:
@@ -76,7 +83,13 @@ class AttentionEntropy:
     over: tuple[str, ...] = ("all", "image")
 
     def __post_init__(self) -> None:
+        require_names(self, "queries")
         freeze_groups(self, "over")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries, *self.over)
 
     @property
     def axes(self) -> tuple:
@@ -116,7 +129,15 @@ class TopTokens:
     among: str = "all"
 
     def __post_init__(self) -> None:
+        require_names(self, "queries", "among")
         object.__setattr__(self, "k", integer(self.k, "k", least=1))
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, or a prompt without the image tokens that are to compete."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries, self.among)
+            if self.among == "image":
+                require_images(self, tokens)
 
     def attention(self, view: AttentionView) -> dict[str, torch.Tensor]:
         """``index`` and ``weight`` ``[element, head, k]`` of one layer."""

@@ -1,7 +1,9 @@
 """What declarations of observers share: plain values that hash, and numbers that are integers.
 
 ``freeze``, ``freeze_groups``, ``freeze_numbers``   lists from a file as tuples, one group's name as a group, layers as ints
-``require_layers``                                  refuse a layer that the model does not have
+``require_names``                                   refuse what is no token group's name
+``require_layers``, ``require_groups``              refuse a layer that the model, a token group that the batch does not have
+``require_images``, ``require_positions``           refuse a prompt without image tokens, or without a numbered token
 """
 
 from __future__ import annotations
@@ -10,8 +12,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from vlm_core.interventions.numeric import integers
+from vlm_core.seam.views import Tokens
 
-__all__ = ["freeze", "freeze_groups", "freeze_numbers", "require_layers"]
+__all__ = [
+    "freeze",
+    "freeze_groups",
+    "freeze_numbers",
+    "require_groups",
+    "require_images",
+    "require_layers",
+    "require_names",
+    "require_positions",
+]
 
 
 def freeze(observer: Any, *names: str) -> None:
@@ -47,12 +59,57 @@ def freeze_numbers(observer: Any, *names: str) -> None:
             raise ValueError(f"{name} of {type(observer).__name__} must be integers, got {value!r}: pass a tuple of ints")
 
 
-def require_layers(observer: Any, subject: Any) -> None:
+def require_names(observer: Any, *names: str) -> None:
+    """Refuse a field that should name a token group and does not."""
+    for name in names:
+        value = getattr(observer, name)
+        if not isinstance(value, str):
+            raise ValueError(f"{name} of {type(observer).__name__} must be a token group's name, got {value!r} ({type(value).__name__})")
+
+
+def require_groups(observer: Any, tokens: Tokens, *groups: str) -> None:
+    """Refuse a token group that the batch does not know, and the queries of image tokens where a prompt has none."""
+    for group in groups:
+        if group not in tokens.known:
+            raise ValueError(f"{type(observer).__name__}: there is no token group '{group}', this batch knows {', '.join(tokens.known)}")
+    if getattr(observer, "queries", None) == "image":
+        require_images(observer, tokens)
+
+
+def require_images(observer: Any, tokens: Tokens) -> None:
+    """Refuse a batch with a prompt that has no image tokens."""
+    without = (~tokens.group("image").any(1)).nonzero()[:, 0].tolist()
+    if without:
+        raise ValueError(
+            f"{type(observer).__name__} is about image tokens and prompt {without[0]} of the batch has none: leave that prompt out, or "
+            f"observe what text has too (AttentionMass, HiddenStates(positions='text'))"
+        )
+
+
+def require_positions(observer: Any, tokens: Tokens) -> None:
+    """Refuse ``positions`` that a prompt of the batch does not have: a group, or numbers of tokens."""
+    positions = observer.positions
+    if isinstance(positions, str):
+        group = positions.removesuffix(" tokens")
+        require_groups(observer, tokens, group)
+        if group == "image":
+            require_images(observer, tokens)
+        return
+    for prompt, n in enumerate(tokens.valid.sum(1).tolist()):
+        outside = [position for position in positions if not -n <= position < n]
+        if outside:
+            raise ValueError(
+                f"{type(observer).__name__} names position {outside[0]}, prompt {prompt} of the batch has {n} tokens: positions lie outside "
+                f"a sequence unless they are {-n} to {n - 1}"
+            )
+
+
+def require_layers(observer: Any, anatomy: Any) -> None:
     """Refuse a layer that the model does not have; layer ``n_layers`` is what enters the final norm."""
-    n_layers = subject.anatomy.n_layers
+    n_layers = anatomy.n_layers
     outside = [layer for layer in observer.layers or () if not 0 <= layer <= n_layers]
     if outside:
         raise ValueError(
-            f"{type(observer).__name__} saw nothing of layer {outside[0]}: this model has {n_layers} layers, counted from 0, "
+            f"{type(observer).__name__} names layer {outside[0]}: this model has {n_layers} layers, counted from 0, "
             f"and {n_layers} is what enters the final norm"
         )

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_core.observation.declaring import freeze
-from vlm_core.seam.views import AttentionView
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.observation.declaring import freeze, require_groups, require_images, require_names
+from vlm_core.seam.views import AttentionView, Tokens
 
 __all__ = ["ImageAttention", "MaskIoU"]
 
@@ -24,6 +25,15 @@ class ImageAttention:
     """
 
     queries: str = "last"
+
+    def __post_init__(self) -> None:
+        require_names(self, "queries")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries)
+            require_images(self, tokens)
 
     @property
     def ragged(self) -> dict[int, str]:
@@ -65,10 +75,19 @@ class MaskIoU:
     thresholds: tuple[str | float, ...] = ("mean", "half", 0.75, 0.9)
 
     def __post_init__(self) -> None:
+        require_names(self, "mask", "queries")
         freeze(self, "thresholds")
+        if not isinstance(self.thresholds, tuple) or not self.thresholds:
+            raise ValueError(f"thresholds of MaskIoU must be several, got {self.thresholds!r}: pass a tuple such as ('mean', 0.9)")
         for threshold in self.thresholds:
             if threshold not in ("mean", "mean + sd", "half") and not (isinstance(threshold, float) and 0.0 < threshold < 1.0):
                 raise ValueError(f"a threshold is 'mean', 'mean + sd', 'half' or a quantile between 0 and 1, got {threshold!r}")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries, self.mask)
+            require_images(self, tokens)
 
     @property
     def axes(self) -> tuple:

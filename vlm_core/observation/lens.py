@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from vlm_core.errors import SubjectError
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field
-from vlm_core.observation.declaring import freeze, freeze_numbers, require_layers
+from vlm_core.observation.declaring import freeze, freeze_numbers, require_layers, require_positions
 from vlm_core.observation.outputs import positions_of
-from vlm_core.seam.views import AttentionView, LayerView
+from vlm_core.seam.views import AttentionView, LayerView, Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.subjects.subject import Subject
@@ -94,8 +96,9 @@ class LogitLens:
     def __post_init__(self) -> None:
         freeze(self, "layers", "positions", "words")
         freeze_numbers(self, "layers", "positions")
-        if self.top < 0:
-            raise ValueError(f"top must be 0 or more, got {self.top}")
+        object.__setattr__(self, "top", integer(self.top, "top of LogitLens", least=0))
+        if not isinstance(self.words, str | tuple):
+            raise ValueError(f"words of LogitLens are 'answer', 'candidates' or several words, got {self.words!r}")
 
     @property
     def ragged(self) -> dict[int, str]:
@@ -103,11 +106,16 @@ class LogitLens:
         each = isinstance(self.positions, str) and self.positions != "last"
         return {-2: self.positions.removesuffix(" tokens")} if each else {}
 
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a layer or words that the model, or positions that the batch does not have."""
+        require_layers(self, anatomy)
+        if self.top > anatomy.vocab_size:
+            raise ValueError(f"top {self.top} exceeds this model's vocabulary of {anatomy.vocab_size}")
+        if tokens is not None:
+            require_positions(self, tokens)
+
     def parts(self, subject: Subject, items: Sequence, encoded: Sequence[Encoded]) -> tuple:
-        """The lens with the subject's unembedding and the items' words; a layer that the model does not have is refused."""
-        require_layers(self, subject)
-        if self.top > subject.anatomy.vocab_size:
-            raise ValueError(f"top {self.top} exceeds this model's vocabulary of {subject.anatomy.vocab_size}")
+        """The lens with the subject's unembedding and the items' words."""
         words = target_tokens(subject, items, self.words) if len(self.words) else None
         return (_Lens(self, subject, words),)
 
@@ -117,6 +125,9 @@ class _Lens:
     lens: LogitLens
     subject: Subject
     words: torch.Tensor | None
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        self.lens.require_there(anatomy, tokens)
 
     def layer(self, view: LayerView) -> dict[str, torch.Tensor] | None:
         lens = self.lens

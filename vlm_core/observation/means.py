@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions import HeadMeans, ImageKVMeans
+from vlm_core.observation.declaring import require_groups, require_images, require_names
 from vlm_core.observation.observing import observed
 from vlm_core.observation.outputs import HeadOutputs
-from vlm_core.seam.views import AttentionView
+from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["KeyValues", "Moments", "head_means", "image_kv_means", "key_value_moments"]
@@ -63,6 +65,16 @@ class KeyValues:
     """
 
     tokens: str = "image"
+
+    def __post_init__(self) -> None:
+        require_names(self, "tokens")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, or a prompt without the image tokens that are asked for."""
+        if tokens is not None:
+            require_groups(self, tokens, self.tokens)
+            if self.tokens == "image":
+                require_images(self, tokens)
 
     def attention(self, view: AttentionView) -> dict[str, torch.Tensor]:
         """``count``, ``mean`` and ``m2`` of one layer."""

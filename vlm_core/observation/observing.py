@@ -118,12 +118,16 @@ def prepare(subject: Subject, items: Sequence, observers: Sequence) -> list:
     ------
     TypeError
         For what is no subject, or no observer.
+    ValueError
+        For a layer or head that the model does not have.
     """
     require_subject(subject)
     for one in observers:
         if isinstance(one, type | str) or not any(hasattr(one, name) for name in ("attention", "layer", "site", "parts", "measure")):
             what = f"the class {one.__name__}: make one" if isinstance(one, type) else f"{one!r:.60} ({type(one).__name__})"
             raise TypeError(f"an observer is a declaration such as AttentionMass() or HiddenStates(), got {what}")
+        if hasattr(one, "require_there"):
+            one.require_there(subject.anatomy)
     return [one.prepare(subject, items) if hasattr(one, "prepare") else one for one in observers]
 
 

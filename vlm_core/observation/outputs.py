@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_core.observation.declaring import freeze_numbers, require_layers
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.observation.declaring import freeze_numbers, require_layers, require_positions
 from vlm_core.seam.views import AttentionView, LayerView, Tokens
 
 __all__ = ["HeadOutputs", "HiddenStates", "positions_of"]
@@ -74,10 +75,11 @@ class HiddenStates:
     def __post_init__(self) -> None:
         freeze_numbers(self, "layers", "positions")
 
-    def prepare(self, subject, items) -> HiddenStates:
-        """The same; a layer that the model does not have is refused."""
-        require_layers(self, subject)
-        return self
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a layer that the model, or positions that the batch does not have."""
+        require_layers(self, anatomy)
+        if tokens is not None:
+            require_positions(self, tokens)
 
     @property
     def ragged(self) -> dict[int, str]:

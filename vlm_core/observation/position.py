@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.observation.declaring import require_groups, require_images, require_names
 from vlm_core.observation.observing import observe_encoded
 from vlm_core.seam.seam import active, current_run
-from vlm_core.seam.views import AttentionView
+from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.subject import Subject
 
@@ -35,6 +37,14 @@ class RelativeDistance:
     """
 
     queries: str = "question"
+
+    def __post_init__(self) -> None:
+        require_names(self, "queries")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries)
 
     @property
     def axes(self) -> tuple:
@@ -85,6 +95,15 @@ class RotaryBias:
 
     queries: str = "question"
 
+    def __post_init__(self) -> None:
+        require_names(self, "queries")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries)
+            require_images(self, tokens)
+
     @property
     def axes(self) -> tuple:
         """Layer, head and kind."""
@@ -92,7 +111,7 @@ class RotaryBias:
 
     def measure(self, subject: Subject, items: Sequence, encoded: Sequence[Encoded], intervention=None) -> dict:
         """``{"": [item, layer, head, kind]}``."""
-        observer = _Unrotated(self.queries)
+        observer = _Unrotated(self)
         handles = [module.register_forward_pre_hook(observer.ask, with_kwargs=True) for module in subject.anatomy.attentions]
         try:
             return observe_encoded(subject, items, encoded, [observer], intervention).values[0]
@@ -124,8 +143,11 @@ class _Asking:
 class _Unrotated:
     """The observer behind ``RotaryBias``: ``ask`` comes before each attention module, ``attention`` inside it."""
 
-    queries: str
+    asked: RotaryBias
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        self.asked.require_there(anatomy, tokens)
 
     def ask(self, module, args: tuple, kwargs: dict) -> None:
         run = current_run()
@@ -153,7 +175,7 @@ class _Unrotated:
         flat = replace(view, query=query, key=key, _kept={})
         image = view.keys_of("image").float()
         total, count = torch.zeros(shape, device=image.device), torch.zeros((shape[0], 1, 1), device=image.device)
-        for with_places, without in zip(view.blocks(self.queries), flat.blocks(self.queries), strict=True):
+        for with_places, without in zip(view.blocks(self.asked.queries), flat.blocks(self.asked.queries), strict=True):
             seen = without.probabilities.shape[3]
             moved = (with_places.probabilities - without.probabilities).abs().sum(3) / 2
             on_image = torch.einsum("ehqk,ek->ehq", without.probabilities, image[:, :seen])

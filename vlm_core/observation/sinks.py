@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.observation.declaring import require_groups, require_names
 from vlm_core.observation.observing import observed
-from vlm_core.seam.views import AttentionView, LayerView
+from vlm_core.seam.views import AttentionView, LayerView, Tokens
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["SinkMass", "Sinks", "find_sinks"]
@@ -104,7 +106,10 @@ class SinkMass:
     sinks: Sinks | None = None
 
     def __post_init__(self) -> None:
+        require_names(self, "queries")
         if isinstance(self.sinks, dict):
+            if set(self.sinks) != {"dimensions", "threshold"}:
+                raise ValueError(f"sinks of SinkMass are their dimensions and threshold, got {', '.join(map(str, self.sinks)) or 'neither'}")
             object.__setattr__(
                 self, "sinks", Sinks(tuple(self.sinks["dimensions"]), float(self.sinks["threshold"]))
             )
@@ -114,22 +119,25 @@ class SinkMass:
         """Head and kind."""
         return (("head", None), ("kind", ("sink", "image sink", "bos")))
 
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a dimension that the model, or a token group that the batch does not have; in a run, also sinks not found yet."""
+        outside = [d for d in self.sinks.dimensions if not 0 <= d < anatomy.hidden_size] if self.sinks else []
+        if outside:
+            raise ValueError(f"SinkMass: there is no dimension {outside[0]}: this model's residual stream has {anatomy.hidden_size}")
+        if tokens is not None:
+            if self.sinks is None:
+                raise ValueError("SinkMass has no sinks yet: pass find_sinks(subject, items), or let observe() find them")
+            require_groups(self, tokens, self.queries)
+
     def prepare(self, subject: Subject, items: Sequence) -> SinkMass:
         """The same with the subject's sinks found."""
         if self.sinks is not None:
-            outside = [d for d in self.sinks.dimensions if not 0 <= d < subject.anatomy.hidden_size]
-            if outside:
-                raise ValueError(
-                    f"there is no dimension {outside[0]}: this model's residual stream has {subject.anatomy.hidden_size}"
-                )
             return self
         n = min(len(items), _DISCOVERY_ITEMS)
         return replace(self, sinks=find_sinks(subject, [items[index] for index in range(n)]))
 
     def attention(self, view: AttentionView) -> torch.Tensor:
         """``[element, head, kind]`` of one layer."""
-        if self.sinks is None:
-            raise ValueError("SinkMass has no sinks yet: pass find_sinks(subject, items), or let observe() find them")
         mean = view.mean(self.queries)
         if self.sinks.dimensions and not view.crossed:
             peak = _normed(view.hidden)[:, :, list(self.sinks.dimensions)].amax(2)

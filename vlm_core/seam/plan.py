@@ -66,6 +66,7 @@ class _Effect:
     touch: Touch
     positions: frozenset[Positions]
     needs: frozenset[tuple[str, int | None]]
+    on_image: Intervention | None
 
 
 def _head_mask(heads: tuple, n_layers: int, n_heads: int) -> np.ndarray:
@@ -150,11 +151,18 @@ def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
         touch=touches(row, n_layers),
         positions=frozenset(group for part in parts(row) for group in _named_groups(part)),
         needs=frozenset(need for part in parts(row) for need in _needs(part)),
+        on_image=next((part for part in parts(row) if _is_on_image(part, n_layers)), None),
     )
 
 
 def _named_groups(part: Intervention) -> list[Positions]:
     return [getattr(part, name) for name in ("queries", "keys", "positions", "tokens") if hasattr(part, name)]
+
+
+def _is_on_image(part: Intervention, n_layers: int) -> bool:
+    """Whether a part does something, and nothing without image tokens."""
+    of_image = isinstance(part, ReplaceImageKV | DropTokens | MergeTokens) or "image" in _named_groups(part)
+    return of_image and part.touches(n_layers).layer < n_layers
 
 
 def _vectors(source: Means) -> tuple[torch.Tensor, ...]:
@@ -254,6 +262,8 @@ class Program:
         Group names and tuples of positions that the row names.
     needs : frozenset of (capability, layer or None)
         What the family must be capable of; with a layer, that image keys lie there.
+    on_image : tuple of Intervention or None, one per row
+        An intervention that is nothing without image tokens.
     """
 
     n_rows: int
@@ -275,6 +285,7 @@ class Program:
     edits: dict[tuple[str, int], list[tuple[int, Edit]]] = field(default_factory=dict)
     positions: tuple[frozenset[Positions], ...] = ()
     needs: frozenset[tuple[str, int | None]] = frozenset()
+    on_image: tuple[Intervention | None, ...] = ()
 
     @cached_property
     def attention_layers(self) -> frozenset[int]:
@@ -362,6 +373,7 @@ class Program:
             edits=edits,
             positions=tuple(effect.positions for effect in effects),
             needs=frozenset().union(*(effect.needs for effect in effects)),
+            on_image=tuple(effect.on_image for effect in effects),
         )
 
 

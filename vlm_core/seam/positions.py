@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch.nn.functional import pad
 
-from vlm_core.interventions import Positions
+from vlm_core.interventions import Intervention, Positions
 from vlm_core.seam.views import GROUPS, Tokens
 
 __all__ = ["Positioned"]
@@ -39,14 +39,29 @@ class Positioned:
         """Tokens of each prompt, ``[element]``."""
         return self.tokens.prompt.sum(1)
 
-    def check(self, named: Sequence[frozenset[Positions]], sequences: Sequence[int]) -> None:
+    def check(
+        self, named: Sequence[frozenset[Positions]], sequences: Sequence[int], on_image: Sequence[Intervention | None] = ()
+    ) -> None:
         """Refuse what the batch does not have: ``named`` per row, ``sequences`` the rows' sequences.
+
+        Parameters
+        ----------
+        on_image : sequence, one per row, optional
+            An intervention of the row that is nothing without image tokens, or None.
 
         Raises
         ------
         ValueError
-            For an unknown group, or a position outside the row's prompt.
+            For an unknown group, a position outside the row's prompt, or a prompt that has not the image tokens that it needs.
         """
+        if any(part is not None for part in on_image):
+            shown = self.tokens.group("image").any(1).tolist()
+            for part, sequence in zip(on_image, sequences, strict=True):
+                if part is not None and not shown[sequence]:
+                    raise ValueError(
+                        f"{part.describe()} is done to image tokens and prompt {sequence} of the batch has none: give that row None or what text "
+                        f"has too (ZeroHeads, Steer on 'text'), or the prompt an image"
+                    )
         for group in {group for positions in named for group in positions if isinstance(group, str)} - set(GROUPS):
             self.tokens.group(group)
         lengths = None

@@ -108,6 +108,9 @@ class Run:
         self._idle = self._untouched and not self.observers
         if not self._untouched:
             self._prepare_edits()
+        for one in self.observers:
+            if hasattr(one, "require_there"):
+                one.require_there(anatomy, self._start)
         self._begin()
 
     def _prepare_edits(self) -> None:
@@ -117,7 +120,7 @@ class Run:
         for tensor in (tensor for replaced in program.replacements for tensor in replaced.tensors):
             require_fit(tensor.shape[1:], anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
         self._where = Positioned(self._start)
-        self._where.check(program.positions, self.trunk.tolist())
+        self._where.check(program.positions, self.trunk.tolist(), program.on_image)
         widths = {site: (anatomy.hidden_size,) for site in ("residual", "attention", "mlp")}
         widths["head"] = (anatomy.n_heads, anatomy.head_dim)
         self._stream = StreamEdits(program, self._where, self.trunk, self.items, widths)

@@ -77,6 +77,11 @@ class Tokens:
         return Tokens(**{one.name: move(getattr(self, one.name)) for one in fields(self) if one.init})
 
     @property
+    def known(self) -> tuple[str, ...]:
+        """Names of its token groups."""
+        return tuple(dict.fromkeys((*GROUPS, *self.named)))
+
+    @property
     def prompt(self) -> torch.Tensor:
         """Tokens of the prompt: valid, and not of an answer; ``[element, token]``."""
         return self.valid & ~self.named["answer"] if "answer" in self.named else self.valid
@@ -128,8 +133,7 @@ class Tokens:
             if name == "question":
                 return self.valid & (image.flip(1).cumsum(1).flip(1) == 0)
             return self.valid & (image.cumsum(1) == 0) & (image.sum(1, keepdim=True) > 0)
-        known = ", ".join(dict.fromkeys((*GROUPS, *self.named)))
-        raise ValueError(f"there is no token group '{name}': this batch knows {known}")
+        raise ValueError(f"there is no token group '{name}': this batch knows {', '.join(self.known)}")
 
     def members(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``[element, n]`` of a group's members in order, and which of them are real.

@@ -14,26 +14,36 @@ from PIL import Image
 import vlm_core.sweeps.sweep
 from vlm_core import (
     Activations,
+    At,
     AttentionEntropy,
     AttentionMass,
+    Batch,
     DirectLogits,
     DropTokens,
     GaussianNoise,
     HeadDirections,
     HeadMeans,
     HiddenStates,
+    ImageAttention,
     ImageKVMeans,
+    KeyValues,
     KnockOut,
+    LogitLens,
+    MaskIoU,
     MeanHeads,
     MergeTokens,
     Patch,
     RedirectHeads,
+    RelativeDistance,
     ReplaceImageKV,
     ReplaceTokens,
     ResampleHeads,
+    SinkMass,
+    Sinks,
     Steer,
     Subject,
     SubjectError,
+    TopTokens,
     ZeroHeads,
     accuracy_table,
     attention_map,
@@ -329,6 +339,107 @@ def test_an_impossible_intervention_is_named_on_entry(subject, plain, monkeypatc
     refused(enter, ValueError, known, subject, plain)
     monkeypatch.setattr(observing, "encode_items", lambda *_, **__: pytest.fail("items were encoded first"))
     refused(lambda: observe(subject, make_items(2), AttentionMass(), row), ValueError, (row.describe(), *words), subject, plain)
+
+
+UNSEEN = [
+    (HiddenStates(layers=(0, 99)), ("HiddenStates names layer 99", "3 layers, counted from 0", "3 is what enters the final norm")),
+    (HiddenStates(layers=(-1,)), "HiddenStates names layer -1"),
+    (HiddenStates(positions=(0, 99)), ("HiddenStates names position 99, prompt 0 of the batch has", "unless they are -30 to 29")),
+    (HiddenStates(positions=(-29,)), ("names position -29, prompt 1 of the batch has 28 tokens", "unless they are -28 to 27")),
+    (HiddenStates(positions="objekt"), ("HiddenStates", "no token group 'objekt'", "knows image, text")),
+    (HiddenStates(positions="objekt tokens"), "no token group 'objekt'"),
+    (At(AttentionMass(), layers=(3,)), ("At(AttentionMass)", "no layer 3", "3 layers")),
+    (At(AttentionMass(), heads=(4,)), ("At(AttentionMass)", "no head 4", "4 heads")),
+    (At(AttentionMass(queries="objekt"), layers=(1,)), ("AttentionMass", "no token group 'objekt'")),
+    (AttentionMass(queries="objekt"), ("AttentionMass", "no token group 'objekt'", "knows image, text")),
+    (AttentionMass(groups=("image", "objekt")), ("AttentionMass", "no token group 'objekt'")),
+    (AttentionEntropy(over="objekt"), ("AttentionEntropy", "no token group 'objekt'")),
+    (TopTokens(2, "objekt"), ("TopTokens", "no token group 'objekt'")),
+    (TopTokens(2, "last", "objekt"), ("TopTokens", "no token group 'objekt'")),
+    (ImageAttention("objekt"), ("ImageAttention", "no token group 'objekt'")),
+    (MaskIoU(), ("MaskIoU", "no token group 'object'")),
+    (KeyValues("objekt"), ("KeyValues", "no token group 'objekt'")),
+    (RelativeDistance("objekt"), ("RelativeDistance", "no token group 'objekt'")),
+    (SinkMass("objekt", Sinks((1,), 2.0)), ("SinkMass", "no token group 'objekt'")),
+    (SinkMass(sinks=Sinks((32,), 2.0)), ("SinkMass", "no dimension 32", "has 32")),
+    (SinkMass(), ("SinkMass has no sinks yet", "find_sinks")),
+]
+
+
+@pytest.mark.parametrize(("observer", "words"), UNSEEN)
+def test_an_observer_of_what_is_not_there_is_named_on_entry(subject, plain, observer, words):
+    def enter():
+        with subject.intervene(None, plain[0], observers=[AttentionMass(), observer]):
+            pytest.fail("the run began")
+
+    refused(enter, ValueError, words, subject, plain)
+
+
+@pytest.mark.parametrize("observer", [HiddenStates(layers=(9,)), At(AttentionMass(), heads=(9,)), LogitLens(layers=(9,)), LogitLens(top=999)])
+def test_an_observer_that_does_not_fit_is_refused_before_items_are_encoded(subject, plain, monkeypatch, observer):
+    monkeypatch.setattr(observing, "encode_items", lambda *_, **__: pytest.fail("items were encoded first"))
+    refused(lambda: observe(subject, make_items(2), [AttentionMass(), observer]), ValueError, "9", subject, plain)
+
+
+@pytest.fixture
+def half_shown(subject):
+    """Two prompts of which the second has no image."""
+    shown = subject.encode_items(make_items(2))
+    text = subject.tokenizer.convert_tokens_to_ids("what")
+    ids, image = shown.inputs["input_ids"].clone(), shown.image.clone()
+    ids[1][image[1]] = text
+    image[1] = False
+    return Batch({"input_ids": ids, "attention_mask": shown.inputs["attention_mask"]}, image, shown.valid)
+
+
+MEANS = torch.ones(3, 4, 8)
+ON_IMAGE = [
+    ReplaceImageKV([(1, 1)], ImageKVMeans(MEANS, MEANS)),
+    KnockOut("last", "image", (1,)),
+    KnockOut("image", "text", (1,)),
+    DropTokens(1, 0.5),
+    MergeTokens(1, 0.5),
+    ReplaceTokens(torch.ones(32)),
+    Steer(1, torch.ones(32), positions="image"),
+    ZeroHeads([(1, 1)], "image"),
+    Patch("mlp", 1, GaussianNoise(1.0), "image"),
+]
+
+
+@pytest.mark.parametrize("row", ON_IMAGE)
+def test_an_intervention_on_the_image_needs_one(subject, plain, half_shown, row):
+    def enter(rows):
+        with subject.intervene(rows, half_shown):
+            pass
+
+    words = (row.describe(), "prompt 1 of the batch has none", "give that row None or what text has too")
+    refused(lambda: enter([None, row]), ValueError, words, subject, plain)
+    refused(lambda: enter([None, (CUT, row)]), ValueError, words, subject, plain)
+    enter([row, None])
+    enter([row, CUT])
+
+
+@pytest.mark.parametrize(
+    "row", [ReplaceImageKV([], ImageKVMeans(MEANS, MEANS)), DropTokens(1, 1.0), ZeroHeads([], "image"), KnockOut("last", "text", (1,)), CUT]
+)
+def test_what_is_not_done_to_an_image_needs_none(subject, half_shown, row):
+    with subject.intervene(row, half_shown):
+        pass
+
+
+LOOKS = [ImageAttention(), MaskIoU("o"), KeyValues(), HiddenStates(positions="image"), HiddenStates(positions="image tokens"),
+         TopTokens(among="image"), AttentionMass(queries="image"), At(ImageAttention(), layers=(1,))]  # fmt: skip
+
+
+@pytest.mark.parametrize("observer", LOOKS)
+def test_an_observer_of_the_image_needs_one(subject, plain, half_shown, observer):
+    def enter(batch):
+        with subject.intervene(None, batch, observers=[AttentionMass(), observer], groups={"o": batch.image}):
+            pass
+
+    name = type(observer.observer if isinstance(observer, At) else observer).__name__
+    refused(lambda: enter(half_shown), ValueError, (f"{name} is about image tokens and prompt 1 of the batch has none",), subject, plain)
+    enter(plain[0])
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_lens_pads_prompts_of_other_lengths(subject):
 def test_bad_lenses_are_refused(subject):
     with pytest.raises(ValueError, match="exceeds this model's vocabulary"):
         observe(subject, make_items(1), LogitLens(top=9999))
-    with pytest.raises(ValueError, match="top must be 0 or more"):
+    with pytest.raises(ValueError, match="top of LogitLens must be 0 or more"):
         LogitLens(top=-1)
     with pytest.raises(ValueError, match="targets are 'answer', 'candidates' or a sequence of words"):
         observe(subject, make_items(1), DirectLogits("answers"))

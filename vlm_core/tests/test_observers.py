@@ -326,7 +326,7 @@ def test_hidden_states_at_numbered_positions(subject):
         n, last = batch.image.shape[1], int(batch.image[0].nonzero().max())
         np.testing.assert_array_equal(some[row], every[row, :, [0, 4, n - 2]].swapaxes(0, 1))
         np.testing.assert_allclose(question[row], every[row, :, last + 1 : n].mean(1), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="lie outside a sequence of"):
+    with pytest.raises(ValueError, match="names position 99, prompt 0 of the batch has 30 tokens"):
         observe(subject, items, HiddenStates(positions=(99,)))
 
 
@@ -347,7 +347,7 @@ def test_long_prompts_run_fewer_at_a_time(subject, monkeypatch):
 def test_nothing_to_observe_is_said(subject):
     with pytest.raises(ValueError, match="pass at least one item"):
         observe(subject, [], AttentionMass())
-    with pytest.raises(ValueError, match="saw nothing"):
+    with pytest.raises(ValueError, match="names layer 9: this model has 3 layers"):
         observe(subject, make_items(1), HiddenStates(layers=(9,)))
 
 

@@ -167,9 +167,9 @@ def test_few_noise_arrays_are_held():
 def test_layers_that_are_not_there_are_refused(subject):
     items = make_items(1)
     n_layers = subject.anatomy.n_layers
-    one_sentence(lambda: observe(subject, items, HiddenStates(layers=(0, 99))), "HiddenStates saw nothing of layer 99: .* 3 layers")
-    one_sentence(lambda: observe(subject, items, HiddenStates(layers=(-1,))), "HiddenStates saw nothing of layer -1")
-    one_sentence(lambda: observe(subject, items, LogitLens(layers=(1, 77))), "LogitLens saw nothing of layer 77: this model has 3 layers")
+    one_sentence(lambda: observe(subject, items, HiddenStates(layers=(0, 99))), "HiddenStates names layer 99: .* 3 layers")
+    one_sentence(lambda: observe(subject, items, HiddenStates(layers=(-1,))), "HiddenStates names layer -1")
+    one_sentence(lambda: observe(subject, items, LogitLens(layers=(1, 77))), "LogitLens names layer 77: this model has 3 layers")
     assert observe(subject, items, HiddenStates(layers=(0, n_layers))).shape[1] == 2
     assert observe(subject, items, LogitLens(layers=(0, n_layers)))["index"].shape[1] == 2
 
