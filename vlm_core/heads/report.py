@@ -171,7 +171,7 @@ def head_report(
             "name": f"{head.layer}.{head.head}",
             "layer": int(head.layer),
             "head": int(head.head),
-            "depth": (head.layer + 1) / shape[0],
+            "depth": (head.layer + 0.5) / shape[0],
             "category": str(taxonomy.category[head.layer, head.head]),
             "confidence": float(taxonomy.confidence[head.layer, head.head]),
             "attribution": attributed[k],

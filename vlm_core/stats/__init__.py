@@ -13,7 +13,7 @@ from .descriptive import Interval, interval, interval_each
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
 from .permutation import monte_carlo_p, sign_flip_p
-from .statistic import estimate_statistic, kendall_w, kruskal, per_cluster
+from .statistic import estimate_statistic, jackknife_statistic, kendall_w, kruskal, per_cluster
 from .trend import linear_contrast, page_p
 from .verdict import Baseline, Control, Decision, Verdict, decide
 
@@ -36,6 +36,7 @@ __all__ = [
     "holm",
     "interval",
     "interval_each",
+    "jackknife_statistic",
     "kendall_w",
     "kruskal",
     "linear_contrast",

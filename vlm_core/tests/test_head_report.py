@@ -62,7 +62,7 @@ def test_heads_are_those_that_attribution_ranks_first(reported):
     _, _, report = reported
     assert [(entry["layer"], entry["head"]) for entry in report.heads] == CHOSEN
     first = report.heads[0]
-    assert (first["name"], first["category"], first["confidence"], first["depth"]) == ("1.2", "cross-modal grounding", 0.9, 2 / 3)
+    assert (first["name"], first["category"], first["confidence"], first["depth"]) == ("1.2", "cross-modal grounding", 0.9, 1.5 / 3)
     assert first["attribution"]["value"] == pytest.approx(3, abs=0.02)
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False)) == report.as_dict()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlm_core.stats import Claim, Equivalence, Superiority, decide, estimate_statistic, kendall_w, kruskal, per_cluster
+from vlm_core.stats import Claim, Equivalence, Superiority, decide, estimate_statistic, jackknife_statistic, kendall_w, kruskal, per_cluster
 from vlm_core.stats.intervals import expanded_level
 
 
@@ -109,28 +109,34 @@ def test_limits_cut_the_bounds():
     assert estimate.bounds(0.01)[1] == 1.95
 
 
-def test_centred_bounds_hold_the_agreement_of_halves_where_corrected_percentiles_do_not():
-    truth = np.random.default_rng(1).normal(size=40)
-    found = {True: [], False: []}
-    for seed in range(60):
-        scores = truth + 3 * np.random.default_rng(100 + seed).normal(size=(40, 40))
+def test_the_jackknife_of_a_mean_is_the_t_interval_of_cluster_means():
+    values = np.random.default_rng(0).normal(size=25)
+    found = jackknife_statistic(lambda w: w @ values / w.sum(1), np.arange(25))
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    assert found.bounds(0.05) == pytest.approx(tuple(interval))
+    assert (found.value, found.standard_error) == pytest.approx((values.mean(), stats.sem(values)))
+    assert found.p_above(0.0) == pytest.approx(stats.ttest_1samp(values, 0, alternative="greater").pvalue, abs=1e-3)
+    assert jackknife_statistic(lambda w: w @ values / w.sum(1), np.arange(25), limits=(-0.1, 0.1)).bounds(1e-4) == (-0.1, 0.1)
 
-        def agreement(weights, scores=scores):
-            # halves drawn empty keep a scene
-            weights = weights + 1e-9
-            halves = [weights[:, part] @ scores[part] / weights[:, part].sum(1, keepdims=True) for part in (slice(20), slice(20, None))]
-            return kendall_w(np.stack(halves, axis=1))
 
-        for centred, kept in found.items():
-            kept.append(estimate_statistic(agreement, np.arange(40), centred=centred, n_resamples=500))
-    value = np.mean([one.value for one in found[True]])
-    outside = {centred: np.mean([not one.bounds(0.05)[0] <= value <= one.bounds(0.05)[1] for one in kept]) for centred, kept in found.items()}
-    assert outside[True] <= 0.2 < 0.4 < outside[False]  # 0.1 is meant
-    one = found[True][0]
-    lower, upper = one.bounds(0.025)
-    assert (lower + upper) / 2 == pytest.approx(one.value)
-    assert upper - one.value == pytest.approx(stats.t.isf(0.025, 39) * one.standard_error)
-    assert one.method == "cluster bootstrap of the statistic, t"
+def test_the_jackknife_is_scipys_for_a_correlation_and_wide_for_an_interaction():
+    x, y = pairs(40)
+    left_out = [np.corrcoef(np.delete(x, i), np.delete(y, i))[0, 1] for i in range(40)]
+    found = jackknife_statistic(correlation(x, y), np.arange(40), draws_at_once=7)
+    assert found.standard_error == pytest.approx(np.sqrt(39 * np.var(left_out)))
+    # nothing but interactions of two clusters: the error is √2 times too large (Efron & Stein)
+    runs = np.random.default_rng(1).normal(size=(400, 60))
+    found = [jackknife_statistic(lambda w, z=z: (w @ z / w.sum(1)) ** 2 - w @ z**2 / w.sum(1) ** 2, np.arange(60)) for z in runs]
+    spread = np.std([one.value for one in found])
+    assert np.sqrt(np.mean([one.standard_error**2 for one in found])) / spread == pytest.approx(np.sqrt(2), rel=0.15)
+
+
+def test_a_statistic_that_cannot_be_jackknifed():
+    assert jackknife_statistic(lambda w: np.zeros(len(w)), range(20)) is None
+    with pytest.raises(ValueError, match="at least three"):
+        jackknife_statistic(lambda w: w.sum(1), [1, 2])
+    with pytest.raises(ValueError, match="NaN"):
+        jackknife_statistic(lambda w: np.full(len(w), np.nan), range(9))
 
 
 def test_kendall_w_is_friedmans_chi_square_rescaled():
