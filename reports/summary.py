@@ -103,7 +103,7 @@ def band(identity, records):
         f"{control['name']} ({title(entry)})"
         for entry in records
         for control in entry["controls"]
-        if not control["passed"] and control["kind"] != "info"
+        if not control["passed"] and control["kind"] not in ("info", "condition")
     ]
     if failed:
         sentences.append(f"{plural(len(failed), 'control')} failed: {some(failed)}. The claims behind are invalid.")

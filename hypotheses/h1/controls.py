@@ -15,10 +15,11 @@ def prediction_of_unseen_masks(ranked) -> Control:
 
 
 def usable_in_most_tasks(usable) -> Control:
-    """A claim over tasks rests on the tasks whose ranking may be used, and these must be most of them."""
+    """A claim over tasks rests on the tasks whose ranking may be used, and these must be most of them; the others are named with the verdict."""
     share = len(usable) / len(GROUNDING_TASKS)
-    named = ", ".join(task for task in GROUNDING_TASKS if task not in usable) or "none"
-    return Control("tasks whose attribution predicts unseen masks", "positive", share > 0.5, share, "more than half", f"left out: {named}")
+    named = ", ".join(task for task in GROUNDING_TASKS if task not in usable)
+    said = f"left out, as their attribution does not predict unseen masks (R² below {LEAST_R2:g}): {named}" if named else ""
+    return Control("tasks whose attribution predicts unseen masks", "positive", share > 0.5, share, "more than half", said)
 
 
 def pooled_baseline(floors, items) -> Baseline:

@@ -1,7 +1,8 @@
 """H1: where the answer's information is, by activation patching.
 
 Layers and places are those of the prompt; no place or layer is chosen. The pairs that patching needs differ in one attribute of one object,
-or in noise on the image.
+or in noise on the image. What is decided is a handover in two parts, each with an interval of its own: the image's tokens hold more of the
+answer in the first half of the depth, the last token in the second; in both directions (sufficient, necessary) and under both corruptions.
 """
 
 import numpy as np
@@ -12,13 +13,23 @@ from reports import exhibits_tracing
 from vlm_core.stats import Claim, Control, Superiority, estimate_statistic
 from vlm_core.tracing.patching import DIRECTIONS
 
-PATCHING = Claim(
+SOURCE = "methods: Meng et al. 2022, arXiv:2202.05262; Zhang & Nanda 2024, arXiv:2309.16042; the contrast is ours"
+EARLY = Claim(
     id="H1.patching",
-    sentence="In the first half of the layers the image's tokens, in the second half the last token are sufficient and necessary.",
-    effect="half of (share of the logit difference held by the image's tokens minus by the last token: mean over the first half of the "
-    "inner layers minus mean over the second), the lesser of denoising and noising, pooled over items; 0.5 is an even pace",
-    test=Superiority(0.25),
-    source="methods: Meng et al. 2022, arXiv:2202.05262; Zhang & Nanda 2024, arXiv:2309.16042; the contrast and its threshold are ours",
+    sentence="In the first half of the layers patching the image's tokens moves more of the answer than patching the last token.",
+    effect="share of the logit difference moved by the image's tokens - share moved by the last token, mean over the first half of the inner "
+    "layers; a ratio of sums over items",
+    test=Superiority(0.0),
+    source=SOURCE,
+    tier="exploratory",
+)
+LATE = Claim(
+    id="H1.patching_last",
+    sentence="In the second half of the layers patching the last token moves more of the answer than patching the image's tokens.",
+    effect="share of the logit difference moved by the last token - share moved by the image's tokens, mean over the second half of the inner "
+    "layers; a ratio of sums over items",
+    test=Superiority(0.0),
+    source=SOURCE,
     tier="exploratory",
 )
 LITERATURE = {
@@ -29,31 +40,51 @@ MEANING = {
     "sufficient": "1: putting the clean run's activations into the corrupted run brings back the clean answer.",
     "necessary": "1: putting the corrupted run's activations into the clean run destroys it as the corruption does.",
 }
+CORRUPTIONS = ("Gaussian noise", "paired image")
 
 
-@pytest.mark.claim(PATCHING)
-@pytest.mark.parametrize("corruption", ["Gaussian noise", "paired image"])
-def test_the_answer_goes_from_the_image_to_the_last_token(corruption, floors, patching, evidence):
-    layers, heads = patching(corruption), patching(corruption, heads=True)
-    exhibits_tracing.patching_curves(evidence, corruption, layers, MEANING)
-    exhibits_tracing.patching_heads(evidence, corruption, heads, MEANING)
-    alpha = PATCHING.alpha / evidence.family_size
+@pytest.mark.claim(EARLY)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_the_image_holds_the_answer_at_first(corruption, direction, floors, patching, evidence):
+    layers, heads, meaning = patching(corruption), patching(corruption, heads=True), {direction: MEANING[direction]}
+    exhibits_tracing.patching_curves(evidence, corruption, layers, meaning)
+    exhibits_tracing.patching_heads(evidence, corruption, heads, meaning)
+    decide(EARLY, layers, ("image", "last"), direction, "first", floors, evidence)
+
+
+@pytest.mark.claim(LATE)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_the_last_token_holds_it_in_the_end(corruption, direction, floors, patching, evidence):
+    decide(LATE, patching(corruption), ("last", "image"), direction, "second", floors, evidence)
+
+
+def decide(claim, layers, places, direction, half, floors, evidence) -> None:
+    """Decide a claim on the lead of one place over another in half of the depth."""
+    details = {
+        "items": len(layers.items),
+        "logit_difference": {"clean": float(layers.clean.mean()), "corrupted": float(layers.corrupted.mean())},
+        "layers": list(layers.layers),
+        "share": dict(zip(layers.places, layers.share(direction).T.tolist(), strict=True)),
+        "literature": LITERATURE,
+    }
+    try:
+        lead = layers.lead(*places, direction, half)
+    except ValueError as reason:
+        evidence.decide(claim, None, missing=str(reason), details=details)
+        return
+    alpha = claim.alpha / evidence.family_size
     evidence.decide(
-        PATCHING,
-        estimate_statistic(layers.handover(), layers.clusters, smallest_alpha=alpha, rng=evidence.seed),
+        claim,
+        estimate_statistic(lead, layers.clusters, smallest_alpha=alpha, rng=evidence.seed),
         controls=[
             pooled_grounding(floors, layers.items, 0.05),
             worth_something("the corruption costs the answer", "floor", layers.gap, layers.clusters),
             every_token_recovers(layers),
             itself_changes_nothing(layers),
         ],
-        details={
-            "items": len(layers.items),
-            "logit_difference": {"clean": float(layers.clean.mean()), "corrupted": float(layers.corrupted.mean())},
-            "layers": list(layers.layers),
-            "share": {d: dict(zip(layers.places, layers.share(d).T.tolist(), strict=True)) for d in DIRECTIONS},
-            "literature": LITERATURE,
-        },
+        details=details,
     )
 
 

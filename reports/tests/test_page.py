@@ -82,6 +82,13 @@ def test_the_page_says_what_was_found(text):
     assert "loss of 0.6 points at 50 % kept" in text and "Table 1" in text
 
 
+def test_a_condition_that_is_not_met_is_no_failed_control(tmp_path):
+    unmet = {"name": "Monte-Carlo p", "kind": "condition", "passed": False, "value": 0.12, "expected": "below 0.05", "detail": ""}
+    entries = [sample_run.make("H1.specificity", "inconclusive", 0.3, 0.1, controls=[unmet])]
+    text = page.render(sample_run.write(tmp_path, entries)).read_text(encoding="utf-8")
+    assert 'class="band"' not in text and '<span class="state">not met</span>' in text
+
+
 def test_a_sound_run_has_no_band(tmp_path):
     entries = [sample_run.make("H2.trend", "supported", 0.3, 0.1)]
     assert 'class="band"' not in page.render(sample_run.write(tmp_path, entries)).read_text(encoding="utf-8")

@@ -2,11 +2,16 @@
 
 ``layer_matched``      random heads from the same layers in the same numbers
 ``layer_free``         as many random heads from anywhere
-``assign_draws``       which items each random set is run on; ``draw_means`` sums up what it cost
+``matching_sets``      how many sets of heads match a set layer by layer
+``assign_draws``       which items each random set is run on, each set on items of its own
+``assign_shared``      the same with some items on which every set is run: what a p-value needs
+``draw_means``         what random sets leave of every item; ``draw_losses``: what each set costs on the shared items; ``draw_p``: how often as much
+                       as the targeted set
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,9 +19,10 @@ import numpy as np
 import pandas as pd
 
 from vlm_core.families.anatomy import HeadId
+from vlm_core.stats import monte_carlo_p
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["assign_draws", "draw_means", "layer_free", "layer_matched"]
+__all__ = ["assign_draws", "assign_shared", "draw_losses", "draw_means", "draw_p", "layer_free", "layer_matched", "matching_sets"]
 
 
 def layer_matched(heads: Sequence[HeadId], subject: Subject, draws: int, seed: int = 0) -> list[tuple[HeadId, ...]]:
@@ -39,6 +45,11 @@ def layer_matched(heads: Sequence[HeadId], subject: Subject, draws: int, seed: i
         return [(layer, head) for layer, n in sorted(wanted.items()) for head in rng.choice(n_heads, size=n, replace=False)]
 
     return _draws(draw, heads, draws, seed)
+
+
+def matching_sets(heads: Sequence[HeadId], subject: Subject) -> int:
+    """How many sets of heads have as many heads in every layer as ``heads``, ``heads`` among them."""
+    return math.prod(math.comb(subject.anatomy.n_heads, n) for n in Counter(layer for layer, _ in heads).values())
 
 
 def layer_free(heads: Sequence[HeadId], subject: Subject, draws: int, seed: int = 0) -> list[tuple[HeadId, ...]]:
@@ -92,26 +103,101 @@ def assign_draws(labels: Sequence[str], n_items: int, items_per_draw: int, seed:
     return assignments
 
 
-def draw_means(table: pd.DataFrame, group: str, full: pd.Series, targeted: pd.Series) -> tuple[pd.Series, pd.DataFrame]:
-    """Summaries of a sweep over random draws labelled ``group/0, group/1, ...``.
+def assign_shared(labels: Sequence[str], n_items: int, shared: int, each: int, seed: int = 0) -> tuple[list[tuple[int, str]], list[int]]:
+    """Run every random draw on the same ``shared`` items, and every other item on ``each`` of the draws.
+
+    On the shared items the draws differ from one another, and from a targeted set that was run on them too, by their heads alone: were the
+    targeted set one more draw, every rank among their losses would be as likely as any other, whatever the items are. That is what makes
+    a Monte-Carlo p-value valid. Draws that each had items of their own would differ by luck with items besides, in a comparison that
+    the fewer items blunt the more. The other items serve the mean over draws of every item, which an interval over items needs.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        One a draw.
+    n_items, shared : int
+        All items, and those (drawn at random) on which every draw is run; all of them where there are no more.
+    each : int
+        Draws that every other item is run on.
+
+    Returns
+    -------
+    list of (item index, label)
+        For ``vlm_core.sweep(assignments=...)``.
+    list of int
+        The shared items, in order.
+
+    Raises
+    ------
+    ValueError
+        Without items or draws, or if no item would be shared.
+    """
+    if n_items < 1 or not labels:
+        raise ValueError(f"{len(labels)} random draws and {n_items} items: there must be at least one of each")
+    if shared < 1:
+        raise ValueError(f"shared is {shared}: random draws are compared on the same items, at least one")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n_items).tolist()
+    common = sorted(order[:shared])
+    plan = [(item, label) for label in labels for item in common]
+    for item in order[shared:]:
+        plan += [(item, labels[k]) for k in sorted(rng.choice(len(labels), size=min(each, len(labels)), replace=False))]
+    return plan, common
+
+
+def draw_means(table: pd.DataFrame, group: str, items: Sequence[str]) -> pd.Series:
+    """Mean correctness of every item over the random draws that it was run on.
 
     Parameters
     ----------
     table : DataFrame
-        From ``vlm_core.sweep``, metric ``correct``.
+        From ``vlm_core.sweep``, metric ``correct``, over random draws labelled ``group/0, group/1, ...``.
     group : str
-    full, targeted : Series
-        Correctness of the untouched subject and under the targeted intervention, indexed by item.
-
-    Returns
-    -------
-    Series
-        Mean correctness per item over the draws it was run on, in the order of ``full``.
-    DataFrame
-        One row a draw, ``random`` and ``targeted``: the mean accuracy each cost on that draw's own items.
+    items : sequence of str
+        Ids, in the order wanted; NaN for one that no draw was run on.
     """
-    rows = table[table["intervention"].str.startswith(f"{group}/")]
-    per_item = rows.groupby("item")["value"].mean().reindex(full.index)
-    whole = rows["item"].map(full).to_numpy(float)
-    lost = pd.DataFrame({"random": whole - rows["value"].to_numpy(float), "targeted": whole - rows["item"].map(targeted).to_numpy(float)})
-    return per_item, lost.groupby(rows["intervention"].to_numpy(), sort=False).mean()
+    return _draws_of(table, group).groupby("item")["value"].mean().reindex(items)
+
+
+def draw_losses(table: pd.DataFrame, group: str, full: pd.Series, shared: Sequence[str]) -> pd.Series:
+    """Accuracy that each random draw costs on the items all draws were run on, one value a draw.
+
+    Parameters
+    ----------
+    table, group
+        As in ``draw_means``.
+    full : Series
+        Correctness of the untouched subject, indexed by item.
+    shared : sequence of str
+        Ids of the items that all draws were run on.
+
+    Raises
+    ------
+    ValueError
+        If a draw lacks one of the shared items.
+    """
+    rows = _draws_of(table, group)
+    left = rows[rows["item"].isin(set(shared))].pivot(index="intervention", columns="item", values="value").reindex(columns=list(shared))
+    if left.isna().any(axis=None):
+        raise ValueError(f"random draws {group!r} were not all run on the {len(shared)} shared items: their losses cannot be compared")
+    return full.loc[list(shared)].mean() - left.mean(axis=1)
+
+
+def _draws_of(table: pd.DataFrame, group: str) -> pd.DataFrame:
+    return table[table["intervention"].str.startswith(f"{group}/")]
+
+
+def draw_p(targeted: float, random: Sequence[float], sets: int) -> float:
+    """p-value of "the targeted set is one of those that match it, drawn at random".
+
+    Parameters
+    ----------
+    targeted : float
+        What the targeted set costs on the shared items.
+    random : sequence of float
+        What each draw costs on the same items.
+    sets : int
+        How many sets match (``matching_sets``). Draws leave the targeted one out; were it drawn like the others, one draw in ``sets`` would be
+        it and cost as much. That share is added, which counts where few sets match.
+    """
+    return min(1.0, 1 / sets + (1 - 1 / sets) * monte_carlo_p(targeted, random))

@@ -40,15 +40,15 @@ def attention_mass(subject: Subject, items: Sequence, queries: str = "text") -> 
     return observe(subject, items, AttentionMass(queries, ("image",)))[..., 0]
 
 
-def gradient_gates(subject: Subject, items: Sequence, target: str = "logit") -> np.ndarray:
+def gradient_gates(subject: Subject, items: Sequence, target: str = "margin") -> np.ndarray:
     """First-order guess of what each head adds to the answer, ``[item, layer, head]``.
 
     The gate on a head's output stands at 1: gradient times gate is the gradient (``vlm_core.observation.gradients.HeadGradients``).
 
     Parameters
     ----------
-    target : {"logit", "margin"}
-        Of the answer's first token.
+    target : {"margin", "logit"}
+        What is differentiated: the margin of the whole answer, which attribution and single-head ablation score too, or its first token's logit.
     """
     return observe(subject, items, HeadGradients(target))
 

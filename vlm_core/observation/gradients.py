@@ -78,19 +78,10 @@ def _own(value):
     return value
 
 
-def _score(
-    subject: Subject,
-    sequences: Sequence[Encoded],
-    numbers: Sequence[int],
-    tokens: torch.Tensor,
-    intervention=None,
-    gates: torch.Tensor | None = None,
-    images: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The target of every sequence, ``[sequence]``, differentiable in ``gates`` and ``images``.
-
-    ``gates`` ``[sequence, layer, head]``; ``images`` ``[sequence, image token, hidden]``, for sequences with equally many.
-    """
+def _hidden(
+    subject: Subject, sequences: Sequence[Encoded], numbers: Sequence[int], intervention=None, gates=None, images=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states ``[sequence, token, hidden]``, differentiable as in `_score`, and where its last prompt token is."""
     anatomy = subject.anatomy
     inputs, image, valid = batch_sequences(subject, sequences)
     inputs = {name: _own(value) for name, value in inputs.items()}
@@ -106,15 +97,65 @@ def _score(
     module = anatomy.language_model if anatomy.family.enter == "language_model" else anatomy.base
     with active(run):
         hidden = module(**inputs).last_hidden_state
-    last = run.tokens.last.to(hidden.device)
-    logits = anatomy.head(hidden[torch.arange(len(sequences), device=hidden.device), last]).float()
-    if anatomy.logit_softcap is not None:
-        logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
+    return hidden, run.tokens.last.to(hidden.device)
+
+
+def _logits(anatomy, hidden: torch.Tensor) -> torch.Tensor:
+    logits = anatomy.head(hidden).float()
+    return logits if anatomy.logit_softcap is None else torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
+
+
+def _score(
+    subject: Subject,
+    sequences: Sequence[Encoded],
+    numbers: Sequence[int],
+    tokens: torch.Tensor,
+    intervention=None,
+    gates: torch.Tensor | None = None,
+    images: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The target of every sequence, ``[sequence]``, differentiable in ``gates`` and ``images``.
+
+    ``gates`` ``[sequence, layer, head]``; ``images`` ``[sequence, image token, hidden]``, for sequences with equally many.
+    """
+    hidden, last = _hidden(subject, sequences, numbers, intervention, gates, images)
+    logits = _logits(subject.anatomy, hidden[torch.arange(len(sequences), device=hidden.device), last])
     tokens = tokens.to(logits.device)
     picked = logits.gather(1, tokens.clamp(min=0))
     if picked.shape[1] == 1:
         return picked[:, 0]
     return picked[:, 0] - picked[:, 1:].masked_fill(tokens[:, 1:] < 0, -torch.inf).amax(1)
+
+
+def _margins(
+    subject: Subject, items: Sequence, sequences: Sequence[Encoded], numbers: Sequence[int], intervention, gates: torch.Tensor
+) -> torch.Tensor:
+    """Summed log-probability of every item's answer above that of its best rival, as a sweep's ``margin``, ``[item]``."""
+    extended, owners, reads, answers = [], [], [], []
+    for number, (item, encoded) in enumerate(zip(items, sequences, strict=True)):
+        answer, candidates = item_field(item, "answer"), list(item_field(item, "candidates"))
+        if len(set(candidates)) < 2:
+            raise ValueError(f"item {item_field(item, 'id')!r} has no wrong candidate: a margin needs one")
+        tokens = [subject.continuation(one) for one in candidates]
+        rows = {}
+        for prefix in dict.fromkeys(one[:-1] for one in tokens):
+            rows[prefix] = len(extended)
+            extended.append(encoded.extended(subject, prefix))
+            owners.append(number)
+        reads.append([(rows[one[:-1]], one) for one in tokens])
+        answers.append(candidates.index(answer))
+    hidden, _ = _hidden(subject, extended, [numbers[owner] for owner in owners], intervention, gates[owners])
+    margins = []
+    for answer, candidates in zip(answers, reads, strict=True):
+        scores = []
+        for row, tokens in candidates:
+            where = torch.arange(len(extended[row]) - len(tokens), len(extended[row]), device=hidden.device)
+            chances = _logits(subject.anatomy, hidden[row, where]).log_softmax(-1)
+            scores.append(chances[torch.arange(len(tokens)), list(tokens)].sum())
+        scores = torch.stack(scores)
+        rivals = torch.arange(len(candidates), device=scores.device) != answer
+        margins.append(scores[answer] - scores[rivals].max())
+    return torch.stack(margins)
 
 
 def _chunks(encoded: Sequence[Encoded]) -> list[slice]:
@@ -147,7 +188,8 @@ class HeadGradients:
     Parameters
     ----------
     target : {"logit", "margin"}
-        The logit of the answer's first token as the next one, or that minus its strongest rival's among the candidates.
+        The logit of the answer's first token as the next one, or the summed log-probability of the whole answer above that of its strongest
+        rival among the candidates (a sweep's ``margin``).
     """
 
     target: str = "logit"
@@ -167,9 +209,12 @@ class HeadGradients:
             for chunk in _chunks(encoded):
                 gates = torch.ones(len(encoded[chunk]), anatomy.n_layers, anatomy.n_heads, device=subject.device)
                 gates.requires_grad_()
-                tokens = _targets(subject, items[chunk], self.target)
                 numbers = [item_number(item) for item in items[chunk]]
-                score = _score(subject, encoded[chunk], numbers, tokens, intervention, gates=gates)
+                if self.target == "margin":
+                    score = _margins(subject, items[chunk], encoded[chunk], numbers, intervention, gates)
+                else:
+                    tokens = _targets(subject, items[chunk], self.target)
+                    score = _score(subject, encoded[chunk], numbers, tokens, intervention, gates=gates)
                 found.append(torch.autograd.grad(score.sum(), gates)[0])
         return {"": torch.cat(found)}
 

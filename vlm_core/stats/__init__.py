@@ -12,8 +12,8 @@ from .claims import Claim, ClaimTest, Equivalence, NonInferiority, Superiority, 
 from .descriptive import Interval, interval, interval_each
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
-from .permutation import monte_carlo_p, sign_flip_p
-from .statistic import estimate_statistic, jackknife_statistic, kendall_w, kruskal, per_cluster
+from .permutation import monte_carlo_p, never_zero, sign_flip_p
+from .statistic import estimate_statistic, friedman, jackknife_statistic, kendall_w, kruskal, per_cluster
 from .trend import linear_contrast, page_p
 from .verdict import Baseline, Control, Decision, Verdict, decide
 
@@ -33,6 +33,7 @@ __all__ = [
     "decide",
     "estimate_mean",
     "estimate_statistic",
+    "friedman",
     "holm",
     "interval",
     "interval_each",
@@ -41,6 +42,7 @@ __all__ = [
     "kruskal",
     "linear_contrast",
     "monte_carlo_p",
+    "never_zero",
     "page_p",
     "per_cluster",
     "sign_flip_p",

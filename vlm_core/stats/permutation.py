@@ -1,5 +1,7 @@
 """p-values from random draws: never 0, because the observed arrangement is itself one of the draws.
 
+``never_zero``
+    a p-value of a textbook test, with a bound where it is too small to compute
 ``monte_carlo_p``
     one measured value against draws of a matched random control
 ``sign_flip_p``
@@ -13,6 +15,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from .intervals import cluster_totals
+
+
+def never_zero(p_value: float) -> float:
+    """The p-value, or where it came out as 0 the bound below which it lies: the spacing of floats at 1 (2.2e-16)."""
+    return float(p_value) if p_value > 0 else float(np.finfo(float).eps)
 
 
 def monte_carlo_p(observed: float, draws: ArrayLike) -> float:

@@ -5,6 +5,7 @@
 ``per_cluster``          values of items summed cluster by cluster, in the order that ``estimate_statistic`` weights them
 ``kendall_w``            agreement of several rankings (Kendall's W)
 ``kruskal``              Kruskal-Wallis test with its effect size ε²
+``friedman``             Friedman test of treatments that were all measured on the same blocks, with its effect size W
 
 A statistic is written once, as a function of how often each cluster is drawn; the bootstrap and the jackknife that BCa needs both call it.
 """
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from .intervals import N_RESAMPLES, Bounds, Estimate, expanded_level, student_bounds
+from .permutation import never_zero
 
 _TIED = 1e-12
 
@@ -251,4 +253,31 @@ def kruskal(groups: Sequence[ArrayLike]) -> tuple[float, float]:
     if np.ptp(values) == 0:
         return 1.0, 0.0
     found, n = stats.kruskal(*groups), values.size
-    return float(found.pvalue), float(found.statistic * (n + 1) / (n**2 - 1))
+    return never_zero(found.pvalue), float(found.statistic * (n + 1) / (n**2 - 1))
+
+
+def friedman(values: ArrayLike) -> tuple[float, float]:
+    """Friedman test of "all treatments have one distribution", each block's values compared among themselves only.
+
+    Parameters
+    ----------
+    values : [block, treatment]
+        Blocks must be independent (cluster means, where items of a cluster are not); two treatments or more.
+
+    Returns
+    -------
+    p_value, w : float
+        Chi-square approximation; W is Kendall's coefficient of concordance of the blocks, from 0 to 1. (1.0, 0.0) where no block tells any two
+        treatments apart.
+
+    References
+    ----------
+    Friedman 1937, J. Am. Stat. Assoc. 32:675-701; χ² = blocks · (treatments - 1) · W, ties corrected as in ``scipy.stats.friedmanchisquare``,
+    which needs three treatments (with two this is the sign test's χ²).
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or min(values.shape, default=0) < 2:
+        raise ValueError(f"friedman needs [block, treatment] with two or more of each, not shape {values.shape}")
+    blocks, treatments = values.shape
+    w = float(kendall_w(values))
+    return never_zero(stats.chi2.sf(blocks * (treatments - 1) * w, treatments - 1)), w

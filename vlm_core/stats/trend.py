@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from .permutation import never_zero
+
 
 def _table(values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, dtype=float)
@@ -51,6 +53,11 @@ def page_p(values: ArrayLike, clusters: ArrayLike, *, falling: bool = False) -> 
         Cluster of each item.
     falling
         The prediction is a fall.
+
+    Returns
+    -------
+    float
+        Never 0: where the p-value is too small to compute, the spacing of floats (2.2e-16) bounds it from above.
     """
     values = _table(values)
     if not np.all(np.isfinite(values)):
@@ -58,4 +65,4 @@ def page_p(values: ArrayLike, clusters: ArrayLike, *, falling: bool = False) -> 
     codes = np.unique(np.asarray(clusters), return_inverse=True)[1]
     # Ranks within a row are the same for sums as for means; rounded so that equal conditions stay tied.
     totals = np.round(np.stack([np.bincount(codes, column) for column in values.T], axis=1), 9)
-    return float(stats.page_trend_test(totals[:, ::-1] if falling else totals).pvalue)
+    return never_zero(stats.page_trend_test(totals[:, ::-1] if falling else totals).pvalue)

@@ -39,12 +39,17 @@ class Verdict(str, Enum):
         return self.value
 
 
-CONTROL_KINDS = ("negative", "positive", "floor", "ceiling", "placebo", "info")
+CONTROL_KINDS = ("negative", "positive", "floor", "ceiling", "placebo", "condition", "info")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A condition checked beside the claim. A failed one makes the claim invalid, unless its kind is ``"info"``."""
+    """Something checked beside the claim.
+
+    A failed one makes the claim invalid. Of two kinds it does not: one that is ``"info"`` decides nothing; a ``"condition"`` is a part of the
+    claim itself beside its interval (a p-value, a choice that had to succeed), without which the claim cannot be supported, while an interval
+    that refutes it still does. ``detail`` is said with the verdict's reason, whatever the outcome: what was left out, say.
+    """
 
     name: str
     kind: str
@@ -115,7 +120,7 @@ class Decision:
     n_needed
         Clusters at which that distance equals the declared threshold; None where meaningless.
     underpowered
-        Inconclusive, and the sample could not have told the declared effect from none.
+        The interval decides nothing, and the sample could not have told the declared effect from none.
     controls, baseline
         As handed in.
     """
@@ -217,6 +222,11 @@ def _missing_room(claim: Claim, baseline: Baseline) -> str | None:
     return None
 
 
+def _expected(control: Control) -> str:
+    measured = _number(control.value)
+    return f"expected {control.expected}" + ("" if measured is None else f", was {_show(measured)}")
+
+
 def _blockers(
     claim: Claim, n_clusters: int, n_seeds: int, baseline: Baseline | None, controls: Iterable[Control]
 ) -> list[str]:
@@ -227,10 +237,8 @@ def _blockers(
     if n_seeds < claim.min_seeds:
         found.append(f"{n_seeds} seed{'s' * (n_seeds != 1)}, fewer than the {claim.min_seeds} declared")
     for control in controls:
-        if control.kind != "info" and not control.passed:
-            measured = _number(control.value)
-            was = "" if measured is None else f", was {_show(measured)}"
-            found.append(f"the {control.kind} control '{control.name}' failed: expected {control.expected}{was}")
+        if control.kind not in ("info", "condition") and not control.passed:
+            found.append(f"the {control.kind} control '{control.name}' failed: {_expected(control)}")
     if baseline is not None:
         room = _missing_room(claim, baseline)
         if room:
@@ -284,6 +292,7 @@ def decide(
     p_value: float | None = None,
     rng: int | np.random.Generator = 0,
     bounds: Bounds | None = (-1.0, 1.0),
+    missing: str = "the statistic is the same in every resample: zero variance where variance is needed",
 ) -> Decision:
     """Decide a claim from its paired effects.
 
@@ -307,12 +316,14 @@ def decide(
         The task's accuracy and floors; checks that the model has room to move by the declared amount, down to the
         better of blind and chance or, for ``direction="gain"``, up to 1.
     controls
-        A failed control of any kind but ``"info"`` makes the claim invalid.
+        See `Control`: a failed one makes the claim invalid, a failed ``"condition"`` keeps it from being supported.
     p_value
         A second condition: support also needs it below ``alpha / family_size``. Required for ``Trend``.
     bounds
         Range of one effect, used where almost nothing varies; None for effects without one (logits, slopes).
         Ignored for ``Trend``, which needs variance.
+    missing
+        Why there is no effect, where ``effect`` is None.
     """
     kind, limit = claim.test.kind, claim.test.limit
     if family_size < 1:
@@ -326,7 +337,7 @@ def decide(
     n_items = n_clusters = n_seeds = 0
     estimate: Estimate | None = None
     if effect is None:
-        problems = ["the statistic is the same in every resample: zero variance where variance is needed"]
+        problems = [missing]
     elif isinstance(effect, Estimate):
         estimate = effect
         n_items, n_clusters, n_seeds = effect.n_items, effect.n_clusters, effect.n_seeds
@@ -358,13 +369,16 @@ def decide(
         verdict, reason = Verdict.INVALID, "; ".join(problems)
     else:
         verdict, reason = _compare(kind, lower, upper, limit)
-        if verdict is Verdict.SUPPORTED and p_value is not None and not p_value < alpha:
-            verdict = Verdict.INCONCLUSIVE
-            reason = f"{reason}, but p = {p_value:.2g} of its own test is not below {alpha:.2g}"
         underpowered = verdict is Verdict.INCONCLUSIVE and limit > 0 and mde > limit
+        unmet = [f"'{one.name}' is not met ({_expected(one)})" for one in controls if one.kind == "condition" and not one.passed]
+        if p_value is not None and not p_value < alpha:
+            unmet.insert(0, f"p = {p_value:.2g} of its own test is not below {alpha:.2g}")
+        if verdict is Verdict.SUPPORTED and unmet:
+            verdict, reason = Verdict.INCONCLUSIVE, f"{reason}, but {' and '.join(unmet)}"
         if underpowered:
             more = f"about {needed} clusters would do" if needed else "more clusters alone would not do, more seeds might"
             reason = f"{reason}: underpowered, it detects {_show(mde, limit)} at 80 % power ({more})"
+    reason = "; ".join([reason, *dict.fromkeys(control.detail for control in controls if control.detail)])
     return Decision(
         verdict=verdict,
         reason=reason,

@@ -152,7 +152,7 @@ def test_what_has_no_gradient_is_said(subject):
     with pytest.raises(ValueError, match="has no wrong candidate"):
         observe(subject, [{**item, "candidates": [item["answer"]]}], HeadGradients("margin"))
     with pytest.raises(ValueError, match="start with the same token"):
-        observe(subject, [{**item, "answer": "dark red", "candidates": ["dark red", "dark blue"]}], HeadGradients("margin"))
+        observe(subject, [{**item, "answer": "dark red", "candidates": ["dark red", "dark blue"]}], ImageGradients("margin"))
     crossed = Subject(TINY["mllama"].model(), name="crossed")
     with torch.inference_mode():
         encoded = capture(crossed, TINY["mllama"].prompts())

@@ -35,14 +35,17 @@ def test_attention_mass_is_the_full_maps_sum_over_image_keys_averaged_over_text(
         np.testing.assert_allclose(attention_mass(subject, [item], "last")[0], maps[:, :, -1][..., image].sum(-1), atol=1e-5)
 
 
-def test_gradient_gates_are_the_slope_of_the_answers_logit_as_heads_fade(planted):
-    subject, items, _ = planted
-    found = gradient_gates(subject, items[:2])
+@pytest.mark.parametrize("multi_token", [False, True])
+def test_gradient_gates_are_the_slope_of_the_margin_as_heads_fade(multi_token):
+    """Finite differences of the margin that sweeps score, for answers of one token and of two that begin alike."""
+    subject = planted_subject(PLANTED)
+    items = make_items(2)
+    if multi_token:
+        items = [{**item, "answer": "dark red", "candidates": ["dark red", "dark blue", "green"]} for item in items]
+    found = gradient_gates(subject, items)
     assert found.shape == (2, 3, 4)
-    answer = [subject.continuation(item["answer"])[0] for item in items[:2]]
-    batch = [subject.encode_items([item]) for item in items[:2]]
 
-    def logit(number, layer, head, gate):
+    def margin(number, layer, head, gate):
         size = subject.anatomy.head_dim
 
         def fade(module, args):
@@ -50,16 +53,30 @@ def test_gradient_gates_are_the_slope_of_the_answers_logit_as_heads_fade(planted
             heads[..., head * size : (head + 1) * size] *= gate
             return (heads,)
 
-        handle = subject.anatomy.output_projection(layer).register_forward_pre_hook(fade)
-        try:
-            with torch.inference_mode():
-                return float(subject.model(**batch[number].inputs).logits[0, -1, answer[number]])
-        finally:
-            handle.remove()
+        batch = subject.encode_items([items[number]])
+        scores = {}
+        for candidate in items[number]["candidates"]:
+            tokens = subject.continuation(candidate)
+            inputs = dict(batch.inputs)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.long)], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            handle = subject.anatomy.output_projection(layer).register_forward_pre_hook(fade)
+            try:
+                with torch.inference_mode():
+                    chances = subject.model(**inputs).logits[0, -len(tokens) :].log_softmax(-1)
+            finally:
+                handle.remove()
+            scores[candidate] = sum(float(row[token]) for row, token in zip(chances, tokens, strict=True))
+        answer = scores.pop(items[number]["answer"])
+        return answer - max(scores.values())
 
+    (scored,) = sweep(subject, items[:1], [None], metrics=("margin",))["value"]
+    assert margin(0, 0, 1, 1.0) == pytest.approx(scored, abs=1e-4)
+    logits = gradient_gates(subject, items, "logit")
     for number, layer, head in ((0, 0, 1), (1, 2, 3), (1, 1, 0)):
-        slope = (logit(number, layer, head, 1.01) - logit(number, layer, head, 0.99)) / 0.02
+        slope = (margin(number, layer, head, 1.02) - margin(number, layer, head, 0.98)) / 0.04
         assert found[number, layer, head] == pytest.approx(slope, abs=2e-3)
+    assert np.abs(found - logits).max() > 0.05  # another question than the answer's own logit
 
 
 def test_single_heads_are_one_sweep_each_and_name_the_planted_ones(planted):

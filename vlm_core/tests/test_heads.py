@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,12 +11,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from sklearn.linear_model import Ridge
 
 import vlm_core.heads.attribution
 from vlm_core import HeadId, ImageKVMeans, ReplaceImageKV, image_kv_means
 from vlm_core.heads.attribution import HeadAttribution, head_attribution
-from vlm_core.heads.draws import assign_draws, draw_means, layer_free, layer_matched
+from vlm_core.heads.draws import (
+    assign_draws,
+    assign_shared,
+    draw_losses,
+    draw_means,
+    draw_p,
+    layer_free,
+    layer_matched,
+    matching_sets,
+)
 from vlm_core.heads.ranking import order_heads, top_heads
 from vlm_core.tests.planted import next_token_logits, planted_subject, with_answers_the_image_raises
 from vlm_core.tests.tiny import make_items
@@ -326,19 +337,60 @@ def test_draws_without_items_are_refused():
         assign_draws(["matched/0"], 0, 3)
 
 
-def test_draw_means_by_hand():
+@pytest.mark.parametrize(("draws", "items", "shared", "each"), [(40, 36, 8, 2), (3, 10, 4, 9), (5, 4, 9, 1)])
+def test_every_draw_is_run_on_the_shared_items_and_every_other_item_on_a_few(draws, items, shared, each):
+    labels = [f"matched/{i}" for i in range(draws)]
+    plan, common = assign_shared(labels, items, shared, each, seed=2)
+    assert len(common) == len(set(common)) == min(shared, items) and len(plan) == len(set(plan))
+    for label in labels:
+        assert set(common) <= {item for item, name in plan if name == label}
+    counts = np.bincount([item for item, _ in plan], minlength=items)
+    others = [item for item in range(items) if item not in common]
+    assert (counts[common] == draws).all() and (counts[others] == min(each, draws)).all()
+    assert (plan, common) == assign_shared(labels, items, shared, each, seed=2)
+    assert items <= shared or common != assign_shared(labels, items, shared, each, seed=3)[1]
+
+
+def test_draws_that_share_nothing_are_refused():
+    with pytest.raises(ValueError, match="shared is 0: random draws are compared on the same items"):
+        assign_shared(["matched/0"], 4, 0, 1)
+    with pytest.raises(ValueError, match="0 random draws and 4 items"):
+        assign_shared([], 4, 1, 1)
+
+
+def test_draw_means_and_losses_by_hand():
     rows = [
-        ("b", "matched/0", 1.0), ("a", "matched/0", 0.0), ("b", "matched/10", 0.0), ("c", "matched/10", 1.0),
-        ("a", "anywhere/0", 1.0), ("b", "matched/2", 1.0), ("c", "matched-2/0", 0.0),
+        ("b", "matched/0", 1.0), ("a", "matched/0", 0.0), ("b", "matched/10", 0.0), ("c", "matched/10", 1.0), ("a", "matched/10", 1.0),
+        ("a", "anywhere/0", 1.0), ("c", "matched-2/0", 0.0),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["item", "intervention", "value"])
     full = pd.Series({"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0})
-    targeted = pd.Series({"a": 0.0, "b": 0.0, "c": 0.0, "d": 1.0})
-    per_item, lost = draw_means(table, "matched", full, targeted)
-    assert per_item.index.tolist() == ["a", "b", "c", "d"]
-    np.testing.assert_allclose(per_item, [0.0, 2 / 3, 1.0, np.nan])
-    np.testing.assert_allclose(lost["random"], [(0 + 1) / 2, (1 - 1) / 2, 0.0])
-    np.testing.assert_allclose(lost["targeted"], [1.0, 0.5, 1.0])  # on each draw's own items
-    free, lost = draw_means(table, "anywhere", full, targeted)
-    assert free["a"] == 1.0 and free.drop("a").isna().all()
-    np.testing.assert_allclose(lost["random"], [0.0])
+    means = draw_means(table, "matched", full.index)
+    assert means.index.tolist() == ["a", "b", "c", "d"]
+    np.testing.assert_allclose(means, [0.5, 0.5, 1.0, np.nan])
+    assert draw_means(table, "anywhere", full.index).dropna().to_dict() == {"a": 1.0}
+    lost = draw_losses(table, "matched", full, ["a", "b"])  # c was not run on every draw
+    assert lost.to_dict() == {"matched/0": 0.5, "matched/10": 0.5}
+    assert draw_losses(table, "matched", full, ["b"]).to_dict() == {"matched/0": 0.0, "matched/10": 1.0}
+    with pytest.raises(ValueError, match="not all run on the 2 shared items"):
+        draw_losses(table, "matched", full, ["a", "c"])
+
+
+def test_a_set_drawn_like_the_others_is_rarely_called_special(grid):
+    """The p-value holds its level when the targeted set is any set that matches, however few there are and however few the items."""
+    targeted = (HeadId(1, 0), HeadId(1, 4))
+    sets = [tuple(HeadId(1, head) for head in pair) for pair in itertools.combinations(range(5), 2)]
+    assert matching_sets(targeted, grid) == len(sets) == 10 and matching_sets(TARGETED, grid) == 50
+    rng, runs, low = np.random.default_rng(0), 400, {0.1: 0, 0.2: 0, 0.5: 0}
+    for seed in range(runs):
+        worth = rng.random((5, 12)) < 0.4  # which heads which of 12 items needs
+        mine = sets[rng.integers(len(sets))]
+        cost = {one: float(worth[[head for _, head in one]].any(0).mean()) for one in sets}
+        p = draw_p(cost[mine], [cost[draw] for draw in layer_matched(mine, grid, 60, seed)], len(sets))
+        for level in low:
+            low[level] += p <= level
+    for level, count in low.items():
+        assert stats.binomtest(count, runs, level, alternative="greater").pvalue > 1e-3, (level, count)
+    assert low[0.5] > 0.2 * runs  # and it is not held by never speaking
+    assert draw_p(1.0, np.zeros(999), 10**9) == pytest.approx(1 / 1000)
+    assert draw_p(1.0, np.zeros(999), 4) == pytest.approx(1 / 4 + 3 / 4 / 1000)

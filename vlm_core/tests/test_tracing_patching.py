@@ -185,34 +185,51 @@ def made(ahead, n_layers=None):
 
 
 @pytest.mark.parametrize(
-    ("ahead", "expected"),
+    ("ahead", "first", "second"),
     [
-        ([1, 1, -1, -1], 1.0),
-        ([1, 1, 0.3, -1, -1], 1.0),  # a layer in the middle counts to neither half
-        ([1, 1, 1, 1], 0.0),
-        ([-1, -1, -1, -1], 0.0),
-        ([0.6, 0.2, -0.2, -0.6], 0.4),
-        ([-1, -1, 1, 1], -1.0),
+        ([1, 1, -1, -1], 1.0, -1.0),
+        ([1, 1, 0.3, -1, -1], 1.0, -1.0),  # a layer in the middle counts to neither half
+        ([1, 1, 1, 1], 1.0, 1.0),
+        ([0.6, 0.2, -0.2, -0.6], 0.4, -0.4),
+        ([-1, -1, 1, 1], -1.0, 1.0),
     ],
 )
-def test_the_handover_of_hand_made_cases(ahead, expected):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_lead_of_a_place_in_hand_made_cases(ahead, first, second, direction):
     weights = np.array([[1.0, 1.0, 1.0], [0.0, 2.0, 1.0]])
-    np.testing.assert_allclose(made(ahead).handover()(weights), expected)
+    for half, expected in (("first", first), ("second", second)):
+        np.testing.assert_allclose(made(ahead).lead("image", "last", direction, half)(weights), expected)
+        np.testing.assert_allclose(made(ahead).lead("last", "image", direction, half)(weights), -expected)
 
 
-def test_the_handover_is_the_lesser_direction():
-    clear, none = made([1, 1, -1, -1]), made([1, 1, 1, 1])
+def test_directions_are_told_apart():
+    clear, none = made([1, 1, -1, -1]), made([0, 0, 0, 0])
     both = dataclasses.replace(clear, noised=none.noised)
-    assert both.handover()(np.ones((1, 3)))[0] == pytest.approx(0.0)
+    leads = [both.lead("image", "last", direction, "first")(np.ones((1, 3)))[0] for direction in DIRECTIONS]
+    assert leads == pytest.approx([1.0, 0.0])
 
 
-def test_ends_are_no_evidence_of_a_handover():
+def test_a_lead_is_a_ratio_of_sums_over_the_items_drawn():
+    found = made([0.5, -0.5])
+    weights = np.array([[2.0, 0.0, 1.0]])
+    moved = found.denoised.copy()
+    moved[:2, 0, PLACES.index("image")] = 0.0  # two items of one scene, which weighs twice
+    one = dataclasses.replace(found, denoised=moved).lead("image", "last", "sufficient", "first")(weights)[0]
+    gap = np.array([2, 2, 0, 0, 1, 1]) * found.gap
+    image = np.where(np.arange(6) < 2, 0.0, 0.75)
+    assert one == pytest.approx((gap * image).sum() / gap.sum() - 0.25)
+
+
+def test_ends_are_no_evidence_of_where_the_answer_is():
     """What enters the first layer is the image, what enters the final norm is read at the last token: of any model."""
-    ends = made([1, 1, 1, -1])
+    ends = made([1, 1, -1, -1])
     shifted = dataclasses.replace(ends, layers=(0, 1, 2, 3), n_layers=3)
-    assert shifted.handover()(np.ones((1, 3)))[0] == pytest.approx(0.0)
-    with pytest.raises(ValueError, match="a hand-over needs two layers between"):
-        dataclasses.replace(ends, layers=(0, 1, 2, 3), n_layers=2).handover()
+    leads = [shifted.lead("image", "last", "sufficient", half)(np.ones((1, 3)))[0] for half in ("first", "second")]
+    assert leads == pytest.approx([1.0, -1.0])  # layers 1 and 2 alone
+    with pytest.raises(ValueError, match="halves of the depth need two layers between"):
+        dataclasses.replace(ends, layers=(0, 1, 2, 3), n_layers=2).lead("image", "last", "sufficient", "first")
+    with pytest.raises(ValueError, match="no half 'middle'"):
+        ends.lead("image", "last", "sufficient", "middle")
 
 
 def test_wrong_input_is_said(subject, pairs):

@@ -99,6 +99,11 @@ def test_the_worst_cell_of_hand_made_losses():
     assert losses.worst() == ("y", "late")  # alike in accuracy, more in margin
     assert losses.worst("margin", "correct") == ("x", "middle")
     np.testing.assert_array_equal(losses.at("y", "late"), [1, 1, 0, 0])
-    np.testing.assert_array_equal(losses.beside("y", "late"), [0, 0.5, 0, 0])
+    assert losses.runner_up("y", "late") == "early"  # one item of four against none
+    assert losses.runner_up("x", "early") == "middle"  # alike in accuracy, more in margin
+    assert losses.runner_up("x", "middle", "margin", "correct") == "early"
     swapped = dataclasses.replace(losses, cut={"correct": cut, "margin": -margins})
     assert swapped.worst() == ("x", "early")
+    single = dataclasses.replace(losses, windows={"early": (0,)})
+    with pytest.raises(ValueError, match=r"3 layers have one window only \(early\)"):
+        single.runner_up("y", "early")

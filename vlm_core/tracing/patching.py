@@ -105,13 +105,18 @@ class Patching:
         """``share`` for weights of clusters: ``[draw, cluster] -> [draw, layer, place or head]``."""
         return pooled_shares(self.moved(direction, what), self.gap, self.clusters)
 
-    def handover(self) -> Callable[[np.ndarray], np.ndarray]:
-        """How clearly the answer goes from the image's tokens to the last one in the middle of the depth, ``[draw, cluster] -> [draw]``.
+    def lead(self, place: str, over: str, direction: str, half: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Share held by one place minus that held by another, averaged over half of the inner layers, ``[draw, cluster] -> [draw]``.
 
-        Share held by the image's tokens minus share held by the last one, averaged over the first half of the inner layers, minus the same
-        over the second half (a layer in the middle counts to neither), halved; the lesser of both directions. 1 where the image's tokens
-        are all that counts up to the middle and the last token is after it; 0.5 where the answer moves at an even pace; 0 where it is at
-        one place throughout. [ours]
+        A ratio of sums over items, for `vlm_core.stats.estimate_statistic`; 1 where the first place holds all and the other nothing. [ours]
+
+        Parameters
+        ----------
+        place, over : str
+            Of ``places``.
+        direction : {"sufficient", "necessary"}
+        half : {"first", "second"}
+            Of the layers between the first one and the final norm; a layer in the middle counts to neither.
 
         Raises
         ------
@@ -119,19 +124,20 @@ class Patching:
             With fewer than two inner layers: where a stream enters the first layer or the final norm its places hold all or nothing.
         """
         inner = [number for number, layer in enumerate(self.layers) if 0 < layer < self.n_layers]
-        half = len(inner) // 2
-        if not half:
-            raise ValueError(f"a hand-over needs two layers between the first and the final norm, patched were {self.layers}")
-        early, late = inner[:half], inner[-half:]
-        image, last = self.places.index("image"), self.places.index("last")
-        both = [self.shares(direction) for direction in DIRECTIONS]
+        size = len(inner) // 2
+        if not size:
+            raise ValueError(f"halves of the depth need two layers between the first and the final norm, patched were {self.layers}")
+        if half not in ("first", "second"):
+            raise ValueError(f"no half {half!r} of the depth: 'first' or 'second'")
+        chosen = inner[:size] if half == "first" else inner[-size:]
+        one, other = self.places.index(place), self.places.index(over)
+        shares = self.shares(direction)
 
-        def contrast(weights: np.ndarray) -> np.ndarray:
-            found = [shares(weights) for shares in both]
-            ahead = [one[:, :, image] - one[:, :, last] for one in found]
-            return np.min([(one[:, early].mean(1) - one[:, late].mean(1)) / 2 for one in ahead], axis=0)
+        def difference(weights: np.ndarray) -> np.ndarray:
+            found = shares(weights)[:, chosen]
+            return (found[:, :, one] - found[:, :, other]).mean(1)
 
-        return contrast
+        return difference
 
 
 def contrasting(subject: Subject, items: Sequence) -> list[dict]:

@@ -77,10 +77,18 @@ class WindowLosses:
         """What one cell costs, ``[item]``."""
         return self.loss(metric)[:, self.edges.index(edge), list(self.windows).index(window)]
 
-    def beside(self, edge: str, window: str, metric: str = "correct") -> np.ndarray:
-        """What the edge costs in the other windows, on average, ``[item]``."""
-        others = [number for number, name in enumerate(self.windows) if name != window]
-        return self.loss(metric)[:, self.edges.index(edge), others].mean(1)
+    def runner_up(self, edge: str, window: str, metric: str = "correct", by: str = "margin") -> str:
+        """The other window in which an edge costs most on average; of several alike, the one that costs most of ``by``.
+
+        Raises
+        ------
+        ValueError
+            Where there is no other window.
+        """
+        others = [name for name in self.windows if name != window]
+        if not others:
+            raise ValueError(f"{self.n_layers} layers have one window only ({window}): there is no other to compare it with")
+        return max(others, key=lambda name: (round(self.at(edge, name, metric).mean(), 12), self.at(edge, name, by).mean()))
 
 
 def depth_windows(n_layers: int, published: Mapping[str, tuple[int, int]] = PUBLISHED, of: int = 32) -> dict[str, tuple[int, ...]]:

@@ -98,6 +98,31 @@ def test_a_handed_in_p_value_is_a_second_condition():
     assert around(0.20, RISE, p_value=0.01, family_size=10).verdict is Verdict.INCONCLUSIVE
 
 
+def test_a_condition_that_is_not_met_keeps_a_claim_from_support_and_from_nothing_else():
+    met = Control("Monte-Carlo p", "condition", True, 0.01, "below 0.05")
+    unmet = Control("Monte-Carlo p", "condition", False, 0.12, "below 0.05")
+    assert around(0.20, controls=[met]).verdict is Verdict.SUPPORTED
+    kept = around(0.20, controls=[met, unmet])
+    assert kept.verdict is Verdict.INCONCLUSIVE
+    assert kept.reason.endswith("lies above the declared 0.1, but 'Monte-Carlo p' is not met (expected below 0.05, was 0.12)")
+    assert around(0.00, controls=[unmet]).verdict is Verdict.REFUTED
+    assert "is not met" not in around(0.00, controls=[unmet]).reason
+    assert kept.p_value == around(0.20).p_value and kept.given_p_value is None
+
+
+def test_what_a_control_has_to_say_is_said_with_the_verdict():
+    said = Control("tasks", "positive", True, 0.9, "most", "left out: binding (R² 0.52)")
+    decision = around(0.20, controls=[said, Control("others", "info", False, None, "", "left out: binding (R² 0.52)")])
+    assert decision.verdict is Verdict.SUPPORTED
+    assert decision.reason.endswith("lies above the declared 0.1; left out: binding (R² 0.52)")
+    assert around(0.0, controls=[said]).reason.endswith("; left out: binding (R² 0.52)")
+
+
+def test_a_missing_effect_is_invalid_for_the_reason_given():
+    decision = decide(DROP, None, missing="two heads localise, three are compared")
+    assert decision.verdict is Verdict.INVALID and decision.reason == "two heads localise, three are compared"
+
+
 def test_a_trend_needs_the_p_value_of_an_ordered_test():
     with pytest.raises(ValueError, match="page_p"):
         around(0.2, RISE)

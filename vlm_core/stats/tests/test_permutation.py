@@ -84,6 +84,12 @@ def test_page_matches_the_published_example():
     assert page_p(RATINGS[:, ::-1], np.arange(10), falling=True) == pytest.approx(0.0018191161948127822)
 
 
+def test_a_trend_too_clear_for_floats_has_a_bound_and_no_zero():
+    climbing = np.tile(np.arange(12.0), (400, 1))
+    assert stats.page_trend_test(climbing).pvalue == 0.0
+    assert 0 < page_p(climbing, range(400)) == pytest.approx(2.220446049250313e-16)
+
+
 def test_page_takes_clusters_not_items_as_rows():
     repeated, clusters = np.repeat(RATINGS, 5, axis=0), np.repeat(np.arange(10), 5)
     assert page_p(repeated, clusters) == pytest.approx(0.0018191161948127822)

@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlm_core.stats import Claim, Equivalence, Superiority, decide, estimate_statistic, jackknife_statistic, kendall_w, kruskal, per_cluster
+from vlm_core.stats import (
+    Claim,
+    Equivalence,
+    Superiority,
+    decide,
+    estimate_statistic,
+    friedman,
+    jackknife_statistic,
+    kendall_w,
+    kruskal,
+    per_cluster,
+)
 from vlm_core.stats.intervals import expanded_level
 
 
@@ -169,3 +180,18 @@ def test_kruskal_gives_scipys_p_and_the_share_of_rank_variance():
     assert kruskal([[1.0, 1.0], [1.0]]) == (1.0, 0.0)
     with pytest.raises(ValueError, match="none empty"):
         kruskal([[1.0], []])
+
+
+def test_friedman_is_scipys_and_compares_within_blocks():
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=(12, 4)), rng.integers(0, 3, size=(9, 5)).astype(float)):
+        p_value, w = friedman(values)
+        theirs = stats.friedmanchisquare(*values.T)
+        assert p_value == pytest.approx(theirs.pvalue) and w == pytest.approx(kendall_w(values))
+    assert friedman(np.ones((6, 4))) == (1.0, 0.0)
+    # blocks that lie far apart hide nothing: an unpaired test sees none of this
+    paired = np.arange(30)[:, None] * 10 + np.arange(4) + rng.normal(scale=0.5, size=(30, 4))
+    assert friedman(paired)[0] < 1e-6 < 0.9 < kruskal(list(paired.T))[0]
+    assert 0 < friedman(np.arange(4000)[:, None] + np.arange(3))[0] <= 2.3e-16  # too small for a float: a bound, no 0
+    with pytest.raises(ValueError, match="two or more of each"):
+        friedman(np.ones((1, 4)))
