@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FunctionType
@@ -47,10 +48,10 @@ def code_digest(function: Callable | None) -> str | None:
         return None
     try:
         if not isinstance(function, FunctionType):
-            return _sha256(pickle.dumps(function))
+            return _sha256(_pickled(function))
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        closed = [code_digest(one).encode() if isinstance(one, FunctionType) else pickle.dumps(one) for one in cells]
-        defaults = pickle.dumps((function.__defaults__, function.__kwdefaults__))
+        closed = [code_digest(one).encode() if isinstance(one, FunctionType) else _pickled(one) for one in cells]
+        defaults = _pickled((function.__defaults__, function.__kwdefaults__))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         name = getattr(function, "__qualname__", type(function).__qualname__)
         raise ValueError(
@@ -63,8 +64,32 @@ def code_digest(function: Callable | None) -> str | None:
 def _code(code: CodeType) -> list[bytes]:
     parts = [code.co_code, repr((code.co_names, code.co_varnames, code.co_freevars)).encode()]
     for constant in code.co_consts:
-        parts += _code(constant) if isinstance(constant, CodeType) else [repr(constant).encode()]
+        parts += _code(constant) if isinstance(constant, CodeType) else [_constant(constant).encode()]
     return parts
+
+
+def _constant(value) -> str:
+    # The order in which a set gives its members depends on the process.
+    if isinstance(value, frozenset):
+        return f"frozenset({sorted(map(_constant, value))})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_constant, value))})"
+    return repr(value)
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler to which a set is its members' digests, in order: what it writes is the same in every process."""
+
+    def persistent_id(self, value):
+        if type(value) in (set, frozenset):
+            return type(value).__name__, sorted(_sha256(_pickled(one)) for one in value)
+        return None
+
+
+def _pickled(value) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
 
 
 def _sha256(*parts: bytes) -> str:

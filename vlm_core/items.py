@@ -99,13 +99,15 @@ def require_item(item: Any, fields: Sequence[str] = SHOWN) -> None:
     """
     values = {name: item_field(item, name) for name in fields}
     name = repr(item_field(item, "id"))
-    for field in ("id", "scene_id"):
+    for field in ("id", "scene_id", "task"):
         if field in values and values[field] is None:
-            raise ValueError(f"item {name} has {field} None: items are told apart, and clustered, by these, give it one")
+            raise ValueError(f"item {name} has {field} None: items are told apart, clustered and tabled by these, give it one")
     if "image" in values:
         require_image(values["image"], f"the image of item {name}")
     if "prompt" in values and not isinstance(values["prompt"], str):
         raise ValueError(f"the prompt of item {name} must be a str, got {_shown(values['prompt'])}: write out what the model is asked")
+    if "prompt" in values and not values["prompt"].strip():
+        raise ValueError(f"the prompt of item {name} is empty: write out what the model is asked")
     if "candidates" in values:
         _require_candidates(values["candidates"], name)
     if "answer" in values and not isinstance(values["answer"], str):

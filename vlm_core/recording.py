@@ -402,8 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config, items = RecordingConfig.from_file(options.config), _JsonLines(Path(options.items))
         recording = record(load_vlm(options.subject), items, config, options.out)
-    except (SubjectError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    except (SubjectError, ValueError, TypeError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     print(f"{len(recording.items)} items in {recording.path}: {', '.join((*recording.tables, *recording.arrays))}")
 
 

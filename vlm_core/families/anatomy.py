@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,14 +25,40 @@ __all__ = ["Anatomy", "HeadId"]
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-class HeadId(NamedTuple):
-    """One attention head of the language model, counted from 0 (query heads under grouped-query attention)."""
-
+class _LayerHead(NamedTuple):
     layer: int
     head: int
 
+
+class HeadId(_LayerHead):
+    """One attention head of the language model, counted from 0 (query heads under grouped-query attention).
+
+    Raises
+    ------
+    ValueError
+        For a layer or head that is no whole number.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, layer: int, head: int) -> HeadId:
+        if type(layer) is not int or type(head) is not int:
+            layer, head = _whole(layer, "layer"), _whole(head, "number")
+        return super().__new__(cls, layer, head)
+
     def __str__(self) -> str:
         return f"L{self.layer}.H{self.head}"
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"a head's {what} must be an integer, got {value!r} ({type(value).__name__}): pass a whole number as int"
+        ) from None
 
 
 def _walk(root: nn.Module, path: str, name: str) -> nn.Module:

@@ -12,6 +12,7 @@ attention a token knows about the rest of its view as well. How families cut ima
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,11 @@ def image_layouts(
     ------
     SubjectError
         If the family's layout is unknown, or the processor wrote another number of image tokens.
+    TypeError, ValueError
+        If ``family`` is no ``Family``, or ``inputs`` or ``sizes`` are not what they should be.
     """
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a Family, got {family!r:.60} ({type(family).__name__}): pass subject.anatomy.family")
     if family.layout not in CUTS:
         raise SubjectError(
             f"model_type '{family.model_type}' declares the layout '{family.layout}', which vlm_core.families.tiling does not know "
@@ -176,6 +181,9 @@ def image_layouts(
         raise SubjectError(
             "image tokens cannot be placed without the processor that made them: give the subject its processor."
         )
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        raise ValueError("inputs must be what the processor gave, with 'input_ids' in it: pass batch.inputs of subject.encode(...)")
+    _require_sizes(sizes)
     # Tensors may lie on another device.
     names = ("input_ids", "image_grid_thw", "image_sizes", "batch_num_images", "aspect_ratio_ids")
     found = {name: inputs[name] for name in names if name in inputs}
@@ -202,6 +210,23 @@ def image_layouts(
             unused, positions = [], np.flatnonzero(ids[row] == token)
         layouts.append(_assemble(family, images, unused, positions, prompt, crossing))
     return layouts
+
+
+def _require_sizes(sizes: Any) -> None:
+    """Refuse what is not, per prompt, a list of (height, width)."""
+    instead = "give per prompt a list of its images' (height, width), such as [[(336, 224)]]"
+
+    def several(value: Any) -> bool:
+        return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__len__") and hasattr(value, "__iter__")
+
+    if not several(sizes):
+        raise ValueError(f"sizes are {sizes!r:.60} ({type(sizes).__name__}): {instead}")
+    for number, prompt in enumerate(sizes):
+        if not several(prompt):
+            raise ValueError(f"the sizes of prompt {number} are {prompt!r:.60}: {instead}")
+        for size in prompt:
+            if not several(size) or len(size) != 2 or not all(hasattr(one, "__index__") and operator.index(one) > 0 for one in size):
+                raise ValueError(f"an image of prompt {number} has the size {size!r:.60}, which is no pair of whole numbers above 0: {instead}")
 
 
 def _assemble(

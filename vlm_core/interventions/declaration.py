@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from vlm_core.families.anatomy import HeadId
-from vlm_core.interventions.numeric import integer, integers
+from vlm_core.interventions.numeric import integers
 from vlm_core.interventions.sources import Source, Vector
 
 __all__ = [
@@ -69,7 +69,7 @@ def _head(pair) -> HeadId:
         layer, head = pair
     except (TypeError, ValueError):
         raise ValueError(f"heads must be (layer, head) pairs, got {pair!r} among them: write HeadId(layer, head)") from None
-    return HeadId(integer(layer, "a head's layer"), integer(head, "a head's number"))
+    return HeadId(layer, head)
 
 
 def as_layers(layers: int | Iterable[int], name: str = "layers") -> tuple[int, ...]:

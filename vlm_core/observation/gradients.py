@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm_core.errors import SubjectError
+from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, item_number
 from vlm_core.observation.lens import target_tokens
 from vlm_core.seam.plan import Program
@@ -281,8 +282,7 @@ class IntegratedGradients:
 
     def __post_init__(self) -> None:
         _check_target(self.target)
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+        object.__setattr__(self, "steps", integer(self.steps, "steps", least=1))
         if self.baseline not in ("mean", "zero"):
             raise ValueError(f"baseline must be mean or zero, got '{self.baseline}'")
 

@@ -76,7 +76,7 @@ def observe(
     batch_rows : int, optional
         Items per forward pass at most. Default: ``subject.batch_rows``; fewer where prompts are long.
     groups : callable, optional
-        Called with (item, ``Encoded``): named token groups of the item as boolean arrays ``[token]``.
+        ``groups(item, prompt)`` gives named token groups of the item's prompt (an ``Encoded``) as boolean arrays ``[token]``.
 
     Returns
     -------
@@ -145,7 +145,7 @@ def observed(
     require_row(intervention, "intervention")
     require_possible(intervention, subject.anatomy, named=groups is not None)
     if groups is not None and not callable(groups):
-        raise TypeError(f"groups must be a callable of (item, encoded) or None, got {groups!r:.60} ({type(groups).__name__})")
+        raise TypeError(f"groups must be a callable of (item, prompt) or None, got {groups!r:.60} ({type(groups).__name__})")
     batch_rows = integer(subject.batch_rows if batch_rows is None else batch_rows, "batch_rows", least=1)
     for start in range(0, len(items), batch_rows):
         chunk = take(items, range(start, min(start + batch_rows, len(items))))

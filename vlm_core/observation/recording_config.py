@@ -180,7 +180,10 @@ def _observer(name: str, entry: dict[str, Any], defaults: dict[str, Any]) -> Any
         raise ValueError(f"observer '{name}' ({kind}) has no parameter '{unknown[0]}': it takes {taken}")
     if "layers" in own and "layers" in defaults:
         entry.setdefault("layers", defaults["layers"])
-    observer = KINDS[kind](**{key: value for key, value in entry.items() if key in own})
+    try:
+        observer = KINDS[kind](**{key: value for key, value in entry.items() if key in own})
+    except TypeError as error:
+        raise ValueError(f"observer '{name}' ({kind}) cannot be made of its parameters ({error}): mend their types") from error
     at = {key: entry.get(key, defaults.get(key)) for key in places}
     return At(observer, **at) if any(value is not None for value in at.values()) else observer
 

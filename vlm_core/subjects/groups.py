@@ -1,6 +1,6 @@
 """Token groups that a caller names ("object", "background"), beside those that every prompt has.
 
-``Groups``        what callers pass: ``groups(item, encoded)`` gives an item's groups by name
+``Groups``        what callers pass: ``groups(item, prompt)`` gives an item's groups by name
 ``grouped``       prompts with the groups that such a callable gives them
 ``with_groups``   one prompt with groups of its own
 
@@ -24,7 +24,11 @@ from vlm_core.subjects.embed import Encoded
 __all__ = ["Groups", "grouped", "with_groups"]
 
 Groups = Callable[[Any, Encoded], Mapping[str, np.ndarray] | None]
-"""From (item, ``Encoded``; in a sweep its tokens alone, ``Prompt``) to token groups by name, boolean arrays ``[token]``; None for none."""
+"""From (item, prompt) to token groups by name, boolean arrays ``[token]``; None for none.
+
+The prompt has ``ids``, ``image`` and a length. It is an ``Encoded`` where a model has run, in a sweep its tokens alone
+(``vlm_core.sweeps.features.Prompt``).
+"""
 
 
 def grouped(encoded: Sequence[Encoded], items: Sequence, groups: Groups | None) -> list[Encoded]:

@@ -338,6 +338,9 @@ class Subject:
 
     def _pictures(self, images: Sequence, prompts: Sequence[str]) -> list[list]:
         _require_texts(prompts, "prompts")
+        for number, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise ValueError(f"prompt {number} is empty: write out what the model is asked")
         if isinstance(images, str) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
             raise ValueError(f"images must be a list with one entry per prompt, got {type(images).__name__}: write [image], also of one")
         if len(images) != len(prompts):

@@ -56,7 +56,7 @@ def require_asked(
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be True, False, None or a callable of (rows done, rows in all), got {_shown(progress)}")
     if groups is not None and not callable(groups):
-        raise TypeError(f"groups must be a callable of (item, encoded) or None, got {_shown(groups)}")
+        raise TypeError(f"groups must be a callable of (item, prompt) or None, got {_shown(groups)}")
     if store is not None:
         _require_folder(store)
     if executor is not None:

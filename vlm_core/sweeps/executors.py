@@ -302,10 +302,6 @@ class RayExecutor(_Dispatcher):
 class _Worker:
     """The process of one Ray worker."""
 
-    def pid(self) -> int:
-        """Its process id."""
-        return os.getpid()
-
     def call(self, fn: Callable, args: tuple, kwargs: dict):
         """Run one task."""
         return fn(*args, **kwargs)

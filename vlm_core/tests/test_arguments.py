@@ -53,6 +53,7 @@ from vlm_core import (
     evaluate,
     find_sinks,
     image_kv_means,
+    image_layouts,
     load_interventions,
     lora_targets,
     mean_token,
@@ -62,6 +63,7 @@ from vlm_core import (
     sweep,
     touches,
 )
+from vlm_core.families.anatomy import HeadId
 from vlm_core.observation import observing
 from vlm_core.seam import plan
 from vlm_core.tests.oracles import logits
@@ -188,6 +190,8 @@ SWEEPS = [
     (dict(items=changed(image=Image.new("F", (4, 4)))), ValueError, ("mode 'F'", "scale its values to 0..255")),
     (dict(items=changed(image=[])), SubjectError, "give it at least one image"),
     (dict(items=changed(prompt=None)), ValueError, ("the prompt of item 'item-1' must be a str", "None")),
+    *((dict(items=changed(prompt=empty)), ValueError, "the prompt of item 'item-1' is empty") for empty in ("", "  \n")),
+    (dict(items=changed(task=None)), ValueError, "item 'item-1' has task None"),
     (dict(items=changed(prompt=3)), ValueError, ("the prompt of item 'item-1' must be a str", "3 (int)")),
     (dict(items=changed(id=None)), ValueError, "has id None"),
     (dict(items=changed(scene_id=None)), ValueError, "item 'item-1' has scene_id None"),
@@ -246,6 +250,28 @@ def test_candidates_that_only_other_items_have_are_minus_infinity_in_every_block
     assert values[0] == -np.inf and np.isfinite(values[1])
 
 
+BAD_SIZES = [
+    (None, "sizes are None (NoneType)"),
+    ("x", "sizes are 'x' (str)"),
+    (3, "sizes are 3 (int)"),
+    ([16], "the sizes of prompt 0 are 16"),
+    ([(16, 16)], "an image of prompt 0 has the size 16"),
+    ([[16]], "an image of prompt 0 has the size 16"),
+    ([["ab"]], "an image of prompt 0 has the size 'ab'"),
+    ([[(16, 16, 3)]], "the size (16, 16, 3)"),
+    ([[("a", "b")]], "the size ('a', 'b')"),
+    ([[(0, 16)]], "the size (0, 16)"),
+    ([[(16, -16)]], "the size (16, -16)"),
+    ([[(16.5, 3)]], "the size (16.5, 3)"),
+]
+
+
+def placed(subject, sizes, **changes):
+    inputs = subject.encode([PICTURE], ["what ?"]).inputs
+    given = {"family": subject.anatomy.family, "inputs": inputs, **changes}
+    return image_layouts(given["family"], subject.model.config, subject.processor, given["inputs"], sizes)
+
+
 CALLS = [
     # encode
     (lambda s: s.encode([], []), ValueError, "nothing to encode"),
@@ -254,6 +280,17 @@ CALLS = [
     (lambda s: s.encode(PICTURE, ["a"]), ValueError, ("images must be a list", "[image]")),
     (lambda s: s.encode([PICTURE] * 4, "what"), ValueError, ("prompts must be a list of str", "[text]")),
     (lambda s: s.encode([PICTURE], [None]), ValueError, ("prompts must be a list of str", "None")),
+    (lambda s: s.encode([PICTURE] * 2, ["what ?", " "]), ValueError, "prompt 1 is empty"),
+    (lambda s: observe(s, changed(prompt=""), AttentionMass()), ValueError, "the prompt of item 'item-1' is empty"),
+    *((lambda s, sizes=sizes: placed(s, sizes), ValueError, ("such as [[(336, 224)]]", *words)) for sizes, *words in BAD_SIZES),
+    (lambda s: placed(s, [[(16, 16)]] * 2), ValueError, "there are 1 prompts, but sizes of the images of 2"),
+    (lambda s: placed(s, [[(16, 16)]], inputs=None), ValueError, "inputs must be what the processor gave"),
+    (lambda s: placed(s, [[(16, 16)]], inputs={}), ValueError, "inputs must be what the processor gave"),
+    (lambda s: placed(s, [[(16, 16)]], family="llava"), TypeError, "family must be a Family, got 'llava' (str)"),
+    # heads
+    (lambda s: HeadId("a", "b"), ValueError, ("a head's layer must be an integer", "'a' (str)")),
+    (lambda s: HeadId(1, 1.0), ValueError, ("a head's number must be an integer", "1.0 (float)")),
+    (lambda s: HeadId(True, 1), ValueError, ("a head's layer must be an integer", "True (bool)")),
     (lambda s: s.encode([None], ["what ?"]), ValueError, ("the image of the prompt 'what ?'", "got None")),
     (lambda s: s.encode([PICTURE] * 3, ["a"] * 3, "red"), ValueError, "answers must be a list of str"),
     (lambda s: s.encode([PICTURE], ["a"], [None]), ValueError, "answers must be a list of str"),

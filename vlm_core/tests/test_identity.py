@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -74,6 +75,45 @@ def test_a_fingerprint_is_the_same_in_another_process():
     code = "from vlm_core.tests.tiny import tiny_subject; print(tiny_subject().fingerprint)"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert seen == str(tiny_subject().fingerprint)
+
+
+CODES = """
+from vlm_core.identity import code_digest
+
+def groups(item, prompt, names=frozenset({"red", "green", "blue"}), *, kept={"a": {"x", "y", "z"}}):
+    return {} if item in {"one", "two", "three"} or (item, {"k"}) in (("u", frozenset({"v", "w"})),) else names
+
+def made(words):
+    return lambda item, prompt: item in words
+
+class Chooser:
+    def __init__(self, words):
+        self.words = words
+    def __call__(self, item, prompt):
+        return item in self.words
+
+words = ["red", "green", "blue", "yellow", ("dark", "light")]
+print(code_digest(groups), code_digest(made(set(words))), code_digest(made({"k": [frozenset(words)]})), code_digest(Chooser(set(words))))
+"""
+
+
+def test_code_is_digested_alike_whatever_order_sets_have():
+    def digests(seed):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        return subprocess.run([sys.executable, "-c", CODES], capture_output=True, text=True, check=True, env=environment).stdout.split()
+
+    first, *others = (digests(seed) for seed in (0, 1, 2))
+    assert len(set(first)) == 4 and others == [first, first]
+
+
+def test_sets_in_code_are_told_apart():
+    def made(words):
+        return lambda item, prompt: item in words
+
+    given = [set("ab"), set("ac"), frozenset("ab"), ["a", "b"], {"a": {"b"}}, {"b": {"a"}}, {frozenset("ab")}]
+    assert len({code_digest(made(words)) for words in given}) == len(given)
+    assert code_digest(lambda item: item in {"a", "b"}) != code_digest(lambda item: item in {"a", "c"})
+    assert code_digest(made(set("abcdef"))) == code_digest(made(set("fedcba")))
 
 
 def test_a_store_gives_back_nothing_stale(tmp_path):

@@ -265,7 +265,7 @@ def test_masks_must_fit_and_be_named(subject):
     with pytest.raises(ValueError, match="no token group 'object'"):
         observe(subject, make_items(1), MaskIoU())
     with pytest.raises(ValueError, match="token group 'object' of item 'item-0' is torch.bool of shape .3,., .* give one boolean per token"):
-        observe(subject, make_items(1), MaskIoU(), groups=lambda item, encoded: {"object": np.ones(3, dtype=bool)})
+        observe(subject, make_items(1), MaskIoU(), groups=lambda item, prompt: {"object": np.ones(3, dtype=bool)})
     with pytest.raises(ValueError, match="a threshold is"):
         MaskIoU(thresholds=("median",))
 

@@ -492,6 +492,47 @@ def test_the_command_line_ends_in_one_sentence(subject, tmp_path, monkeypatch, c
     assert re.search(words, said)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[observers.logit_lens]\ntop = 'x'", "top of LogitLens must be an integer, got 'x'"),
+        ("[observers.logit_lens]\nwords = 3", "words of LogitLens are 'answer', 'candidates' or several words, got 3"),
+        ("[observers.attention_mass]\nqueries = ['text']", "queries of AttentionMass must be a token group's name"),
+        ("[observers.key_values]\ntokens = 1", "tokens of KeyValues must be a token group's name"),
+        ("[observers.mask_iou]\nthresholds = 3", "thresholds of MaskIoU must be several, got 3"),
+        ("[observers.sink_mass.sinks]\ndimensions = [1]", "sinks of SinkMass are their dimensions and threshold, got dimensions"),
+        ("[observers.sink_mass.sinks]\ndimensions = 1\nthreshold = 2.0", "observer 'sink_mass' .sink_mass. cannot be made of its parameters"),
+        ("[observers.integrated_gradients]\nsteps = 'x'", "steps must be an integer, got 'x'"),
+        ("layers = 'x'\n[observers.attention_mass]", "layers of At must be integers, got 'x'"),
+        ("[observers.head_outputs]\nreduce = [1]", r"reduce must be last, mean or norm, got '\[1\]'"),
+    ],
+)
+def test_a_bad_configuration_ends_the_command_line_in_one_sentence(tmp_path, monkeypatch, capsys, config, words):
+    (tmp_path / "config.toml").write_text(config)
+    monkeypatch.setattr(recording, "load_vlm", lambda name: pytest.fail("a model was loaded first"))
+    with pytest.raises(SystemExit) as ended:
+        recording.main(["--subject", "x", "--config", str(tmp_path / "config.toml"), "--items", "none", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and said.startswith("python -m vlm_core.recording: ") and "\n" not in said
+    assert re.search(words, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_recording_does_not_take_ends_the_command_line_in_one_sentence(subject, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.toml").write_text("[observers.attention_mass]\n")
+    (tmp_path / "items.jsonl").write_text("")
+
+    def refuse(*_):
+        raise TypeError("the subject must be\na Subject")
+
+    monkeypatch.setattr(recording, "load_vlm", refuse)
+    files = {"config": "config.toml", "items": "items.jsonl", "out": "out"}
+    with pytest.raises(SystemExit) as ended:
+        recording.main(["--subject", "x", *(word for name, file in files.items() for word in (f"--{name}", str(tmp_path / file)))])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "python -m vlm_core.recording: the subject must be a Subject\n"
+
+
 def test_the_command_line(subject, tmp_path, monkeypatch, capsys):
     items = make_items(3)
     with (tmp_path / "items.jsonl").open("w") as lines:

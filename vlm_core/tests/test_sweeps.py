@@ -262,20 +262,20 @@ def test_paths_and_reasons_are_told(tmp_path, subject, means):
 def test_token_groups_of_items_reach_the_interventions(tmp_path, subject):
     items, knock = make_items(3), {"x": KnockOut("last", "half", (0, 1, 2))}
 
-    def half(item, encoded):
-        image = encoded.image.numpy()
+    def half(item, prompt):
+        image = prompt.image.numpy()
         return {"half": image & (image.cumsum() <= image.sum() * (0.5 if item["id"] != "item-1" else 1.0))}
 
     table = sweep(subject, items, knock, metrics=("logprob",), groups=half, store=tmp_path)
     whole = sweep(subject, items, {"x": KnockOut("last", "image", (0, 1, 2))}, metrics=("logprob",))
     assert table["value"][1] == pytest.approx(whole["value"][1], abs=1e-5)
     assert abs(table["value"][0] - whole["value"][0]) > 1e-4
-    other = sweep(subject, items, knock, metrics=("logprob",), store=tmp_path, groups=lambda item, encoded: {"half": encoded.image})
+    other = sweep(subject, items, knock, metrics=("logprob",), store=tmp_path, groups=lambda item, prompt: {"half": prompt.image})
     assert other["value"].tolist() == pytest.approx(whole["value"].tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="no token group 'half'"):
         sweep(subject, items, knock)
     with pytest.raises(ValueError, match="give one boolean per token"):
-        sweep(subject, items, knock, groups=lambda item, encoded: {"half": [True]})
+        sweep(subject, items, knock, groups=lambda item, prompt: {"half": [True]})
 
 
 @pytest.mark.parametrize("grouped", [False, True])
