@@ -1,4 +1,7 @@
-"""Keep freed memory in the process: ``keep_freed_memory()``.
+"""Memory of the host, as this process may use it.
+
+``free_memory()``         bytes that are left to it: the machine's, or its container's where that has a limit
+``keep_freed_memory()``   keep freed memory in the process
 
 Every layer of a forward pass frees blocks of a few megabytes. By default glibc gives such blocks back to the system and faults them in again a
 moment later, page by page, which costs a small model on a CPU 10 to 20 % of its time.
@@ -8,11 +11,65 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["keep_freed_memory"]
+import psutil
+
+__all__ = ["free_memory", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _BLOCK = 2**30
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of the host's memory that this process can still take.
+
+    What the machine has available, or less where a control group (a container's, a job's) or one above it has a limit: the limit minus
+    what the group uses, file pages that the kernel would give back not counted.
+
+    Parameters
+    ----------
+    root : Path
+        Where ``proc`` and ``sys`` are.
+    """
+    return max(0, min([psutil.virtual_memory().available, *_left_to_groups(root)]))
+
+
+def _left_to_groups(root: Path) -> Iterator[int]:
+    """What the limit of each control group above this process leaves, version 2 and 1 of them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return  # no control groups on this system
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Within a container the path is often the host's, which is not there: its own group is then at the top.
+        own = top.joinpath(*Path(path).parts[1:])
+        for group in (own, *own.parents):
+            left = _left(group, *names)
+            if left is not None:
+                yield left
+            if group == top:
+                break
+
+
+def _left(group: Path, limit: str, used: str, reclaimable: str) -> int | None:
+    """What one control group leaves; None where it has no limit."""
+    try:
+        most, taken = (group / limit).read_text().strip(), int((group / used).read_text())
+        if most == "max":
+            return None
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None  # the top group of a machine has no such files, and a path of the host is not there
+    return int(most) - taken + int(stat.get(reclaimable, 0))
 
 
 def keep_freed_memory() -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_core.errors import SubjectError
+from vlm_core.memory import free_memory
 
 __all__ = ["Checkpoint", "inspect_checkpoint", "precheck_subject"]
 
@@ -66,7 +67,6 @@ class Checkpoint:
 
     def require_memory(self, device: str, dtype: Any) -> None:
         """Raise ``SubjectError`` if the weights do not fit the free memory of ``device``."""
-        import psutil
         import torch
 
         if self.n_parameters is None:
@@ -75,7 +75,7 @@ class Checkpoint:
         if str(device).startswith("cuda"):
             free = torch.cuda.mem_get_info(torch.device(device))[0]
         else:
-            free = psutil.virtual_memory().available
+            free = free_memory()
         if needed > free:
             raise SubjectError(
                 f"subject '{self.name}' needs about {needed / 2**30:.1f} GiB on {device} "

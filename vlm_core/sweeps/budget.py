@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from vlm_core.errors import SubjectError
+from vlm_core.memory import free_memory
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["NOTHING_FITS", "Budget", "free_bytes", "in_batches", "out_of_memory"]
@@ -71,7 +71,7 @@ class Budget:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free where ``device`` computes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -1,9 +1,15 @@
-"""Freed memory stays in the process."""
+"""Freed memory stays in the process; what is free is what the process may take."""
 
 import subprocess
 import sys
 
+import psutil
 import pytest
+import torch
+
+from vlm_core import memory
+from vlm_core.memory import free_memory
+from vlm_core.sweeps.budget import free_bytes
 
 CODE = """
 import platform, resource, sys, torch
@@ -27,3 +33,55 @@ def test_blocks_are_not_faulted_in_again():
         for keep in (True, False)
     )
     assert kept < given_back / 4
+
+
+MIB = 2**20
+HOST = 64 * 1024 * MIB
+
+
+def tree(root, files):
+    """A machine's files under ``root``: numbers are MiB."""
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(f"{content * MIB}\n" if isinstance(content, int) else content)
+    return root
+
+
+def stat(name, size):
+    return f"anon 5\n{name} {size * MIB}\nactive_file 7\n"
+
+
+V2, V1 = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
+OWN = {V2 + "a/b/memory.max": 500, V2 + "a/b/memory.current": 400, V2 + "a/b/memory.stat": stat("inactive_file", 50)}
+ABOVE = {V2 + "a/memory.max": 450, V2 + "a/memory.current": 420, V2 + "a/memory.stat": stat("inactive_file", 0)}
+LIMITED = {V1 + "memory.limit_in_bytes": 300, V1 + "memory.usage_in_bytes": 100, V1 + "memory.stat": stat("total_inactive_file", 20)}
+MACHINES = {
+    "no control groups": ({}, HOST // MIB),
+    "version 2": ({"proc/self/cgroup": "0::/a/b\n", **OWN}, 150),
+    "version 2, no limit": ({"proc/self/cgroup": "0::/a/b\n", **OWN, V2 + "a/b/memory.max": "max\n"}, HOST // MIB),
+    "version 2, a group above is narrower": ({"proc/self/cgroup": "0::/a/b\n", **OWN, **ABOVE}, 30),
+    "version 2, used up": ({"proc/self/cgroup": "0::/a/b\n", **OWN, V2 + "a/b/memory.current": 600}, 0),
+    "version 2, in a container": (
+        {"proc/self/cgroup": "0::/\n", V2 + "memory.max": 200, V2 + "memory.current": 150, V2 + "memory.stat": stat("inactive_file", 0)}, 50
+    ),
+    "version 1": ({"proc/self/cgroup": "7:cpu,cpuacct:/x\n4:memory:/\n", **LIMITED}, 220),
+    "version 1, in a container": ({"proc/self/cgroup": "4:memory:/docker/0123\n0::/docker/0123\n", **LIMITED}, 220),
+    "version 1, no limit": ({"proc/self/cgroup": "4:memory:/\n", **LIMITED, V1 + "memory.limit_in_bytes": "9223372036854771712\n"}, HOST // MIB),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_free_memory_is_what_the_container_leaves(tmp_path, monkeypatch, machine):
+    files, expected = MACHINES[machine]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": HOST}))
+    assert free_memory(tree(tmp_path, files)) == expected * MIB
+
+
+def test_a_container_cannot_take_more_than_the_machine_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100 * MIB}))
+    assert free_memory(tree(tmp_path, MACHINES["version 2"][0])) == 100 * MIB
+
+
+def test_a_cpu_budget_is_of_what_the_process_may_take(monkeypatch):
+    monkeypatch.setattr(memory, "_left_to_groups", lambda root: [7 * MIB])
+    assert free_bytes(torch.device("cpu")) == 7 * MIB
