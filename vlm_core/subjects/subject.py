@@ -93,7 +93,7 @@ class Subject:
         self.seam = install(model, self.anatomy, name)
         self._lead: str | None = None
         self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
-        self._loaded_state = self._weights_state()
+        self._loaded_state = self.weights_state()
         self._continuations: dict[str, tuple[int, ...]] = {}
 
     def __repr__(self) -> str:
@@ -158,14 +158,15 @@ class Subject:
         Weights are those in memory: where they were changed after loading, they are digested anew. Settings are the model's and the
         processor's configuration, the attention that the seam delegates to, and the versions of torch and transformers.
         """
-        state = self._weights_state()
+        state = self.weights_state()
         if self._fingerprint is None or self._fingerprint[0] != state:
             untouched = state == self._loaded_state and self.checkpoint is not None
             weights = (self.checkpoint.sha256() if untouched else None) or self._sha256()
             self._fingerprint = state, (weights, str(self.anatomy.embedding.weight.dtype).removeprefix("torch."), self.device.type)
         return *self._fingerprint[1], self._settings()
 
-    def _weights_state(self) -> tuple:
+    def weights_state(self) -> tuple:
+        """What tells of weights that were changed in memory: equal as long as they were not."""
         # Version counters tell of edits in place, a sample of values of those that pass them by (``.data``).
         return tuple(
             (tensor.data_ptr(), tensor._version, tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].double().sum().item())

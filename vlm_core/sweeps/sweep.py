@@ -17,9 +17,10 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -46,8 +47,18 @@ COLUMNS = ("item", "cluster", "task", "intervention", "metric", "value")
 _BLOCK_ITEMS = 128
 _BLOCK_ROWS = 4096
 
-# What this process has encoded for the sweep that it is at: the sweep's name and its images' features.
-_KNOWN: dict[str, KnownFeatures] = {}
+
+@dataclass(eq=False)
+class _Shared:
+    """Image features of a subject in one state, and the sweeps in this process that share them."""
+
+    state: tuple
+    features: KnownFeatures
+    sweeps: set[str] = field(default_factory=set)
+
+
+# What this process has encoded: one store for each subject, whatever sweeps are at it.
+_KNOWN: WeakKeyDictionary[Subject, _Shared] = WeakKeyDictionary()
 _KNOWN_LOCK = threading.Lock()
 
 
@@ -140,7 +151,7 @@ def sweep(
                 progress(done, n_rows)
     finally:
         forget()
-        _KNOWN.pop(plan.sweep, None)
+        _let_go(plan.sweep)
     return _joined([pieces[number] for number in sorted(pieces)])
 
 
@@ -318,13 +329,25 @@ def _rows_by_item(n_items: int, table: dict[str, Row], assignments) -> list[list
 
 
 def _known(subject: Subject, sweep: str) -> KnownFeatures:
-    """Image features that all blocks of a sweep share in this process."""
+    """Image features that all blocks of a sweep share in this process, with those of other sweeps at the same subject."""
     with _KNOWN_LOCK:
-        if sweep not in _KNOWN:
-            # A worker is not told when a sweep ends: the next one takes the place of the last.
-            _KNOWN.clear()
-            _KNOWN[sweep] = KnownFeatures.of(subject)
-        return _KNOWN[sweep]
+        shared = _KNOWN.get(subject)
+        if shared is None or sweep not in shared.sweeps:
+            # A worker is not told when a sweep ends: the next finds what the last has encoded, unless the weights are others by then.
+            state = subject.weights_state()
+            if shared is None or shared.state != state:
+                shared = _KNOWN[subject] = _Shared(state, KnownFeatures.of(subject))
+            shared.sweeps.add(sweep)
+        return shared.features
+
+
+def _let_go(sweep: str) -> None:
+    """Forget the features that no other sweep in this process shares."""
+    with _KNOWN_LOCK:
+        for subject, shared in list(_KNOWN.items()):
+            shared.sweeps.discard(sweep)
+            if not shared.sweeps:
+                del _KNOWN[subject]
 
 
 def _encode(subject: Subject, block: _Block, prompts: list[Prompt] | None) -> list[Encoded]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from threading import Barrier
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +20,7 @@ from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.sweeps.features import KnownFeatures, Prompt, encode_distinct, prompts_of, recalling, vision_tower
 from vlm_core.tests.family_models import BUILDERS, TINY
 from vlm_core.tests.family_processors import PROCESSORS
-from vlm_core.tests.tiny import make_items
+from vlm_core.tests.tiny import make_items, tiny_subject
 
 AFTER = ((12, 13, 14), (15, 16, 17, 18))
 
@@ -227,3 +230,45 @@ def test_prompts_are_the_tokens_of_the_encodings_and_run_nothing(subject):
         for tokens in (prompt, Prompt.of(encoded)):
             assert len(tokens) == tokens.n_prompt == len(encoded)
             assert torch.equal(tokens.ids, encoded.ids) and torch.equal(tokens.image, encoded.image)
+
+
+@pytest.mark.parametrize("n_subjects", [1, 2])
+def test_two_sweeps_in_threads_leave_each_other_their_features(shared_items, monkeypatch, n_subjects):
+    monkeypatch.setattr(vlm_core.sweeps.sweep, "_BLOCK_ITEMS", 1)
+    subjects = [tiny_subject(seed=seed) for seed in range(n_subjects)]
+    turns, held = Barrier(2, timeout=60), []
+
+    def take_turns(done, total):
+        held.append(len(vlm_core.sweeps.sweep._KNOWN))
+        turns.wait()
+
+    with ExitStack() as watched, ThreadPoolExecutor(2) as threads:
+        pixels = [watched.enter_context(seen_by(subject)) for subject in subjects]
+        runs = [threads.submit(sweep, subjects[number % n_subjects], shared_items, [None], progress=take_turns) for number in range(2)]
+        tables = [run.result() for run in runs]
+    one = shared_items[0]["image"].size[0] ** 2 * 3
+    # Three images: each passes the tower of its subject once, however the two sweeps take turns.
+    assert [sum(seen) for seen in pixels] == [3 * one] * n_subjects
+    assert max(held) == n_subjects and not vlm_core.sweeps.sweep._KNOWN
+    for number, table in enumerate(tables):
+        pd.testing.assert_frame_equal(table, sweep(subjects[number % n_subjects], shared_items, [None]))
+
+
+def test_a_worker_takes_no_features_of_other_weights_and_one_store_a_subject(subject):
+    of, known = vlm_core.sweeps.sweep._known, vlm_core.sweeps.sweep._KNOWN
+    subject = tiny_subject()
+    first = of(subject, "a")
+    assert of(subject, "a") is first and of(subject, "b") is first and len(known) == 1
+    with torch.no_grad():
+        next(subject.model.parameters()).mul_(1.5)
+    changed = of(subject, "c")
+    assert changed is not first and of(subject, "c") is changed and len(known) == 1
+    vlm_core.sweeps.sweep._let_go("c")
+    assert not known
+
+
+def test_features_go_with_their_subject():
+    known = vlm_core.sweeps.sweep._KNOWN
+    vlm_core.sweeps.sweep._known(tiny_subject(), "a")
+    gc.collect()
+    assert not known
