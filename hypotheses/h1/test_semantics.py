@@ -1,4 +1,4 @@
-"""H1: which heads an item uses follows what is asked for and shown, not what the image looks like.
+"""H1: which heads an item uses follows what is asked for, not what the image looks like.
 
 Each item's attribution comes from its own masks alone; only its direction counts.
 """
@@ -12,8 +12,9 @@ from vlm_core.stats import Claim, Superiority
 
 SEMANTICS = Claim(
     id="H1.semantics",
-    sentence="Head usage clusters by what is asked for and shown, more than by low-level appearance.",
-    effect="mean silhouette of head attributions by task - that by the strongest of brightness, texture and colours, as many groups each",
+    sentence="Head usage clusters by what is asked for, more than by low-level appearance.",
+    effect="mean silhouette of head attributions by task - that by the strongest of brightness, texture and colours, as many groups each; "
+    "labels exchanged between task and look, whole scenes together, must rarely do as much",
     test=Superiority(0.0),
     source="Kim et al. 2025, arXiv:2509.17588",
     tier="exploratory",
@@ -43,6 +44,7 @@ def test_items_that_ask_alike_use_the_same_heads(probes, profile, seed, floors, 
         details={
             "agreement": found.agreement,
             "strongest_look": found.strongest,
+            "p_by_look": found.by_look,
             "agreement_by_task_and_answer": answers.agreement["semantic"],
         },
     )
