@@ -24,6 +24,7 @@ from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field
 from vlm_core.observation.declaring import freeze, freeze_numbers, require_layers, require_positions
 from vlm_core.observation.outputs import positions_of
+from vlm_core.placement import home, present
 from vlm_core.seam.views import AttentionView, LayerView, Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits
@@ -156,7 +157,7 @@ class _Lens:
     def _read(self, hidden: torch.Tensor, words: torch.Tensor | None) -> dict[str, torch.Tensor]:
         norm = self.subject.anatomy.norm
         # The norm's hooks are the seam: its bare forward is not another layer of the run.
-        logits = read_logits(self.subject, norm.forward(hidden.to(norm.weight.device)))
+        logits = read_logits(self.subject, norm.forward(hidden.to(home(norm))))
         normaliser = logits.logsumexp(1, keepdim=True)
         found = {}
         if self.lens.top:
@@ -191,7 +192,7 @@ class FrozenNorm:
         """Read gain and bias off a norm module by what it does to two probes, whatever its parameters are called."""
         parameter = next(norm.parameters())
         # Mean 0 and mean square far above any epsilon: both kinds of norm send it to plus or minus their gain.
-        probe = torch.full((size,), 64.0, dtype=parameter.dtype, device=parameter.device)
+        probe = torch.full((size,), 64.0, dtype=parameter.dtype, device=home(norm))
         probe[1::2] *= -1
         with torch.no_grad():
             up, down, flat = (norm.forward(row[None])[0].double() for row in (probe, -probe, probe.abs()))
@@ -257,13 +258,15 @@ class DirectLogits:
         tokens = target_tokens(subject, items, self.targets)
         anatomy, head = subject.anatomy, subject.anatomy.head
         final = FrozenNorm.of(anatomy.norm, anatomy.hidden_size)
-        rows = tokens.clamp(min=0).to(head.weight.device)
-        unembedding = head.weight.detach()[rows].double().to(final.gain.device)
+        with present(head):
+            rows = tokens.clamp(min=0).to(head.weight.device)
+            unembedding = head.weight.detach()[rows].double().to(final.gain.device)
+            bias = None if getattr(head, "bias", None) is None else head.bias.detach()[rows].double().to(final.gain.device)
         missing = (tokens < 0).to(final.gain.device)
         unembedding = unembedding.masked_fill(missing[:, :, None], torch.nan)
         offset = (unembedding * final.bias).sum(2)
-        if getattr(head, "bias", None) is not None:
-            offset = offset + head.bias.detach()[rows].double().to(offset.device)
+        if bias is not None:
+            offset = offset + bias
         directions = final.pull(unembedding)
         return (
             _HeadLogits(subject, directions, _attention_norms(subject, encoded[0])),
@@ -311,9 +314,10 @@ class _HeadLogits:
             scale = norm.scale(projection.forward(outputs.flatten(1)))
             constant = (directions * norm.bias).sum(2)
             directions = norm.pull(directions) * scale[:, None, None]
-        if getattr(projection, "bias", None) is not None:
-            constant = constant + directions @ projection.bias.detach().double()
-        back = directions @ _matrix(projection, n_heads * size, outputs)
+        with present(projection):
+            if getattr(projection, "bias", None) is not None:
+                constant = constant + directions @ projection.bias.detach().double()
+            back = directions @ _matrix(projection, n_heads * size, outputs)
         heads = torch.einsum("ethd,ehd->eht", back.unflatten(2, (n_heads, size)), outputs.double())
         return {"heads": heads, "bias": constant.expand_as(directions[:, :, 0])}
 

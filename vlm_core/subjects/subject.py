@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from vlm_core.images import as_rgb, require_image
 from vlm_core.interventions import Intervention, require_row
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, item_number, require_items, take
+from vlm_core.placement import home, present
 from vlm_core.seam.plan import Program, require_possible
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, install
@@ -113,7 +114,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.anatomy.embedding.weight.device
+        return home(self.anatomy.embedding)
 
     @property
     def batch_rows(self) -> int:
@@ -192,7 +193,10 @@ class Subject:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            owner, _, own = name.rpartition(".")
+            with present(self.model.get_submodule(owner)) if tensor.is_meta else nullcontext():
+                tensor = getattr(self.model.get_submodule(owner), own) if tensor.is_meta else tensor
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     # -- text -------------------------------------------------------------------------------------------------------
@@ -443,10 +447,10 @@ class Subject:
         items = batch.items if items is None else items
         if items is not None and len(items) != len(batch):
             raise ValueError(f"{len(items)} items were named for {len(batch)} prompts: give one number per prompt")
-        anatomy, weight = self.anatomy, self.anatomy.embedding.weight
+        anatomy = self.anatomy
         for row in dict.fromkeys(rows):
             require_possible(row, anatomy)
-        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, weight.device, weight.dtype)
+        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, self.device, anatomy.embedding.weight.dtype)
         with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:
             yield run
 

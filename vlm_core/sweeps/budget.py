@@ -54,8 +54,8 @@ class Budget:
         weight = anatomy.embedding.weight
         inner = getattr(text, "intermediate_size", None) or 4 * anatomy.hidden_size
         per_token = (12 * anatomy.hidden_size + 4 * inner) * weight.element_size()
-        on_gpu = weight.device.type == "cuda"
-        free = free_bytes(weight.device)
+        on_gpu = subject.device.type == "cuda"
+        free = free_bytes(subject.device)
         most = max(_FEWEST_TOKENS, int(free * _SHARE_IN_FLIGHT / per_token))
         tokens = min(_MOST_TOKENS, most) if on_gpu else max(_FEWEST_TOKENS, _CACHE_BYTES // per_token)
         return cls(tokens, most, int(free * _SHARE_STORED), rows)

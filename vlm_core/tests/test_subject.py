@@ -8,15 +8,30 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
-from vlm_core import Subject, SubjectError, ZeroHeads, load_vlm, precheck_subject, sweep
+from vlm_core import (
+    AttentionMass,
+    DirectLogits,
+    HeadGradients,
+    LogitLens,
+    Subject,
+    SubjectError,
+    ZeroHeads,
+    load_vlm,
+    observe,
+    precheck_subject,
+    sweep,
+)
+from vlm_core.placement import home
 from vlm_core.seam.seam import _before_layer
 from vlm_core.subjects.checkpoint import inspect_checkpoint
+from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import CHAT_TEMPLATE, make_items, tiny_llava, tiny_subject
 
 
@@ -263,6 +278,40 @@ def test_a_model_spread_by_a_device_map_gives_the_same_numbers(saved, subject):
     assert loaded.model.model.language_model.layers[1].mlp.gate_proj.weight.device.type == "meta"
     items, rows = make_items(3), [None, ZeroHeads([(1, 0)]), ZeroHeads([(0, 1)], queries="question")]
     pd.testing.assert_frame_equal(sweep(loaded, items, rows), sweep(subject, items, rows), rtol=1e-5, atol=1e-5)
+
+
+OFFLOADED = {
+    "model.vision_tower": "cpu",
+    "model.multi_modal_projector": "disk",
+    "model.language_model.embed_tokens": "disk",
+    "model.language_model.layers": "disk",
+    "model.language_model.norm": "disk",
+    "model.language_model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+def test_what_reads_weights_finds_them_where_they_are_kept(saved, subject):
+    """Weights on disk between uses: the lens, direct logits, gradients and digests read them all the same."""
+    loaded, items = load_vlm(saved, device_map=OFFLOADED), make_items(3)
+    text = loaded.model.model.language_model
+    away = [loaded.model.lm_head, text.norm, text.embed_tokens, *(layer.self_attn.o_proj for layer in text.layers)]
+    assert all(module.weight.is_meta for module in away)
+    assert loaded.device == subject.device == home(loaded.model.lm_head) == torch.device("cpu")
+    lens = LogitLens(words="candidates", entropy=True, full=True)
+    asked = [lens, DirectLogits("candidates"), HeadGradients(), AttentionMass()]
+    for seen, expected in zip(observe(loaded, items, asked), observe(subject, items, asked), strict=True):
+        for name in expected if isinstance(expected, dict) else [...]:
+            np.testing.assert_allclose(seen[name], expected[name], rtol=1e-5, atol=1e-5)
+    plain = load_vlm(saved)
+    assert loaded.fingerprint[:3] == plain.fingerprint[:3] and loaded._sha256() == plain._sha256() == subject._sha256()
+    batch = loaded.encode_items(items)
+    with loaded.intervene(ZeroHeads([(1, 0)]), batch, observers=[AttentionMass()]) as run:
+        seen = logits(loaded, batch)
+    with subject.intervene(ZeroHeads([(1, 0)]), batch):
+        torch.testing.assert_close(seen, logits(subject, batch))
+    assert len(run.records[0]) == 3 and all(module.weight.is_meta for module in away)
 
 
 def test_a_device_and_a_device_map_are_one_too_many(saved):
