@@ -255,6 +255,41 @@ def attention_overlay(data):
     return figure, {}
 
 
+def overlay_sheet(data):
+    """``{"image": PNG base64}``: many small pictures, drawn already (``overlay_tile``), as one."""
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data["image"])), format="png")
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(WIDTH, WIDTH * min(max(height / width, 0.1), 3.0)))
+    axes = figure.subplots()
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
+    axes.set_axis_off()
+    return figure, {}
+
+
+def overlay_tile(pixels, heat, mask):
+    """A picture with heat over it and a mask's outline, at the picture's size.
+
+    Parameters
+    ----------
+    pixels : uint8 array ``[height, width, 3]``
+    heat : float array ``[height, width]``
+        From 0 (clear) to 1; NaN where nothing was seen.
+    mask : bool array ``[height, width]``
+
+    Returns
+    -------
+    uint8 array ``[height, width, 3]``
+    """
+    share = 0.75 * np.nan_to_num(np.clip(heat, 0.0, 1.0))[..., None]
+    drawn = (1 - share) * pixels + share * 255 * np.array(to_rgb(_ON_IMAGE))
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    drawn[mask & ~inside] = 255 * np.array(to_rgb(_OUTLINE))
+    return drawn.round().astype(np.uint8)
+
+
 def outline_edges(mask, width, height):
     """The edges between a mask's inside and outside, the mask stretched over ``width`` and ``height``: ``[((x, y), (x, y))]``."""
     padded = np.pad(mask, 1)

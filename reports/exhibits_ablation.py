@@ -80,26 +80,22 @@ def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> Non
     )
 
 
-def single_head_costs(evidence, measured: dict, tolerance: float) -> None:
-    """``single-heads.csv`` (one row a task and head) and the map of the share of items that a head changes by ``tolerance`` or more, mean over tasks."""
-    out, maps = [], []
-    for task, one in measured.items():
-        changed = 1.0 - (np.abs(one.cost) < tolerance * np.abs(one.untouched)[:, None, None])
-        maps.append(changed.mean(0))
-        out += [
-            {"task": task, "layer": layer, "head": head, "logit_lost": float(lost), "share_changed": float(maps[-1][layer, head])}
-            for (layer, head), lost in np.ndenumerate(one.cost.mean(0))
-        ]
-    evidence.table("single-heads.csv", pd.DataFrame(out))
-    mean = np.mean(maps, axis=0)
-    layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
+def single_head_costs(evidence, task: str, measured, tolerance: float) -> None:
+    """Rows of ``single-heads.csv``, one a head, and the map of the share of items that a head changes by ``tolerance`` or more."""
+    changed = (np.abs(measured.cost) >= tolerance * np.abs(measured.untouched)[:, None, None]).mean(0)
+    rows = [
+        {"task": task, "layer": layer, "head": head, "logit_lost": float(lost), "share_changed": float(changed[layer, head])}
+        for (layer, head), lost in np.ndenumerate(measured.cost.mean(0))
+    ]
+    evidence.table("single-heads.csv", pd.DataFrame(rows))
+    layer, head = np.unravel_index(int(changed.argmax()), changed.shape)
     evidence.figure(
         "head_map",
-        {"values": mean.tolist(), "value_label": "share of items changed"},
-        title="What one head alone changes",
-        caption=f"Share of items whose answer logit changes by {100 * tolerance:g} % of its size or more when one head loses the image; "
-        f"{sum(len(one.items) for one in measured.values())} confirmation items of {len(measured)} tasks.",
-        alt=f"Map of layers by heads; the largest share is {mean.max():.2f}, of head {layer}.{head}.",
+        {"values": changed.tolist(), "value_label": "share of items changed"},
+        title=f"{task}: what one head alone changes",
+        caption=f"Share of {len(measured.items)} confirmation items whose answer logit changes by {100 * tolerance:g} % of its size or more when "
+        "one head loses the image.",
+        alt=f"Map of layers by heads; the largest share is {changed.max():.2f}, of head {layer}.{head}.",
     )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 import pandas as pd
 
+from reports.drawings import overlay_tile
 from reports.exhibits import mean_with_interval
 from vlm_core.stats import interval
 
-_ROLES = {"object": "targeted", "random": "random", "register": "random", "gradients": "floor"}
+_ROLES = {"object": "targeted", "random": "random", "high-norm": "random", "gradients": "floor"}
 _SAID = {
     "object": "the object's tokens",
     "random": "as many random tokens",
-    "register": "as many of the highest norm",
+    "high-norm": "as many of the highest norm",
     "gradients": "as many of the highest gradients",
 }
 
@@ -45,6 +49,56 @@ def head_impact(evidence, impact, ranking, agreement: dict[str, float]) -> None:
         alt=f"Map of {scores.shape[0]} layers by {scores.shape[1]} heads; the highest overlap, {scores[best]:.2f}, at layer {best[0]}, "
         f"head {best[1]}.",
     )
+
+
+TILE, COLUMNS = 72, 10  # pixels of a small picture's side, and pictures a row
+
+
+def overlays(evidence, title: str, shown: list[dict]) -> None:
+    """``head-impact-overlays.csv`` and one sheet of small pictures: what a head looks at, and the asked object's outline.
+
+    Parameters
+    ----------
+    title : str
+    shown : list of dict
+        ``item``, ``heat`` and ``mask`` (``[height, width]``, each at its own resolution) and ``iou``, one a picture.
+    """
+    if not shown:
+        return
+    rows = -(-len(shown) // COLUMNS)
+    sheet = np.full((rows * TILE, min(COLUMNS, len(shown)) * TILE, 3), 255, dtype=np.uint8)
+    for number, one in enumerate(shown):
+        row, column = divmod(number, COLUMNS)
+        pixels = np.asarray(one["item"]["image"].convert("RGB").resize((TILE - 4, TILE - 4), 0))
+        heat = _stretched(np.asarray(one["heat"], dtype=float))
+        peak = np.nanmax(heat) if np.isfinite(heat).any() else 0.0
+        drawn = overlay_tile(pixels, heat / peak if peak > 0 else np.zeros_like(heat), _stretched(np.asarray(one["mask"], dtype=bool)))
+        sheet[row * TILE + 2 : (row + 1) * TILE - 2, column * TILE + 2 : (column + 1) * TILE - 2] = drawn
+    out = io.BytesIO()
+    _as_image(sheet).save(out, "PNG", optimize=True)
+    about = [{"picture": number, "item": one["item"]["id"], "task": one["item"]["task"], "iou": one["iou"]} for number, one in enumerate(shown)]
+    evidence.table("head-impact-overlays.csv", pd.DataFrame(about))
+    mean = float(np.mean([one["iou"] for one in shown]))
+    evidence.figure(
+        "overlay_sheet",
+        {"image": base64.b64encode(out.getvalue()).decode()},
+        title=title,
+        caption=f"{len(shown)} confirmation items, row by row as in head-impact-overlays.csv: attention of the last prompt token on the image, the outline "
+        f"marks the asked object. Their mean IoU is {mean:.2f}.",
+        alt=f"A sheet of {len(shown)} small pictures with one head's attention drawn over each.",
+    )
+
+
+def _as_image(pixels: np.ndarray):
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """A map at the size of a small picture, nearest values."""
+    rows, columns = (np.arange(TILE - 4) * side // (TILE - 4) for side in values.shape)
+    return values[rows][:, columns]
 
 
 def localisation(evidence, heads, targeted: float, draws, p_value: float, n_items: int) -> None:

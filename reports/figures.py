@@ -47,6 +47,7 @@ KINDS = {
     "keep_curves": Kind("keep_curves", ("series",), "series", ("name", "points")),
     "layer_heatmap": Kind("layer_heatmap", ("rows", "columns", "values")),
     "attention_overlay": Kind("attention_overlay", ("image", "values", "prompt", "answer")),
+    "overlay_sheet": Kind("overlay_sheet", ("image",)),
     "null_histogram": Kind("null_histogram", ("draws", "observed")),
     "slope": Kind("slope", ("series",), "series", ("name", "points")),
     "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import drawings, exhibits, exhibits_h1, figures
+from reports import drawings, exhibits, exhibits_h1, exhibits_masks, figures
 from reports.evidence import Evidence
 from vlm_core import HeadId
 from vlm_core.stats import interval
@@ -254,6 +254,27 @@ def test_students_by_arm_seed_and_task(evidence):
     assert "before 0.25; teacher 0.50" in figure["alt"]
 
 
+def overlay(number, heat=((1.0, 0.0), (0.0, 0.0))):
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[2:, 2:] = True
+    item = {"id": f"i{number}", "task": "t", "image": Image.new("RGB", (8, 8), (0, 0, 200))}
+    return {"item": item, "heat": heat, "mask": mask, "iou": 0.25}
+
+
+def test_overlays_are_small_pictures_with_heat_and_outline_row_by_row(evidence):
+    blank = overlay(11, ((np.nan, 0.0), (0.0, 0.0)))
+    exhibits_masks.overlays(evidence, "where a head looks", [*(overlay(number) for number in range(11)), blank])
+    written, figure = one_figure(evidence)
+    assert written["head-impact-overlays.csv"]["item"].tolist() == [f"i{number}" for number in range(12)]
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure["data"]["image"]))))
+    assert sheet.shape == (2 * 72, 10 * 72, 3)
+    first, last = sheet[2:70, 2:70], sheet[72 + 2 : 72 + 70, 72 + 2 : 72 + 70]
+    assert first[10, 10, 0] > 100 > first[10, 60, 0]  # heat where the head looks
+    assert tuple(first[60, 10]) == (0, 0, 200) and tuple(last[10, 10]) == (0, 0, 200)
+    assert (first[34, 34:] > 250).all() and tuple(first[50, 50]) == (0, 0, 200)  # an outline, not a filled shape
+    assert (sheet[80:, 2 * 72 + 2 :] == 255).all() and "12 confirmation items" in figure["caption"] and "0.25" in figure["caption"]
+
+
 def test_every_kind_of_figure_has_an_exhibit(evidence):
     exhibits.head_ablation(evidence, "t", {"full": ("baseline", pd.Series([1.0, 0.0]))}, [0, 1], [HeadId(0, 0)], 0.5)
     exhibits.head_map(evidence, "t", [[0.1]], [HeadId(0, 0)], 0.5)
@@ -263,6 +284,7 @@ def test_every_kind_of_figure_has_an_exhibit(evidence):
     exhibits.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
     exhibits.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
     exhibits.students(evidence, {"before": [answers(1, 1)], "after": [answers(2, 2)]})
+    exhibits_masks.overlays(evidence, "t", [overlay(0)])
     exhibits_h1.usage_map(evidence, [[0.0, 1.0]], ["count"], ["count-1"], {"task": 0.1, "colours": 0.0}, 0.5)
     _, drawn = left(evidence)
     assert {figure["kind"] for figure in drawn} == figures.KINDS.keys()

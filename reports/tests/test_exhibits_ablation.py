@@ -77,15 +77,13 @@ def test_the_grid_goes_to_table_1_and_bars_show_the_number_all_ways_share(eviden
 def test_single_heads_are_rows_and_a_map_of_the_items_they_change(evidence):
     without = np.array([[[10.0, 8.0]], [[9.9, 10.0]]])
     one = SingleHeads(np.array([10.0, 10.0]), np.zeros(2), without, ("a", "b"), ("s", "t"), "logit")
-    other = SingleHeads(np.array([-4.0, -4.0]), np.zeros(2), np.array([[[-4.0, -4.0]], [[-3.0, -4.0]]]), ("c", "d"), ("u", "v"), "logit")
-    exhibits.single_head_costs(evidence, {"x": one, "y": other}, 0.05)
+    exhibits.single_head_costs(evidence, "x", one, 0.05)
     written, figure = one_figure(evidence)
     rows = written["single-heads.csv"].set_index(["task", "head"])
     assert rows.loc[("x", 1), ["logit_lost", "share_changed"]].tolist() == pytest.approx([1.0, 0.5])
-    assert rows.loc[("y", 0), ["logit_lost", "share_changed"]].tolist() == pytest.approx([-0.5, 0.5])
     assert rows.loc[("x", 0), "share_changed"] == 0.0  # 1 % is less than 5 %
-    assert figure["data"]["values"] == [[0.25, 0.25]]
-    assert "head 0.0" in figure["alt"] and "by 5 % of its size" in figure["caption"] and "4 confirmation items" in figure["caption"]
+    assert figure["data"]["values"] == [[0.0, 0.5]] and figure["title"].startswith("x:")
+    assert "head 0.1" in figure["alt"] and "by 5 % of its size" in figure["caption"] and "2 confirmation items" in figure["caption"]
 
 
 def test_depth_and_attention_are_those_of_the_mean_map(evidence):

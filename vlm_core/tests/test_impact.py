@@ -16,7 +16,7 @@ from vlm_core.heads.impact import (
     layer_test,
     threshold_agreement,
 )
-from vlm_core.stats import estimate_statistic
+from vlm_core.stats import estimate_statistic, jackknife_statistic
 from vlm_core.tests.tiny import make_items
 
 SIDE = 16
@@ -111,18 +111,39 @@ def cube(layer_effect: float, head_effect: float, noise: float = 0.05) -> np.nda
 @pytest.mark.parametrize(("layer_effect", "head_effect", "sign"), [(1.0, 0.0, 1), (0.0, 1.0, -1)])
 def test_layers_against_heads_of_a_layer(layer_effect, head_effect, sign):
     values, clusters = cube(layer_effect, head_effect), np.repeat(np.arange(20), 2)
-    found = layer_test(values)
+    found = layer_test(values, clusters)
     flat = stats.kruskal(*[values[:, layer].ravel() for layer in range(4)])
     assert found.p_items == pytest.approx(flat.pvalue) and found.epsilon_items == pytest.approx(flat.statistic / (values.size - 1))
     assert found.p_heads == pytest.approx(stats.kruskal(*values.mean(0)).pvalue)
-    assert found.p_within[2] == pytest.approx(stats.kruskal(*values[:, 2].T).pvalue)
+    assert found.epsilon_within[2] == pytest.approx(stats.kruskal(*values[:, 2].T).statistic / (40 * 6 - 1))
+    blocks = values[:, 2].reshape(20, 2, 6).mean(1)  # a scene is one block, however many items it has
+    friedman = stats.friedmanchisquare(*blocks.T)
+    assert found.p_within[2] == pytest.approx(friedman.pvalue) and found.w_within[2] == pytest.approx(friedman.statistic / (20 * 5))
     statistic = between_minus_within(values, clusters)
     whole = statistic(np.ones((1, 20)))[0]
     assert whole == pytest.approx(found.epsilon_items - np.mean(found.epsilon_within))
     assert statistic(np.full((1, 20), 3.0))[0] == pytest.approx(whole)
-    lower, upper = estimate_statistic(statistic, clusters).bounds(0.05)
+    lower, upper = jackknife_statistic(statistic, clusters).bounds(0.05)
     assert lower > 0 if sign > 0 else upper < 0
     assert found.p_heads < 0.001 if sign > 0 else found.p_heads > 0.05
+
+
+@pytest.mark.parametrize("layer_effect", [0.3, 0.0])
+def test_bounds_of_layers_against_heads_hold_where_those_of_a_bootstrap_do_not(layer_effect):
+    fixed = np.random.default_rng(1)
+    effects = layer_effect * fixed.normal(size=(6, 1)) + 0.3 * fixed.normal(size=(6, 8))
+
+    def sample(seed):
+        rng = np.random.default_rng([seed, 5])
+        return effects + rng.normal(size=(60, 6, 8)) + 0.5 * rng.normal(size=(60, 1, 1))
+
+    mean = np.mean([between_minus_within(sample(1000 + seed), range(60))(np.ones((1, 60)))[0] for seed in range(200)])
+    missed = {"jackknife": 0, "bootstrap": 0}
+    for seed in range(80):
+        statistic = between_minus_within(sample(seed), range(60))
+        missed["jackknife"] += jackknife_statistic(statistic, range(60)).bounds(0.05)[0] > mean
+        missed["bootstrap"] += estimate_statistic(statistic, range(60), n_resamples=300, rng=seed).bounds(0.05)[0] > mean
+    assert missed["jackknife"] <= stats.binom.isf(1e-3, 80, 0.05) < missed["bootstrap"]
 
 
 def test_a_resample_counts_every_cluster_as_often_as_it_is_drawn():
@@ -147,18 +168,53 @@ def test_kendall_tau_is_scipys():
     assert kendall_tau(np.zeros(4), np.arange(4)) == 0.0
 
 
-def test_agreement_of_thresholds_is_that_of_the_worst():
+def test_heads_that_differ_on_every_image_differ_although_images_differ_more():
+    rng = np.random.default_rng(0)
+    values = 5 * rng.standard_normal((40, 1, 1)) + 0.2 * np.arange(6) + 0.1 * rng.standard_normal((40, 3, 6))
+    found = layer_test(values, np.arange(40))
+    assert max(found.p_within) < 1e-6
+    assert min(stats.kruskal(*values[:, layer].T).pvalue for layer in range(3)) > 0.05  # an unpaired test does not see it
+
+
+def thresholds(seed, n=60):
+    """Head Impact over ``n`` scenes of 48 heads at two thresholds, whose means differ a little."""
+    fixed = np.random.default_rng(0)
+    base, other = fixed.normal(size=48), 0.35 * fixed.normal(size=48)
+    rng = np.random.default_rng([seed, 9])
+    noise = 2 * rng.normal(size=(n, 48))
+    per_item = np.stack([base + noise, base + other + noise + 0.5 * rng.normal(size=(n, 48))], axis=-1).reshape(n, 6, 8, 2)
+    names = tuple(f"scene {k:03d}" for k in range(n))
+    return HeadImpact(per_item, per_item, ("mean", "0.9"), names, names)
+
+
+def test_agreement_of_thresholds_is_that_of_their_rankings():
     rng = np.random.default_rng(0)
     base = rng.random((30, 2, 5))
     per_item = np.stack([base, base * 2, base.mean() - base], axis=-1)
-    clusters = tuple(f"scene-{k // 2}" for k in range(30))
+    clusters = tuple(f"scene-{k // 2:02d}" for k in range(30))
     impact = HeadImpact(per_item, per_item, ("mean", "0.75", "0.9"), tuple(map(str, range(30))), clusters)
     ones = np.ones((2, 15))
     np.testing.assert_allclose(threshold_agreement(impact, "0.75")(ones), 1.0)
-    np.testing.assert_allclose(threshold_agreement(impact)(ones), -1.0)
-    alone = HeadImpact(per_item[..., :1], per_item[..., :1], ("mean",), impact.items, clusters)
-    with pytest.raises(ValueError, match="one threshold only"):
-        threshold_agreement(alone)
+    np.testing.assert_allclose(threshold_agreement(impact, "0.9")(ones), -1.0)
+    mixed = thresholds(0, 20)
+    weights = np.random.default_rng(1).multinomial(20, np.full(20, 1 / 20)).astype(float)
+    rankings = [np.tensordot(weights, mixed.at(name), 1).ravel() for name in mixed.thresholds]
+    assert threshold_agreement(mixed, "0.9")(weights[None])[0] == pytest.approx(stats.kendalltau(*rankings).statistic)
+
+
+def test_bounds_of_the_agreement_hold_where_those_of_a_bootstrap_do_not():
+    mean = np.mean([threshold_agreement(thresholds(1000 + seed), "0.9")(np.ones((1, 60)))[0] for seed in range(200)])
+    missed = {"jackknife": np.zeros(2), "bootstrap": np.zeros(2)}
+    for seed in range(60):
+        one = thresholds(seed)
+        statistic = threshold_agreement(one, "0.9")
+        found = {"jackknife": jackknife_statistic(statistic, one.clusters)}
+        found["bootstrap"] = estimate_statistic(statistic, one.clusters, n_resamples=300, rng=seed)
+        for name, estimate in found.items():
+            lower, upper = estimate.bounds(0.05)
+            missed[name] += lower > mean, upper < mean
+    assert missed["jackknife"].max() <= stats.binom.isf(1e-3, 60, 0.05)
+    assert missed["bootstrap"].sum() > stats.binom.isf(1e-3, 60, 0.1)
 
 
 @pytest.mark.parametrize(("n_layers", "n"), [(28, 4), (26, 4), (32, 4), (24, 4), (12, 2), (6, 1), (2, 1)])
@@ -178,4 +234,4 @@ def test_layers_that_cannot_be_ranked_are_refused():
     with pytest.raises(ValueError, match="finite scores"):
         layer_ranking(np.array([[1.0, np.nan], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="two layers and heads or more"):
-        layer_test(np.ones((3, 1, 4)))
+        layer_test(np.ones((3, 1, 4)), range(3))

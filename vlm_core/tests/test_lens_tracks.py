@@ -8,8 +8,7 @@ import torch
 
 from vlm_core import HiddenStates, observe
 from vlm_core.families.layout import object_tokens
-from vlm_core.stats import estimate_statistic
-from vlm_core.tracing.lens_tracks import both_stages, entropy_stages, lens_tracks
+from vlm_core.tracing.lens_tracks import entropy_stages, lens_tracks
 
 SIDE = 16
 
@@ -68,16 +67,3 @@ def test_stages_are_the_first_third_the_last_third_and_the_end():
     np.testing.assert_allclose(rise, [1.0, -1.0])
     with pytest.raises(ValueError, match="three layers"):
         entropy_stages(np.ones((2, 3)))
-
-
-def test_both_stages_are_the_smaller_mean():
-    rng = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(30), 2)
-    fall, rise = 1.0 + 0.1 * rng.standard_normal(60), 0.2 + 0.1 * rng.standard_normal(60)
-    statistic = both_stages(fall, rise, clusters)
-    assert statistic(np.ones((1, 30)))[0] == pytest.approx(rise.mean())
-    weights = np.eye(30)[:1] * 3 + np.eye(30)[1:2]
-    rows = np.array([0, 1] * 3 + [2, 3])
-    assert statistic(weights)[0] == pytest.approx(min(fall[rows].mean(), rise[rows].mean()))
-    assert estimate_statistic(statistic, clusters).bounds(0.05)[0] > 0
-    assert estimate_statistic(both_stages(fall, -rise, clusters), clusters).bounds(0.05)[1] < 0

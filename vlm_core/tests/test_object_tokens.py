@@ -40,7 +40,7 @@ def taken(monkeypatch):
 
 def test_the_object_its_rings_and_as_many_others_are_replaced(subject, items, taken):
     mean = mean_token(subject, items)
-    found = replace_object_tokens(subject, items, corner, mean, rings=(0, 1), draws=2, register=True, gradient_items=3, seed=4)
+    found = replace_object_tokens(subject, items, corner, mean, rings=(0, 1), draws=2, high_norm=True, gradient_items=3, seed=4)
     every_norm = []
     for item in items:
         captured = capture_embeddings(subject, item)
@@ -56,22 +56,27 @@ def test_the_object_its_rings_and_as_many_others_are_replaced(subject, items, ta
             np.testing.assert_array_equal(own, object_tokens(layout, corner(item), rings=ring))
             assert own.sum() == size
             outside = ~own & (layout.kind == "patch")
-            count = min(size, outside.sum())
-            for draw in range(2):
-                random = groups[f"random/{draw}, ring {ring}"]
-                assert random.sum() == count and not random[~outside].any()
-            register = groups[f"register, ring {ring}"]
-            assert register.sum() == count and not register[~outside].any()
-            assert norms[register].min() >= norms[outside & ~register].max(initial=0.0)
-            shares[ring].append(np.mean(norms[register] > level))
+            if size > outside.sum():
+                assert not any(name.startswith(("random", "high-norm")) for name in groups if name.endswith(f"ring {ring}"))
+            else:
+                for draw in range(2):
+                    random = groups[f"random/{draw}, ring {ring}"]
+                    assert random.sum() == size and not random[~outside].any()
+                highest = groups[f"high-norm, ring {ring}"]
+                assert highest.sum() == size and not highest[~outside].any()
+                assert norms[highest].min() >= norms[outside & ~highest].max(initial=0.0)
+                shares[ring] += (norms[highest] > level).tolist()
             if number < 3:
                 best = groups[f"gradients, ring {ring}"]
                 assert best.sum() == size and gradients[number][best].min() >= gradients[number][~best].max()
             else:
                 assert f"gradients, ring {ring}" not in groups
-    assert found.replaced["object, ring 1"] == 9 and found.replaced["random, ring 1"] == 7
+    assert found.replaced["object, ring 0"] == found.replaced["random, ring 0"] == found.replaced["high-norm, ring 0"] == 1
+    # with its ring the object holds 9 of 16 patches: there are not as many others
+    assert found.replaced["object, ring 1"] == 9 and found.replaced["random, ring 1"] == found.replaced["high-norm, ring 1"] == 0
+    assert np.isnan(found.drop("random, ring 1")).all() and np.isfinite(found.drop("random, ring 0")).all()
     assert found.registers == pytest.approx(np.mean([(norms > level).sum() for norms in every_norm]))
-    assert found.registers_taken == pytest.approx({ring: np.mean(some) for ring, some in shares.items()})
+    assert found.registers_taken == pytest.approx({0: np.mean(shares[0]), 1: 0.0})
     draws = [{name: groups[f"random/{draw}, ring 0"] for name, groups in taken["groups"].items()} for draw in range(2)]
     assert any((draws[0][name] != draws[1][name]).any() for name in draws[0])
     assert all(row == ReplaceTokens(mean, label) for label, row in taken["rows"].items() if label != "full")
@@ -115,6 +120,7 @@ def test_the_ring_is_the_smallest_that_costs_enough():
     assert smallest_ring(frame(full=full, object_0=half, object_1=half, object_2=half)) == 1
     assert frame(full=half, object_0=[0.0, 1.0, 0.0, 0.0]).relative_drop("object, ring 0") == 0.5
     assert frame(full=[0.0] * 4, object_0=[0.0] * 4).relative_drop("object, ring 0") == 0.0
+    assert frame(full=half, random_0=[0.0, np.nan, np.nan, np.nan]).relative_drop("random, ring 0") == 1.0  # of the items it was measured on
 
 
 def test_items_without_their_object_are_left_out(subject, items):

@@ -3,12 +3,11 @@
 ``lens_tracks(subject, items, ...)``   rank of the word at the object's own tokens and at other objects', entropy of the lens
 ``LensTracks``                         them, item by item
 ``entropy_stages(...)``                the fall from the first third of the depth to the last, and the rise at its end
-``both_stages(...)``                   the smaller of the two, for any resample of clusters
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +17,11 @@ from vlm_core.families.layout import object_tokens
 from vlm_core.items import item_field, take
 from vlm_core.observation.lens import LogitLens
 from vlm_core.observation.observing import observe
-from vlm_core.stats import per_cluster
 from vlm_core.subjects.subject import Subject
 from vlm_core.tracing.object_tokens import item_layouts
 from vlm_core.tracing.places import Masks, mask_of
 
-__all__ = ["LensTracks", "both_stages", "entropy_stages", "lens_tracks"]
+__all__ = ["LensTracks", "entropy_stages", "lens_tracks"]
 
 PLACES = ("own", "others")
 
@@ -155,13 +153,3 @@ def entropy_stages(entropy: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     third = max(1, n_layers // 3)
     late = entropy[:, n_layers - third : n_layers].mean(1)
     return entropy[:, :third].mean(1) - late, entropy[:, n_layers] - late
-
-
-def both_stages(fall: ArrayLike, rise: ArrayLike, clusters: ArrayLike) -> Callable[[np.ndarray], np.ndarray]:
-    """The smaller of the mean fall and the mean rise, for ``vlm_core.stats.estimate_statistic``: above zero only where both are."""
-    sums, counts = per_cluster(np.stack([fall, rise], axis=1), clusters), per_cluster(np.ones(len(fall)), clusters)
-
-    def smaller(weights: np.ndarray) -> np.ndarray:
-        return (weights @ sums).min(1) / (weights @ counts)
-
-    return smaller

@@ -2,7 +2,7 @@
 
 ``item_layouts(subject, items)``          where the image tokens of every item's prompt lie
 ``object_groups(layouts, items, masks)``  token groups from objects' pixels, for ``observe(groups=...)`` and ``sweep(groups=...)``
-``replace_object_tokens(...)``            answers under replaced object tokens with rings, and as many random, register and gradient tokens
+``replace_object_tokens(...)``            answers under replaced object tokens with rings, and as many random, high-norm and gradient tokens
 ``ObjectTokens``                          whether they were right, item by item
 ``smallest_ring(...)``                    the ring with which the object is gone
 """
@@ -31,7 +31,7 @@ __all__ = ["CONTROLS", "ObjectTokens", "item_layouts", "object_groups", "replace
 
 CONTROLS = {
     "random": "as many tokens drawn from those outside the object",
-    "register": "as many tokens with the highest norms outside the object",
+    "high-norm": "as many tokens with the highest norms outside the object, register tokens first",
     "gradients": "as many tokens with the highest integrated gradients, the object's own among them",
 }
 REGISTER_SD = 2.0
@@ -94,13 +94,13 @@ class ObjectTokens:
     ----------
     correct : DataFrame
         One row an item, indexed by its id; ``cluster``, ``task``, ``full``, ``object, ring 0``, ... and ``random, ring 0``, ... (the mean over
-        draws), ``register, ring 0``, ``gradients, ring 0`` where asked for; NaN for items that a condition was not measured on.
+        draws), ``high-norm, ring 0``, ``gradients, ring 0`` where asked for; NaN for items that a condition was not measured on.
     replaced : dict of str to float
         Condition to the mean number of tokens it replaces.
     registers : float
         Mean number of register tokens in an image: those whose norm stands out (``REGISTER_SD``).
     registers_taken : dict of int to float
-        Ring to the share of the tokens of ``register`` that are register tokens.
+        Ring to the share of the tokens of ``high-norm`` that are register tokens.
     """
 
     correct: pd.DataFrame
@@ -114,13 +114,14 @@ class ObjectTokens:
         return self.correct["cluster"].to_numpy()
 
     def drop(self, condition: str) -> np.ndarray:
-        """Right without replacement minus right under a condition, ``[item]``."""
+        """Right without replacement minus right under a condition, ``[item]``; NaN for items that it was not measured on."""
         return (self.correct["full"] - self.correct[condition]).to_numpy(float)
 
     def relative_drop(self, condition: str) -> float:
-        """Share of the accuracy that a condition costs; 0 where there is none to lose."""
-        whole = float(self.correct["full"].mean())
-        return float(self.drop(condition).mean()) / whole if whole > 0 else 0.0
+        """Share of the accuracy that a condition costs on the items it was measured on; 0 where there is none to lose."""
+        lost = self.drop(condition)
+        whole = float(self.correct["full"].to_numpy(float)[np.isfinite(lost)].sum())
+        return float(np.nansum(lost)) / whole if whole > 0 else 0.0
 
 
 def smallest_ring(measured: ObjectTokens, rings: Sequence[int] = (0, 1, 2), least: float = 0.70, otherwise: int = 1) -> int:
@@ -139,7 +140,7 @@ def replace_object_tokens(
     *,
     rings: Sequence[int] = (0, 1, 2),
     draws: int = 0,
-    register: bool = False,
+    high_norm: bool = False,
     gradient_items: int = 0,
     seed: int = 0,
     store: str | Path | None = None,
@@ -157,7 +158,7 @@ def replace_object_tokens(
         Each is measured.
     draws : int
         Random sets of tokens an item and ring; 0 for none.
-    register : bool
+    high_norm : bool
         Whether the tokens with the highest norms are replaced too.
     gradient_items : int
         Number of items (the first) on which the tokens with the highest integrated gradients (50 steps, the answer's logit) are replaced.
@@ -174,9 +175,10 @@ def replace_object_tokens(
     Notes
     -----
     Neo et al., ICLR 2025 (object tokens, mean ablation, register tokens, integrated gradients towards the answer's real first token). Random and
-    register tokens are taken outside the object with its ring: only so do they say that it is the *object's* tokens that matter; where
-    fewer are left outside than the object has, all of them. Where an image has fewer register tokens than that, the next highest norms fill
-    up; ``registers_taken`` says how many were real ones. Under families that add visual features again in later layers (Qwen3-VL) these
+    high-norm tokens are taken outside the object with its ring: only so do they say that it is the *object's* tokens that matter. An item
+    with fewer tokens outside than the object has is not measured with them: the numbers would not match. Register tokens are those whose
+    norm stands out (``REGISTER_SD``); an image seldom has as many as the object has tokens, so that the next highest norms fill up, and the
+    control is called what it is; ``registers_taken`` says how many were register tokens. Under families that add visual features again in later layers (Qwen3-VL) these
     are not replaced.
     """
     if not len(items):
@@ -192,7 +194,7 @@ def replace_object_tokens(
     if not kept:
         raise ValueError("no item shows its object in its image tokens: nothing can be replaced")
     items, layouts, shown = ([one[index] for index in kept] for one in (items, layouts, shown))
-    norms = _norms(subject, items, layouts) if register else [np.zeros(len(layout)) for layout in layouts]
+    norms = _norms(subject, items, layouts) if high_norm else [np.zeros(len(layout)) for layout in layouts]
     level = _register_level(norms)
     gradients = _gradients(subject, items[:gradient_items], layouts) if gradient_items else []
     named, assignments, taken = {}, [], {ring: [] for ring in rings}
@@ -202,12 +204,13 @@ def replace_object_tokens(
         for ring, members in own.items():
             count, outside = int(members.sum()), np.flatnonzero(layout.placed() & ~members)
             chosen[f"object, ring {ring}"] = members
-            for draw in range(draws):
-                chosen[f"random/{draw}, ring {ring}"] = _members(rng.permutation(outside)[:count], len(layout))
-            if register:
-                highest = _highest(norms[index], outside, count)
-                chosen[f"register, ring {ring}"] = _members(highest, len(layout))
-                taken[ring].append(np.mean(norms[index][highest] > level) if len(highest) else 0.0)
+            if len(outside) >= count:
+                for draw in range(draws):
+                    chosen[f"random/{draw}, ring {ring}"] = _members(rng.permutation(outside)[:count], len(layout))
+                if high_norm:
+                    highest = _highest(norms[index], outside, count)
+                    chosen[f"high-norm, ring {ring}"] = _members(highest, len(layout))
+                    taken[ring] += (norms[index][highest] > level).tolist()
             if index < len(gradients):
                 chosen[f"gradients, ring {ring}"] = _members(_highest(gradients[index], np.arange(len(layout)), count), len(layout))
         named[str(item_field(item, "id"))] = layout, chosen
@@ -222,6 +225,7 @@ def replace_object_tokens(
     table = sweep(subject, items, rows, metrics=("correct",), assignments=assignments, groups=groups, store=store, progress=progress)
     found = wide(table)
     correct, replaced = found[["cluster", "task", "full"]].copy(), {}
+    asked = {name for name, wanted in (("random", draws), ("high-norm", high_norm)) if wanted}
     for ring in rings:
         for name in ("object", *CONTROLS):
             columns = [label for label in labels if label.split(",")[0].split("/")[0] == name and label.endswith(f"ring {ring}")]
@@ -229,8 +233,10 @@ def replace_object_tokens(
                 correct[f"{name}, ring {ring}"] = found[columns].mean(axis=1)
                 sizes = [members.sum() for _, chosen in named.values() for label, members in chosen.items() if label in columns]
                 replaced[f"{name}, ring {ring}"] = float(np.mean(sizes))
-    registers = float(np.mean([np.sum(one > level) for one in norms])) if register else 0.0
-    return ObjectTokens(correct, replaced, registers, {ring: float(np.mean(some)) for ring, some in taken.items() if some})
+            elif name in asked:
+                correct[f"{name}, ring {ring}"], replaced[f"{name}, ring {ring}"] = np.nan, 0.0
+    registers = float(np.mean([np.sum(one > level) for one in norms])) if high_norm else 0.0
+    return ObjectTokens(correct, replaced, registers, {ring: float(np.mean(some)) if some else 0.0 for ring, some in taken.items()})
 
 
 def _members(indices: np.ndarray, n: int) -> np.ndarray:
