@@ -58,12 +58,18 @@ def reported(subject):
     return items, means, report
 
 
-def test_heads_are_those_that_attribution_ranks_first(reported):
-    _, _, report = reported
+def test_heads_are_those_that_attribution_ranks_first_with_intervals_over_scenes(subject, reported):
+    items, _, report = reported
     assert [(entry["layer"], entry["head"]) for entry in report.heads] == CHOSEN
     first = report.heads[0]
     assert (first["name"], first["category"], first["confidence"], first["depth"]) == ("1.2", "cross-modal grounding", 0.9, 1.5 / 3)
-    assert first["attribution"]["value"] == pytest.approx(3, abs=0.02)
+    ranked, features, _ = known_of(subject, items)
+    for name, per_item in (("attribution", ranked.per_item), ("entropy", features.per_item[..., features.names.index("entropy")])):
+        value, lower, upper = (bound[1, 2] for bound in interval_each(per_item, ranked.clusters))
+        found = first["attribution"] if name == "attribution" else first["features"][name]
+        assert found == pytest.approx({"value": value, "lower": lower, "upper": upper})
+        *_, upper_of_items = interval_each(per_item, ranked.items)
+        assert upper != pytest.approx(upper_of_items[1, 2])
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False)) == report.as_dict()
 
 

@@ -46,6 +46,19 @@ def test_confidence_is_the_share_of_resamples_that_agree():
     assert found.confidence[0, 1] == 1.0
 
 
+def test_a_scene_asked_more_often_makes_nothing_surer():
+    effects = planted(noise=0.3)
+    often = PathEffects(
+        {name: np.repeat(drops, 5, axis=0) for name, drops in effects.drops.items()},
+        {name: tuple(np.repeat(scenes, 5)) for name, scenes in effects.clusters.items()},
+    )
+    once, more = categorise(effects), categorise(often)
+    assert (once.category == more.category).all() and 0 < once.confidence.min() < 0.9
+    np.testing.assert_array_equal(once.confidence, more.confidence)
+    for name in NAMES:
+        assert once.as_dict()["1.2"]["drops"][name] == pytest.approx(more.as_dict()["1.2"]["drops"][name])
+
+
 def test_a_small_effect_is_none():
     effects = planted(noise=0.0)
     assert categorise(effects, least=0.2).counts()[NO_EFFECT] == 12
