@@ -74,6 +74,7 @@ def test_the_object_its_rings_and_as_many_others_are_replaced(subject, items, ta
     assert found.replaced["object, ring 0"] == found.replaced["random, ring 0"] == found.replaced["high-norm, ring 0"] == 1
     # with its ring the object holds 9 of 16 patches: there are not as many others
     assert found.replaced["object, ring 1"] == 9 and found.replaced["random, ring 1"] == found.replaced["high-norm, ring 1"] == 0
+    pd.testing.assert_series_equal(found.tokens["object, ring 0"], found.tokens["high-norm, ring 0"], check_names=False)
     assert np.isnan(found.drop("random, ring 1")).all() and np.isfinite(found.drop("random, ring 0")).all()
     assert found.registers == pytest.approx(np.mean([(norms > level).sum() for norms in every_norm]))
     assert found.registers_taken == pytest.approx({0: np.mean(shares[0]), 1: 0.0})
@@ -109,7 +110,7 @@ def test_random_is_the_mean_over_draws_and_follows_the_seed(subject, items, take
 
 def frame(**columns) -> ObjectTokens:
     about = {"cluster": list("abcd"), "task": ["t"] * 4}
-    return ObjectTokens(pd.DataFrame(about | {name.replace("_", ", ring "): values for name, values in columns.items()}), {}, 0.0, {})
+    return ObjectTokens(pd.DataFrame(about | {name.replace("_", ", ring "): values for name, values in columns.items()}), pd.DataFrame(), 0.0, {})
 
 
 def test_the_ring_is_the_smallest_that_costs_enough():

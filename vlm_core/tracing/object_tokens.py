@@ -95,8 +95,8 @@ class ObjectTokens:
     correct : DataFrame
         One row an item, indexed by its id; ``cluster``, ``task``, ``full``, ``object, ring 0``, ... and ``random, ring 0``, ... (the mean over
         draws), ``high-norm, ring 0``, ``gradients, ring 0`` where asked for; NaN for items that a condition was not measured on.
-    replaced : dict of str to float
-        Condition to the mean number of tokens it replaces.
+    tokens : DataFrame
+        How many tokens each condition replaces, a row an item and a column a condition; NaN for items that it was not measured on.
     registers : float
         Mean number of register tokens in an image: those whose norm stands out (``REGISTER_SD``).
     registers_taken : dict of int to float
@@ -104,7 +104,7 @@ class ObjectTokens:
     """
 
     correct: pd.DataFrame
-    replaced: dict[str, float]
+    tokens: pd.DataFrame
     registers: float
     registers_taken: dict[int, float]
 
@@ -112,6 +112,11 @@ class ObjectTokens:
     def clusters(self) -> np.ndarray:
         """Scene of every item."""
         return self.correct["cluster"].to_numpy()
+
+    @property
+    def replaced(self) -> dict[str, float]:
+        """Condition to the mean number of tokens it replaces, over the items it was measured on."""
+        return self.tokens.mean().fillna(0.0).to_dict()
 
     def drop(self, condition: str) -> np.ndarray:
         """Right without replacement minus right under a condition, ``[item]``; NaN for items that it was not measured on."""
@@ -224,19 +229,18 @@ def replace_object_tokens(
 
     table = sweep(subject, items, rows, metrics=("correct",), assignments=assignments, groups=groups, store=store, progress=progress)
     found = wide(table)
-    correct, replaced = found[["cluster", "task", "full"]].copy(), {}
+    correct, tokens = found[["cluster", "task", "full"]].copy(), pd.DataFrame(index=found.index)
     asked = {name for name, wanted in (("random", draws), ("high-norm", high_norm)) if wanted}
     for ring in rings:
         for name in ("object", *CONTROLS):
             columns = [label for label in labels if label.split(",")[0].split("/")[0] == name and label.endswith(f"ring {ring}")]
-            if columns:
-                correct[f"{name}, ring {ring}"] = found[columns].mean(axis=1)
-                sizes = [members.sum() for _, chosen in named.values() for label, members in chosen.items() if label in columns]
-                replaced[f"{name}, ring {ring}"] = float(np.mean(sizes))
-            elif name in asked:
-                correct[f"{name}, ring {ring}"], replaced[f"{name}, ring {ring}"] = np.nan, 0.0
+            if columns or name in asked:
+                condition = f"{name}, ring {ring}"
+                correct[condition] = found[columns].mean(axis=1) if columns else np.nan
+                sizes = {item: [members.sum() for label, members in chosen.items() if label in columns] for item, (_, chosen) in named.items()}
+                tokens[condition] = [float(np.mean(sizes[item])) if sizes[item] else np.nan for item in found.index]
     registers = float(np.mean([np.sum(one > level) for one in norms])) if high_norm else 0.0
-    return ObjectTokens(correct, replaced, registers, {ring: float(np.mean(some)) if some else 0.0 for ring, some in taken.items()})
+    return ObjectTokens(correct, tokens, registers, {ring: float(np.mean(some)) if some else 0.0 for ring, some in taken.items()})
 
 
 def _members(indices: np.ndarray, n: int) -> np.ndarray:
