@@ -20,9 +20,10 @@ from vlm_core.errors import SubjectError
 from vlm_core.interventions import ImageKVMeans, KnockOut, ReplaceImageKV, ZeroHeads
 from vlm_core.seam.seam import ATTENTION_NAMES
 from vlm_core.seam.views import AttentionView
+from vlm_core.subjects.batch import Batch
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows, read_logits
-from vlm_core.subjects.subject import Batch, Subject, require_subject
+from vlm_core.subjects.subject import Subject, require_subject
 
 __all__ = ["selfcheck"]
 

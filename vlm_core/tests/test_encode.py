@@ -110,7 +110,7 @@ def test_several_images_without_a_chat_template():
 def test_an_answer_that_the_processor_takes_apart_begins_with_its_first_letter():
     """PaliGemma's processor ends the prompt with a line break; no space stands before the answer."""
     subject = subject_of("paligemma")
-    assert subject._answer_lead() == ""
+    assert subject.wording.lead() == ""
     assert subject.render("what ?", "red") == subject.render("what ?") + "\nred"
     assert subject_of("llava").render("what ?", "red").endswith(" red")
 

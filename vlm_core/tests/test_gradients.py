@@ -120,7 +120,7 @@ def test_one_step_is_the_gradient_halfway(precise):
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "paligemma2", "mllama"])
 def test_head_gradients_on_families(name):
     subject, inputs = Subject(TINY[name].model(), name=name), TINY[name].prompts()
-    subject._continuations = {"seven": (7,)}
+    subject.continuation = {"seven": (7,)}.__getitem__
     item = {"id": "0", "answer": "seven"}
     with torch.inference_mode():
         encoded = capture(subject, inputs)
@@ -156,7 +156,7 @@ def test_what_has_no_gradient_is_said(subject):
     crossed = Subject(TINY["mllama"].model(), name="crossed")
     with torch.inference_mode():
         encoded = capture(crossed, TINY["mllama"].prompts())
-    crossed._continuations = {"seven": (7,)}
+    crossed.continuation = {"seven": (7,)}.__getitem__
     with pytest.raises(SubjectError, match="no image tokens in the sequence"):
         observe_encoded(crossed, [{"id": "0", "answer": "seven"}], encoded, [IntegratedGradients(steps=2)])
 

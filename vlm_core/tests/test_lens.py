@@ -183,7 +183,7 @@ def test_direct_logits_on_families(name):
                 for key, parameter in module.named_parameters(recurse=False):
                     if parameter.ndim == 1:
                         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    subject._continuations = {"seven": (7,), "thirty": (30,)}
+    subject.continuation = {"seven": (7,), "thirty": (30,)}.__getitem__
     mlps = {}
     handles = [
         mlp.register_forward_hook(lambda m, a, out, layer=layer: mlps.update({layer: out}))

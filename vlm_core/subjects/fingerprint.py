@@ -1,0 +1,58 @@
+"""What a stored measurement on a subject depends on, as digests.
+
+``weights_state(model)``         tells cheaply whether weights were changed in memory
+``weights_digest(model)``        the weights themselves, wherever they are kept
+``settings_digest(...)``         configuration of model and processor, attention, versions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from vlm_core.placement import present
+
+__all__ = ["settings_digest", "weights_digest", "weights_state"]
+
+
+def weights_state(model: nn.Module) -> tuple:
+    """What tells of weights that were changed in memory: equal as long as they were not."""
+    # Version counters tell of edits in place, a sample of values of those that pass them by (``.data``).
+    return tuple(
+        (tensor.data_ptr(), tensor._version, tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].double().sum().item())
+        for tensor in model.parameters()
+        if not tensor.is_meta
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of every tensor of the model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        owner, _, own = name.rpartition(".")
+        with present(model.get_submodule(owner)) if tensor.is_meta else nullcontext():
+            tensor = getattr(model.get_submodule(owner), own) if tensor.is_meta else tensor
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settings_digest(model: nn.Module, processor: Any, attention: str) -> str:
+    """Digest of what else the numbers depend on; ``attention`` is the one that the seam delegates to."""
+    parts = [model.config.to_json_string(), attention, torch.__version__, transformers.__version__]
+    if processor is not None:
+        parts.append(processor.to_json_string())
+        parts.append(str(getattr(processor, "chat_template", None)))
+        if processor.tokenizer.is_fast:
+            content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+            # How the last batch was padded is no setting.
+            parts.append(json.dumps({key: value for key, value in content.items() if key not in ("padding", "truncation")}))
+        else:
+            parts.append(json.dumps(sorted(processor.tokenizer.get_vocab().items())))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
