@@ -1,4 +1,7 @@
-"""H1, exploratory: where attribution lies, and whether attention gives it away. Attributions are those of the discovery split; nothing is chosen."""
+"""H1, exploratory: where attribution lies, and whether attention gives it away.
+
+Attributions are those of the discovery split; nothing is chosen.
+"""
 
 import pytest
 

@@ -5,9 +5,9 @@
 ``attribution_depth``    mean depth of the heads, weighted by attribution
 ``attention_agreement``  Spearman's ρ between attribution and attention mass over heads, of one task
 
-The first three take one attribution a task, are computed task by task and averaged over tasks, so that a task with large margins counts no more
-than another; bounds come from leaving out or resampling scenes, of all tasks together. A correlation has a sign, so that opposite ones would
-cancel in a mean: the last is of one task.
+The first three take one attribution a task, are computed task by task and averaged over tasks, so that a task with large margins counts
+no more than another; bounds come from leaving out or resampling scenes, of all tasks together. A correlation has a sign, so that opposite
+ones would cancel in a mean: the last is of one task.
 """
 
 from __future__ import annotations
@@ -113,9 +113,10 @@ def scene_agreement(attributions: Mapping[str, HeadAttribution], parts: int = 2,
 
     Notes
     -----
-    Rankings that have nothing to do with each other have W = 1 / parts on average; two have W = (1 + ρ) / 2, with Spearman's ρ. Bounds are those of
-    the jackknife over scenes, and conservative (`vlm_core.stats.jackknife_statistic`): in simulations with a W of 0.5 to 0.98 their standard
-    errors are 1.3 to 1.8 times the true ones, and a lower bound at 5 % lies above the expected W in 1 to 3 % of samples.
+    Rankings that have nothing to do with each other have W = 1 / parts on average; two have W = (1 + ρ) / 2, with Spearman's ρ. Bounds
+    are those of the jackknife over scenes, and conservative (`vlm_core.stats.jackknife_statistic`): in simulations with a W of 0.5 to
+    0.98 their standard errors are 1.3 to 1.8 times the true ones, and a lower bound at 5 % lies above the expected W in 1 to 5 % of
+    samples.
     """
     every = _scenes(attributions)
     values = {}
@@ -131,8 +132,8 @@ def scene_agreement(attributions: Mapping[str, HeadAttribution], parts: int = 2,
 def wording_agreement(attributions: Mapping[str, Sequence[HeadAttribution]]) -> OverTasks:
     """Kendall's W between head rankings, each made on the same scenes with questions in other words.
 
-    What is estimated: the W to be expected of such rankings when as many scenes are drawn anew, the same ones for all wordings, and masks with
-    them. What the scenes drawn have in common is part of it: it lies above the W of rankings of different scenes.
+    What is estimated: the W to be expected of such rankings when as many scenes are drawn anew, the same ones for all wordings, and masks
+    with them. What the scenes drawn have in common is part of it: it lies above the W of rankings of different scenes.
 
     Parameters
     ----------
@@ -190,10 +191,10 @@ def attribution_depth(attributions: Mapping[str, HeadAttribution], **options) ->
 def attention_agreement(attribution: HeadAttribution, masses: ArrayLike, seed: int = 0) -> Correlation:
     """Spearman's rank correlation over heads between attribution and attention mass on the image.
 
-    What is estimated: the correlation with the ranking that ever more scenes would give. An attribution measured on few scenes correlates less
-    with anything, so that noise alone would make a correlation small; it is divided by the root of the attribution's reliability
-    (Spearman 1904, Am. J. Psychol. 15:72-101), which is its rank correlation between halves of the scenes, stepped up to all of them by the
-    Spearman-Brown formula. Attention mass varies little between scenes and is taken as it is.
+    What is estimated: the correlation with the ranking that ever more scenes would give. An attribution measured on few scenes correlates
+    less with anything, so that noise alone would make a correlation small; it is divided by the root of the attribution's reliability
+    (Spearman 1904, Am. J. Psychol. 15:72-101), which is its rank correlation between halves of the scenes, stepped up to all of them by
+    the Spearman-Brown formula. Attention mass varies little between scenes and is taken as it is.
 
     Parameters
     ----------

@@ -92,8 +92,8 @@ class LabelAgreement:
     strongest : str
         The low-level labels that agree best.
     gain : Estimate or None
-        Agreement of the semantic labels minus that of the strongest low-level ones; None where it does not vary. Its lower bound is the lowest
-        of those against each look, its upper bound the lowest of those at a level shared by the looks.
+        Agreement of the semantic labels minus that of the strongest low-level ones; None where it does not vary. Its lower bound is the
+        lowest of those against each look, its upper bound the lowest of those at a level shared by the looks.
     p_value : float
         The largest of ``by_look``.
     by_look : dict of str to float
@@ -141,8 +141,8 @@ def compare_labels(
     -----
     Silhouette: Rousseeuw 1987. Better than the strongest look means better than each: an intersection-union test, so that each look is
     tested at the full level and none is chosen (Berger 1982, Technometrics 24:295-300). Bounds by the jackknife over scenes; what a scene
-    contributes is its pseudo-value, which holds what its items change in the silhouettes of all others (Tukey 1958). Exchanging an item's own
-    silhouettes alone would reject twice too often (simulated), because items share the groups that they are compared with.
+    contributes is its pseudo-value, which holds what its items change in the silhouettes of all others (Tukey 1958). Exchanging an item's
+    own silhouettes alone would reject twice too often (simulated), because items share the groups that they are compared with.
     """
     vectors = np.asarray(vectors, dtype=float).reshape(len(vectors), -1)
     distances = np.clip(1 - vectors @ vectors.T, 0, None)
@@ -175,7 +175,7 @@ def compare_labels(
 
 
 def _over_the_strongest(gains: Sequence[Estimate | None]) -> Estimate | None:
-    """The least of several gains: it is above what all their lower bounds are above, and below what any upper bound at a shared level is below."""
+    """The least of several gains: above what every lower bound is above, below what any upper bound at a shared level is below."""
     if any(one is None for one in gains):
         return None
 

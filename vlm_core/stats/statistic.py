@@ -136,8 +136,8 @@ def jackknife_statistic(
     """A statistic with bounds for what it is on average over samples of this many clusters: value ± t standard errors of the jackknife.
 
     Rankings made on resampled scenes agree less than those made on the scenes themselves, because each holds some scenes twice and others
-    not at all; the percentiles of such a bootstrap lie beside the value, and its spread is that of noisier rankings. Leaving one cluster out
-    doubles none.
+    not at all; the percentiles of such a bootstrap lie beside the value, and its spread is that of noisier rankings. Leaving one cluster
+    out doubles none.
 
     Parameters
     ----------
@@ -155,9 +155,9 @@ def jackknife_statistic(
 
     Notes
     -----
-    The squared standard error is on average no smaller than the variance of the statistic (over samples with one cluster less), whatever the
-    statistic: Efron & Stein 1981, Ann. Statist. 9:586-596. So bounds err on the wide side: by nothing for a mean, by up to √2 where only
-    interactions between pairs of clusters vary.
+    The squared standard error is on average no smaller than the variance of the statistic (over samples with one cluster less), whatever
+    the statistic: Efron & Stein 1981, Ann. Statist. 9:586-596. So bounds err on the wide side: by nothing for a mean, by up to √2 where
+    only interactions between pairs of clusters vary.
     """
     clusters = np.asarray(clusters)
     n = np.unique(clusters).size

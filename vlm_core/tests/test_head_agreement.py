@@ -17,7 +17,8 @@ FEW = {"n_resamples": 500}
 
 def attribution(per_item, per_scene=2, name="s", names=None):
     clusters = tuple(names or (f"{name}{i // per_scene:03d}" for i in range(len(per_item))))
-    return HeadAttribution(per_item, tuple(f"{name}{i}" for i in range(len(per_item))), clusters, "margin", 100, np.ones((len(per_item), 3)))
+    ids = tuple(f"{name}{i}" for i in range(len(per_item)))
+    return HeadAttribution(per_item, ids, clusters, "margin", 100, np.ones((len(per_item), 3)))
 
 
 def drawn(truth, noise, n=24, seed=0, **options):
@@ -53,7 +54,7 @@ def test_parts_are_disjoint_scenes_of_equal_number():
 
 @dataclasses.dataclass
 class Population:
-    """Tasks whose scenes have maps around a true one, noisier where heads matter more; half the noise of two wordings may be the scenes' own."""
+    """Tasks whose scenes have maps around a true one, noisier where heads matter more; wordings share half of the noise."""
 
     noise: float
     common: float = 0.5
@@ -79,7 +80,10 @@ class Population:
     def estimates(self, seed):
         first, second = (
             # neighbouring tasks share half of their scenes' names
-            {f"t{k}": attribution(one.reshape(-1, 6, 8), 1, names=[f"s{i + k * self.n // 2}" for i in range(self.n)]) for k, one in enumerate(wording)}
+            {
+                f"t{k}": attribution(one.reshape(-1, 6, 8), 1, names=[f"s{i + k * self.n // 2}" for i in range(self.n)])
+                for k, one in enumerate(wording)
+            }
             for wording in self.maps(np.random.default_rng([seed, 5]), self.n)
         )
         return scene_agreement(first, seed=seed).estimate, wording_agreement({task: (first[task], second[task]) for task in first}).estimate
@@ -185,7 +189,8 @@ def test_noise_does_not_hide_that_attention_goes_with_attribution(noise):
 
 
 def test_an_attribution_of_noise_alone_tells_nothing_of_attention():
-    found = [attention_agreement(drawn(np.zeros((4, 6)), 1.0, seed=seed), np.exp(drawn(TRUTH, 0.1).per_item)).estimate for seed in range(40)]
+    masses = np.exp(drawn(TRUTH, 0.1).per_item)
+    found = [attention_agreement(drawn(np.zeros((4, 6)), 1.0, seed=seed), masses).estimate for seed in range(40)]
     bounds = [one.bounds(0.05) for one in found]
     assert sum(-0.3 < lower and upper < 0.3 for lower, upper in bounds) <= 5  # 2 in 40 are meant
 

@@ -252,7 +252,8 @@ def test_an_attribution_ranks_by_its_mean_over_items():
 def test_attributions_of_different_items_are_pooled(monkeypatch):
     _, answer = linear(n_items=9)
     whole, _ = simulate(monkeypatch, answer, n_items=9)
-    parts = [whole.first(4), dataclasses.replace(whole, **{name: getattr(whole, name)[4:] for name in ("per_item", "items", "clusters", "squares")})]
+    rest = {name: getattr(whole, name)[4:] for name in ("per_item", "items", "clusters", "squares")}
+    parts = [whole.first(4), dataclasses.replace(whole, **rest)]
     both = HeadAttribution.pooled(parts)
     assert (both.items, both.clusters, both.n_masks, both.r2) == (whole.items, whole.clusters, whole.n_masks, whole.r2)
     assert np.array_equal(both.per_item, whole.per_item)

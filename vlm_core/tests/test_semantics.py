@@ -72,7 +72,7 @@ def test_silhouettes_are_scikit_learns_and_weights_are_copies():
 
 
 def planted(by, seed=0, scenes=40, questions=(1, 2, 3, 4), strength=0.6):
-    """Scenes with looks, asked one or more of four questions; items use the heads of their question, of their scene's look or of both alike."""
+    """Scenes with looks, asked some of four questions; items use the heads of their question, of their scene's look or of both."""
     rng = np.random.default_rng([seed, 3])
     centres = strength * np.random.default_rng(1).normal(size=(4, 12))
     looks = {name: rng.permutation(scenes) % 4 for name in ("look", "other look", "third look")}
