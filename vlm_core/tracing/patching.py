@@ -130,14 +130,9 @@ class Patching:
         if half not in ("first", "second"):
             raise ValueError(f"no half {half!r} of the depth: 'first' or 'second'")
         chosen = inner[:size] if half == "first" else inner[-size:]
-        one, other = self.places.index(place), self.places.index(over)
-        shares = self.shares(direction)
-
-        def difference(weights: np.ndarray) -> np.ndarray:
-            found = shares(weights)[:, chosen]
-            return (found[:, :, one] - found[:, :, other]).mean(1)
-
-        return difference
+        moved = self.moved(direction)[:, chosen]
+        ahead = moved[:, :, self.places.index(place)] - moved[:, :, self.places.index(over)]
+        return pooled_shares(ahead.mean(1), self.gap, self.clusters)
 
 
 def contrasting(subject: Subject, items: Sequence) -> list[dict]:
