@@ -79,7 +79,8 @@ def _text(model_type: str, tokenizer, **more) -> dict:
 
 def _model(cls, config, attention="sdpa"):
     torch.manual_seed(0)
-    model = loud(cls._from_config(config, attn_implementation=attention)).eval()
+    # The language model's: not every Q-Former has it under every transformers.
+    model = loud(cls._from_config(config, attn_implementation={"text_config": attention})).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     return model
 
@@ -556,7 +557,10 @@ def mllama():
     return processor, _model(tf.MllamaForConditionalGeneration, config)
 
 
-def _blip(processor_cls, model_cls, config_cls, **more):
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "activation_function": "relu"}
+
+
+def _blip(processor_cls, model_cls, config_cls, decoder="opt", **more):
     tokenizer = _tokenizer("<image>")
     processor = processor_cls(
         _image_processor("blip.image_processing_pil_blip", "BlipImageProcessorPil", **_square()),
@@ -570,9 +574,7 @@ def _blip(processor_cls, model_cls, config_cls, **more):
             "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
             "encoder_hidden_size": 16, "vocab_size": len(tokenizer), "cross_attention_frequency": 1,
         },
-        text_config=_text(
-            "opt", tokenizer, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True, activation_function="relu"
-        ),
+        text_config=_text(decoder, tokenizer, **(OPT if decoder == "opt" else {})),
         num_query_tokens=5,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -586,6 +588,18 @@ def blip2():
 def instructblip():
     return _blip(
         tf.InstructBlipProcessor, tf.InstructBlipForConditionalGeneration, tf.InstructBlipConfig, qformer=True
+    )
+
+
+def blip2_llama():
+    """BLIP-2 around a Llama."""
+    return _blip(tf.Blip2Processor, tf.Blip2ForConditionalGeneration, tf.Blip2Config, "llama")
+
+
+def instructblip_llama():
+    """InstructBLIP around a Llama."""
+    return _blip(
+        tf.InstructBlipProcessor, tf.InstructBlipForConditionalGeneration, tf.InstructBlipConfig, "llama", qformer=True
     )
 
 
@@ -603,7 +617,7 @@ VARIANTS = {
     variant.__name__: variant
     for variant in (
         llava_padded, llava_stretched, llava_pixtral, llava_onevision_shrunk, llava_onevision_uneven, idefics3_whole,
-        paligemma2, gemma3_pan_and_scan,
+        paligemma2, gemma3_pan_and_scan, blip2_llama, instructblip_llama,
     )
 }
 

@@ -14,8 +14,8 @@ from vlm_core.families.family import CAPABILITIES, LLAVA, declare, find_family
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.sweeps.engine import choose_path
+from vlm_core.tests.conformance.models import Grab, batch_of, logits_of, logits_under, some_means, subject_of
 from vlm_core.tests.family_models import BUILDERS, FAMILY_OF, IMAGE_TOKEN, SIGLIP, TEXT, TINY, WITHOUT_HEAD_DIM
-from vlm_core.tests.test_conformance import Grab, batch_of, logits_of, logits_under, some_means, subject_of
 
 
 def test_every_declared_family_is_tested():

@@ -10,7 +10,7 @@ import vlm_core.seam.attending
 import vlm_core.subjects.checks
 from vlm_core import AttentionMass, SubjectError, selfcheck
 from vlm_core.seam.views import AttentionView
-from vlm_core.tests.test_conformance import batch_of, logits_under, subject_of
+from vlm_core.tests.conformance.models import batch_of, logits_under, subject_of
 from vlm_core.tests.tiny import tiny_subject
 
 
