@@ -45,7 +45,7 @@ class Own:
     def image_mass(self, prompt: Prompt, queries: str = "text") -> torch.Tensor:
         """Share of attention ``[layer, head]`` that a group of queries gives to the image."""
         _, run = self._observe(prompt, [AttentionMass(queries=queries, groups=("image",))])
-        return torch.stack([torch.as_tensor(run.record(0, layer))[0, :, 0] for layer in range(self.case.subject.anatomy.n_layers)])
+        return torch.cat([run.record(0, layer) for layer in range(self.case.subject.anatomy.n_layers)])[..., 0]
 
     def _observe(self, prompt: Prompt, observers: Sequence):
         subject = self.case.subject

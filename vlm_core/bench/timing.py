@@ -1,4 +1,4 @@
-"""Paired, interleaved timing: in every round each contestant works once, on the same prompt, in an order that moves on.
+"""Paired, interleaved timing: in every round each contestant works once, on the same prompt, in an order drawn anew.
 
 ``interleave(contestants, rounds)``   seconds per unit of work, one figure a round
 ``compare(numerator, denominator)``   the rounds' ratios: median with spread
@@ -30,6 +30,8 @@ class Ratio:
 def interleave(contestants: Mapping[str, Callable[[int], int]], rounds: int, clock: str = "wall") -> dict[str, list[float]]:
     """Time every contestant in every round.
 
+    What runs before leaves the processor's caches to what runs after, so that no contestant always follows the same one.
+
     Parameters
     ----------
     contestants : mapping of name to function
@@ -43,12 +45,12 @@ def interleave(contestants: Mapping[str, Callable[[int], int]], rounds: int, clo
     """
     names, now = list(contestants), CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = np.random.default_rng(0)
     # What is there now stays: the collector looks at what the contestants leave behind, between rounds.
     gc.freeze()
     try:
         for number in range(rounds):
-            shift = number % len(names)
-            for name in (*names[shift:], *names[:shift]):
+            for name in order.permutation(names):
                 start = now()
                 units = contestants[name](number)
                 seconds[name].append((now() - start) / units)

@@ -36,6 +36,11 @@ class At:
         return tuple(("head", self.heads) if name == "head" else (name, labels) for name, labels in axes)
 
     @property
+    def reads_hidden(self) -> bool:
+        """The observer's."""
+        return getattr(self.observer, "reads_hidden", True)
+
+    @property
     def ragged(self) -> dict[int, str]:
         """The observer's."""
         return getattr(self.observer, "ragged", {})

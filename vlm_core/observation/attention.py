@@ -37,6 +37,8 @@ class AttentionMass:
         Token groups: attention on what. A single name is one group.
     """
 
+    reads_hidden = False
+
     queries: str = "last"
     groups: tuple[str, ...] = ("image", "text", "last", "bos")
 
@@ -56,11 +58,7 @@ class AttentionMass:
 
     def attention(self, view: AttentionView) -> torch.Tensor:
         """``[element, head, group]`` of one layer."""
-        def stacked() -> torch.Tensor:
-            return torch.stack([view.keys_of(group) for group in self.groups], dim=2).float()
-
-        key = ("keys", self.groups, view.crossed, view.key.shape[2])
-        return view.mean(self.queries) @ view.tokens.kept(key, stacked)
+        return view.shares(self.queries, self.groups)
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class AttentionEntropy:
     over : tuple of str
         Token groups: entropy over which keys. A single name is one group.
     """
+
+    reads_hidden = False
 
     queries: str = "last"
     over: tuple[str, ...] = ("all", "image")
@@ -124,6 +124,8 @@ class TopTokens:
         Token groups: whose attention, and which keys compete.
     """
 
+    reads_hidden = False
+
     k: int = 5
     queries: str = "last"
     among: str = "all"
@@ -162,6 +164,8 @@ class FullAttention:
 
     This is what the other observers avoid: it takes layers x heads x tokens² numbers an item. Padding is NaN.
     """
+
+    reads_hidden = False
 
     @property
     def ragged(self) -> dict[int, str]:

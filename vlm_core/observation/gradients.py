@@ -35,6 +35,8 @@ _TOKENS_AT_ONCE = 4096
 class _GatedRun(Run):
     """A run in which every head's output is multiplied by ``gates`` ``[row, layer, head]``."""
 
+    alert = True
+
     gates: torch.Tensor
 
     def attend(self, layer, *args, **kwargs):

@@ -24,6 +24,8 @@ class ImageAttention:
     Rows with fewer image tokens than the widest of their batch are padded with NaN.
     """
 
+    reads_hidden = False
+
     queries: str = "last"
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class MaskIoU:
     Sergeev & Kotelnikov 2025, arXiv:2511.23375: Head Impact is the mean of the ``"mean"`` column over a set. The other
     thresholds show how much the ranking of heads owes to that choice.
     """
+
+    reads_hidden = False
 
     mask: str = "object"
     queries: str = "last"

@@ -64,6 +64,8 @@ class KeyValues:
     keys first, then values, float64. A recording keeps the joined moments of whole shards, not of every item.
     """
 
+    reads_hidden = False
+
     tokens: str = "image"
 
     def __post_init__(self) -> None:

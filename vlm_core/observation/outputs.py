@@ -28,6 +28,8 @@ class HeadOutputs:
     tokens; ``"norm"``: the mean over all tokens of its length, ``[item, layer, head]``.
     """
 
+    reads_hidden = False
+
     reduce: str = "last"
 
     def __post_init__(self) -> None:

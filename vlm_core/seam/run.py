@@ -59,12 +59,18 @@ class Run:
         unless the batch is padded on the right.
     groups : mapping of str to BoolTensor ``[sequence, token]``, optional
         Named token groups, for interventions and observers.
+    tokens : Tokens, optional
+        Those of the incoming batch, where they are at hand: what they keep serves every run on it. Taken where there are no
+        named groups and nothing is dropped.
 
     Raises
     ------
     ValueError
         One sentence: what the family lacks, or what this batch does not have (rows, groups, positions, as many tokens as a source).
     """
+
+    alert = False
+    """Whether layers and attentions are heard even where the program leaves them alone: for kinds of runs that do something of their own."""
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class Run:
         observers: Sequence = (),
         left: bool | None = None,
         groups: Mapping[str, torch.Tensor] | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         n_sequences = image.shape[0]
         self.anatomy = anatomy
@@ -96,16 +103,26 @@ class Run:
         self._steady = not (self._branches.gather or program.drops or program.merges)
         self.elements_at = self._branches.elements_at
         self._image, self._valid = image, valid
-        self._named = _named(groups or {}, valid)
+        self._named = _named(groups, valid) if groups else {}
         self._left = bool(program.drops or program.merges) and bool(valid[:, -1].all()) if left is None else left
-        numbered = list(enumerate(self.observers))
-        self._attention_observers = [(number, one) for number, one in numbered if hasattr(one, "attention")]
-        self._layer_observers = [(number, one) for number, one in numbered if hasattr(one, "layer")]
-        self._site_observers = [(number, one) for number, one in numbered if hasattr(one, "site")]
-        self._attends = bool(self._attention_observers or self._site_observers)
-        self.hears_modules = bool(self._site_observers) or any(site in ("attention", "mlp") for site, _ in program.edits)
+        numbered = tuple(enumerate(self.observers))
+        self._attention_observers = [pair for pair in numbered if hasattr(pair[1], "attention")]
+        self._layer_observers = [pair for pair in numbered if hasattr(pair[1], "layer")]
+        self._site_observers = sited = [pair for pair in numbered if hasattr(pair[1], "site")]
+        self._attends = bool(self._attention_observers or sited)
         self._untouched = program.idle and self._steady
-        self._idle = self._untouched and not self.observers
+        self._idle = self._untouched and not (numbered or self.alert)
+        self._heard = {} if self._idle else anatomy.attention_layers
+        self.hears_modules = bool(sited) or (not self._untouched and any(site in ("attention", "mlp") for site, _ in program.edits))
+        self.hears_layers = not self._idle and bool(
+            self.alert
+            or not self._untouched
+            or self._layer_observers
+            or sited
+            or any(getattr(one, "reads_hidden", True) for _, one in self._attention_observers)
+        )
+        if tokens is not None and self._steady and not self._named:
+            self._start = tokens
         if not self._untouched:
             self._prepare_edits()
         for one in self.observers:
@@ -143,8 +160,8 @@ class Run:
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
     def attention_layer(self, module: nn.Module) -> int | None:
-        """Layer of an attention module of this run's language model, else None."""
-        return self.anatomy.attention_layers.get(module)
+        """Layer of an attention module of this run's language model, else None; None too where nothing is done in any."""
+        return self._heard.get(module)
 
     def decoder_layer(self, module: nn.Module) -> int | None:
         """Layer of a decoder layer (``n_layers`` for the final norm) of this run's model, else None."""
@@ -201,11 +218,9 @@ class Run:
 
     def enter_layer(self, layer: int, args: tuple, kwargs: dict):
         """Branch, edit, shorten and observe before decoder layer ``layer``; None where nothing changes."""
-        if self._idle and layer:
-            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer == 0:
-            self._enter_model(hidden, kwargs.get("past_key_values"))
+            self._enter_model(hidden.shape[:2], kwargs.get("past_key_values"))
         if self._untouched:
             if self.observers and not self.decoding:
                 self._look(layer, hidden)
@@ -243,6 +258,9 @@ class Run:
 
     def enter_model(self, kwargs: dict) -> dict | None:
         """Refuse, before the language model runs, what would break inside it; its inputs, where they must change."""
+        if not self.hears_layers:
+            inputs = kwargs.get("inputs_embeds")
+            self._enter_model((kwargs["input_ids"] if inputs is None else inputs).shape[:2], kwargs.get("past_key_values"))
         if self._untouched:
             return None
         n_deep = len(kwargs.get("deepstack_visual_embeds") or ())
@@ -267,12 +285,12 @@ class Run:
         counted = counted_positions(kwargs, self._start.valid, past, generated)
         return None if counted is None else {**kwargs, "position_ids": counted}
 
-    def _enter_model(self, hidden: torch.Tensor, cache) -> None:
+    def _enter_model(self, shape: tuple[int, int], cache) -> None:
         past = 0 if cache is None else int(cache.get_seq_length(self._own))
         if past == 0:
             self._begin()
-            if hidden.shape[:2] != self._valid.shape:
-                self._refuse_batch(tuple(hidden.shape[:2]), tuple(self._valid.shape), cached=cache is not None)
+            if shape != self._valid.shape:
+                self._refuse_batch(tuple(shape), tuple(self._valid.shape), cached=cache is not None)
             if self._steady and not self._idle:
                 self._tokens_at = dict.fromkeys(range(self.anatomy.n_layers + 1), self._start)
             return
@@ -283,7 +301,7 @@ class Run:
                 "the model was called with a cache that holds a past which this run did not see: start with the whole prompt"
             )
         self.decoding = True
-        self._generated = past + hidden.shape[1] - self._tokens_at[self._own].valid.shape[1]
+        self._generated = past + shape[1] - self._tokens_at[self._own].valid.shape[1]
 
     def _refuse_batch(self, entered: tuple[int, int], expected: tuple[int, int], cached: bool) -> None:
         n_times, left_over = divmod(entered[0], expected[0])

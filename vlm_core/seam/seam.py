@@ -8,8 +8,8 @@ Two attention names are registered with transformers, each with its own mask fun
 no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
 run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
 layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
-read and edit what they add to it. These are there from the first run on that ``hears_modules``, ahead of anyone else's: every hook makes a
-forward pass slower, and few runs need them.
+read and edit what they add to it. Every hook makes a forward pass slower and few runs need all of them, so that each kind is there only
+from a run that asks for it (``hears_layers``, ``hears_modules``) to one that does not, ahead of anyone else's hooks.
 
 What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
 has no use for, ``enter_model`` and ``leave`` with ``hears_modules``, may be missing.
@@ -18,10 +18,9 @@ has no use for, ``enter_model`` and ``leave`` with ``hears_modules``, may be mis
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from threading import Lock
 from weakref import WeakKeyDictionary, ref
 
@@ -41,7 +40,6 @@ _ACTIVE: ContextVar[Run | None] = ContextVar("vlm_core_run", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("vlm_core_capturing", default=False)
 _INSTALLED: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
 _LISTENERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
-_LISTENING = Lock()
 
 
 def current_run() -> Run | None:
@@ -49,18 +47,25 @@ def current_run() -> Run | None:
     return _ACTIVE.get()
 
 
-@contextmanager
-def active(run: Run) -> Iterator[Run]:
+class active:  # noqa: N801 (used as a function)
     """Make ``run`` the active one; the previous state is back on exit, exceptions included."""
-    if getattr(run, "hears_modules", False):
-        seam = _LISTENERS.get(run.anatomy.language_model)
-        if seam is not None:
-            seam.listen()
-    token = _ACTIVE.set(run)
-    try:
-        yield run
-    finally:
-        _ACTIVE.reset(token)
+
+    def __init__(self, run: Run | None) -> None:
+        self._run = run
+        anatomy = getattr(run, "anatomy", None)
+        self._seam = None if anatomy is None else _LISTENERS.get(anatomy.language_model)
+
+    def __enter__(self) -> Run | None:
+        run = self._run
+        if self._seam is not None:
+            self._seam.begin(run)
+        self._token = _ACTIVE.set(run)
+        return run
+
+    def __exit__(self, *error) -> None:
+        _ACTIVE.reset(self._token)
+        if self._seam is not None:
+            self._seam.end(self._run)
 
 
 class Captured(Exception):
@@ -89,19 +94,20 @@ def _original(module: nn.Module, implementation: str):
     return modelling.ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-def _attention(module, query, key, value, attention_mask, *args, _implementation: str, **kwargs):
-    original = _original(module, _implementation)
-    run = _ACTIVE.get()
-    layer = None if run is None else run.attention_layer(module)
-    if layer is None:
-        return original(module, query, key, value, attention_mask, *args, **kwargs)
-    return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
+def _attention_like(implementation: str):
+    def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        original = _original(module, implementation)
+        run = _ACTIVE.get()
+        layer = None if run is None else run.attention_layer(module)
+        if layer is None:
+            return original(module, query, key, value, attention_mask, *args, **kwargs)
+        return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attention
 
 
 for _implementation, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(
-        ATTENTION_NAMES[_implementation], partial(_attention, _implementation=_implementation)
-    )
+    AttentionInterface.register(ATTENTION_NAMES[_implementation], _attention_like(_implementation))
     AttentionMaskInterface.register(ATTENTION_NAMES[_implementation], _mask)
 
 
@@ -138,9 +144,10 @@ class Seam:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, name: str = "subject") -> None:
         # A family that does not fit is refused before anything is done to the model.
-        self._heard = [(module, _after_attention) for module in anatomy.attentions]
-        self._heard += [(module, _after_mlp) for module in anatomy.mlps]
-        self._listens = False
+        self._layers = _Hooks([(module, _before_layer) for module in (*anatomy.layers, anatomy.norm)], before=True)
+        modules = [(module, _after_attention) for module in anatomy.attentions] + [(module, _after_mlp) for module in anatomy.mlps]
+        self._modules = _Hooks(modules, before=False)
+        self._lock = Lock()
         text_config = model.config.get_text_config()
         self._model = ref(model)
         named = text_config._attn_implementation
@@ -161,37 +168,83 @@ class Seam:
                 f"through transformers' AttentionInterface."
             )
         model.set_attn_implementation({self._key: ATTENTION_NAMES[self.original]})
-        hooked = [(module, _before_layer) for module in (*anatomy.layers, anatomy.norm)]
-        hooked.append((anatomy.language_model, _before_language_model))
-        self._handles = []
-        for module, hook in hooked:
-            for key in [key for key, found in module._forward_pre_hooks.items() if found is hook]:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, hook in self._heard:
-            for key in [key for key, found in module._forward_hooks.items() if found is hook]:
-                del module._forward_hooks[key]
-        _LISTENERS[anatomy.language_model] = self
+        entrance = anatomy.language_model
+        for hooks in (self._layers, self._modules):
+            hooks.clear()
+        for key in [key for key, found in entrance._forward_pre_hooks.items() if found is _before_language_model]:
+            del entrance._forward_pre_hooks[key]
+            entrance._forward_pre_hooks_with_kwargs.pop(key, None)
+        self._entrance = entrance.register_forward_pre_hook(_before_language_model, with_kwargs=True)
+        _LISTENERS[entrance] = self
 
-    def listen(self) -> None:
-        """From now on also hook what attention and MLP modules give back."""
-        with _LISTENING:
-            if not self._listens:
-                self._handles += [module.register_forward_hook(hook, prepend=True) for module, hook in self._heard]
-                self._listens = True
+    def begin(self, run: Run) -> None:
+        """``run`` becomes active in some context: from here on there are the hooks that it hears by."""
+        with self._lock:
+            self._layers.begin(getattr(run, "hears_layers", True))
+            self._modules.begin(getattr(run, "hears_modules", False))
+
+    def end(self, run: Run) -> None:
+        """``run`` is active no longer; its hooks stay until a run comes that needs none, unless another still hears by them."""
+        with self._lock:
+            self._layers.end(getattr(run, "hears_layers", True))
+            self._modules.end(getattr(run, "hears_modules", False))
 
     def remove(self) -> None:
         """Restore the model as it was before ``install``."""
-        with _LISTENING:
-            for handle in self._handles:
-                handle.remove()
-            # Not to be woken again by a run that outlives it.
-            self._handles, self._heard = [], []
+        with self._lock:
+            self._entrance.remove()
+            self._layers.close()
+            self._modules.close()
         model = self._model()
         if model is not None:
             model.set_attn_implementation({self._key: self.original})
             _INSTALLED.pop(model, None)
+
+
+class _Hooks:
+    """Hooks of one kind on the modules of a model, there while some run hears by them and until one comes that does not."""
+
+    def __init__(self, hooked: Sequence[tuple[nn.Module, Callable]], before: bool) -> None:
+        self._hooked = list(hooked)
+        self._before = before
+        self._hearing = 0
+        self._handles: list = []
+
+    def clear(self) -> None:
+        """Take off what a copied model came with."""
+        for module, hook in self._hooked:
+            hooks = module._forward_pre_hooks if self._before else module._forward_hooks
+            for key in [key for key, found in hooks.items() if found is hook]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def begin(self, hears: bool) -> None:
+        """A run begins that hears by these, or does not."""
+        if not hears:
+            if self._handles and not self._hearing:
+                self._off()
+            return
+        self._hearing += 1
+        if not self._handles:
+            for module, hook in self._hooked:
+                if self._before:
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+                else:
+                    self._handles.append(module.register_forward_hook(hook, prepend=True))
+
+    def end(self, hears: bool) -> None:
+        """Such a run ends."""
+        self._hearing -= bool(hears)
+
+    def close(self) -> None:
+        """Off for good: not to be woken again by a run that outlives the seam."""
+        self._off()
+        self._hooked = []
+
+    def _off(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 def install(model: nn.Module, anatomy: Anatomy, name: str = "subject") -> Seam:

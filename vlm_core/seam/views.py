@@ -22,6 +22,8 @@ GROUPS = ("image", "text", "question", "preamble", "last", "bos", "answer", "all
 # Scores of one block: about what a core's second-level cache holds, but enough queries for a matrix product to pay.
 _BLOCK_SCORES = 2**18
 _BLOCK_QUERIES = 16
+# A bias of at most so many numbers is kept for the other layers: of a larger one, the product costs far more than making it again.
+_BIAS_KEPT = 2**15
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -192,8 +194,8 @@ class AttentionBlock:
 class _Asked:
     """Queries of a block: ``all_see`` leading keys need no causal mask, keys from ``some_see`` on are left out.
 
-    ``whole``: all of them are members. ``causal`` ``[element, 1, n, all_see to some_see]``: added to the scores of the keys between, 0
-    or, where a key lies after the query, the lowest number there is; None where none does.
+    ``whole``: all of them are members; ``first`` is the position of the first. ``bias`` ``[1, queries that share keys, some_see]``: added to the scores of a small block of one
+    sequence, as `_later` has it; None for others.
     """
 
     positions: torch.Tensor
@@ -201,7 +203,22 @@ class _Asked:
     whole: bool
     all_see: int
     some_see: int
-    causal: torch.Tensor | None
+    first: int = 0
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What ``AttentionView.shares`` needs of the tokens: ``members`` ``[element, key, group]``, which keys belong to which group.
+
+    Attention whose values say which group a key belongs to gives the groups' shares, with no map of it in between. So where one sequence
+    attends causally, ``values`` ``[1, kv head, key, head_dim]`` hold the groups, and ``fused`` the positions of the queries (None for
+    all) with what is added to their scores (None for the causal order); where there are many queries of some only, it is None.
+    """
+
+    members: torch.Tensor
+    values: torch.Tensor | None = None
+    fused: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
 
 
 @dataclass(eq=False)
@@ -210,8 +227,8 @@ class AttentionView:
 
     ``query`` ``[element, head, query, head_dim]``; ``key``, ``value`` ``[element, kv head, key, head_dim]``;
     ``output`` ``[element, query, head, head_dim]`` before the output projection; ``mask`` the model's own, boolean or
-    additive, None where it is causal; ``hidden`` ``[element, token, hidden]`` the residual stream that entered the layer;
-    ``crossed`` whether the keys are the image's, outside the sequence.
+    additive, None where it is causal; ``hidden`` ``[element, token, hidden]`` the residual stream that entered the layer, None where no
+    observer of the run reads it; ``crossed`` whether the keys are the image's, outside the sequence.
     """
 
     layer: int
@@ -279,6 +296,42 @@ class AttentionView:
                 total[:, :, : asked.some_see] += summed
         return total.div_(count)
 
+    def shares(self, queries: str, groups: tuple[str, ...]) -> torch.Tensor:
+        """Attention on groups of keys, averaged over a group of queries, ``[element, head, group]``; NaN where that has no member."""
+        tokens, query, key = self.tokens, self.query, self.key
+        asked = tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), lambda: self._shared(queries, groups))
+        if asked.fused is None or self.softcap is not None or ("mean", queries) in self._kept:
+            return self.mean(queries) @ asked.members
+        query, key = _constant(query), _constant(key)
+        if query.dtype != torch.float32:
+            query, key = query.float(), key.float()
+        positions, mask = asked.fused
+        if positions is not None:
+            query = query.index_select(2, positions)
+        if query.shape[1] != key.shape[1]:
+            # Heads that share keys are neighbours: their queries stand under one another.
+            query = query.view(1, key.shape[1], -1, query.shape[3])
+        attention = nn.functional.scaled_dot_product_attention
+        found = attention(query, key, asked.values, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
+        if query.shape[1] != self.query.shape[1]:
+            found = found.view(1, self.query.shape[1], -1, found.shape[3])
+        return found.mean(2)[..., : len(groups)]
+
+    def _shared(self, queries: str, groups: tuple[str, ...]) -> _Shared:
+        members = torch.stack([self.keys_of(group) for group in groups], dim=2).float()
+        n_queries, n_keys, size = self.query.shape[2], self.key.shape[2], self.key.shape[3]
+        positions = self.tokens.members(queries)[0]
+        if self.query.shape[0] > 1 or not self._causal or len(groups) > size or not positions.shape[1]:
+            return _Shared(members)
+        values = nn.functional.pad(members, (0, size - len(groups)))[:, None].expand(self.key.shape)
+        if positions.shape[1] == n_queries == n_keys and self.query.shape == self.key.shape:
+            return _Shared(members, values, (None, None))
+        asked = self._asked(positions, torch.ones_like(positions, dtype=torch.bool), positions.shape[1])[0]
+        if asked.bias is None:
+            return _Shared(members)
+        mask = nn.functional.pad(asked.bias, (0, n_keys - asked.some_see), value=_LOWEST)
+        return _Shared(members, values, (positions[0], mask[:, None]))
+
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""
         index = torch.as_tensor(heads, device=self.query.device)
@@ -300,7 +353,7 @@ class AttentionView:
 
     def _asked_of(self, queries: str) -> list[_Asked]:
         # Layers with the same tokens ask the same.
-        key = ("asked", queries, self.query.shape, self.key.shape[2], self._causal)
+        key = ("asked", queries, self.query.shape, self.key.shape, self._causal)
         return self.tokens.kept(key, lambda: self._in_blocks(queries))
 
     def _in_blocks(self, queries: str) -> list[_Asked]:
@@ -320,7 +373,7 @@ class AttentionView:
             # One sequence has no filling.
             whole = at.shape[0] == 1 or bool(members.all())
             if not self._causal or not at.shape[1]:
-                asked.append(_Asked(at, members, whole, 0, n_keys, None))
+                asked.append(_Asked(at, members, whole, 0, n_keys))
                 continue
             if at.shape[0] == 1:
                 numbers = at[0].tolist()
@@ -328,12 +381,24 @@ class AttentionView:
             else:
                 first = int((at if whole else at.masked_fill(~members, n_keys - seen)).min())
                 last = int((at if whole else at.masked_fill(~members, 0)).max())
-            causal = None
-            if first < last:
-                later = torch.arange(first + 1, last + 1, device=at.device) > at.unsqueeze(1).unsqueeze(3)
-                causal = later * _LOWEST
-            asked.append(_Asked(at, members, whole, first + seen, last + seen, causal))
+            one = _Asked(at, members, whole, first + seen, last + seen, first)
+            sharing = self.query.shape[1] // self.key.shape[1]
+            if at.shape[0] == 1 and self.softcap is None and sharing * at.shape[1] * one.some_see <= _BIAS_KEPT:
+                one = replace(one, bias=self._bias(one))
+            asked.append(one)
         return asked
+
+    def _bias(self, asked: _Asked) -> torch.Tensor:
+        """What a causal order adds to all scores of a block of one sequence, ``[1, queries that share keys, some_see]``."""
+        later = nn.functional.pad(_later(asked), (asked.all_see, 0))[:, 0]
+        return later.repeat(1, self.query.shape[1] // self.key.shape[1], 1)
+
+    def _query(self, asked: _Asked) -> torch.Tensor:
+        """A block's queries in float32, ``[element, head, n, head_dim]``."""
+        query, where = _constant(self.query), asked.positions
+        if len(where) == 1:
+            return query.index_select(2, where[0]).float()
+        return torch.take_along_dim(query, where[:, None, :, None], dim=2).float()
 
     def _probabilities(self, asked: _Asked) -> torch.Tensor:
         n_elements, n_heads, n_queries, size = self.query.shape
@@ -344,24 +409,33 @@ class AttentionView:
             key = self._kept["key"] = _constant(self.key).float().flatten(0, 1).transpose(1, 2)
         if asked.some_see < n_keys:
             key = key[..., : asked.some_see]
-        query = _constant(self.query)
-        if n_elements == 1:
-            query = query.index_select(2, queries[0])
-        else:
-            query = torch.take_along_dim(query, queries[:, None, :, None], dim=2)
-        query = query.float().mul_(self.scaling)
         # Heads that share keys are neighbours: their queries stand under one another in one product.
-        scores = torch.bmm(query.view(key.shape[0], -1, size), key).view(n_elements, n_heads, -1, asked.some_see)
+        query = self._query(asked).view(key.shape[0], -1, size)
+        if asked.bias is not None:
+            scores = torch.baddbmm(asked.bias, query, key, alpha=self.scaling)
+            return scores.softmax(-1).view(n_elements, n_heads, -1, asked.some_see)
+        scores = torch.bmm(query.mul_(self.scaling), key).view(n_elements, n_heads, -1, asked.some_see)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        if asked.causal is not None:
-            (scores[..., asked.all_see :] if asked.all_see else scores).add_(asked.causal)
+        if self._causal:
+            if asked.all_see < asked.some_see:
+                scores[..., asked.all_see :].add_(_later(asked))
         elif self.mask is not None:
             mask = self.mask[..., :n_keys]
             mask = mask.expand(n_elements, -1, n_queries, n_keys)
             mask = torch.take_along_dim(mask, queries[:, None, :, None], dim=2)
             scores = scores.masked_fill_(~mask, _LOWEST) if mask.dtype == torch.bool else scores.add_(mask)
         return scores.softmax(-1)
+
+
+def _later(asked: _Asked) -> torch.Tensor:
+    """Added to the scores of keys that not every query sees, ``[element, 1, n, all_see to some_see]``.
+
+    0, or the lowest number there is where the key lies after the query.
+    """
+    at = asked.positions
+    keys = torch.arange(asked.first + 1, asked.first + 1 + asked.some_see - asked.all_see, device=at.device)
+    return (keys > at.unsqueeze(1).unsqueeze(3)) * _LOWEST
 
 
 def _constant(tensor: torch.Tensor) -> torch.Tensor:

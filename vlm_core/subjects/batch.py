@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlm_core.errors import SubjectError
 from vlm_core.images import as_rgb, require_image
+from vlm_core.seam.views import Tokens
 from vlm_core.subjects.wording import require_texts
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ class Batch:
 
     def __len__(self) -> int:
         return self.image.shape[0]
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Which token is what, with what is worked out from it once for every run on this batch."""
+        return Tokens(self.image & self.valid, self.valid, torch.arange(len(self), device=self.valid.device))
 
 
 def encode(subject: Subject, images: Sequence, prompts: Sequence[str], answers: Sequence[str] | None, padding_side: str) -> Batch:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -65,6 +66,7 @@ class Subject:
         self.anatomy = Anatomy.of(model, name)
         self.seam = install(model, self.anatomy, name)
         self._wording: Wording | None = None
+        self._idle_runs: WeakKeyDictionary[Batch, Run] = WeakKeyDictionary()
         self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
         self._loaded_state = self.weights_state()
 
@@ -252,7 +254,11 @@ class Subject:
         """
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be what subject.encode(images, prompts) gives, got {type(batch).__name__}")
-        rows = list(interventions) if isinstance(interventions, list) else [interventions] * len(batch)
+        if interventions is None and items is None and groups is None and observers == ():
+            with active(self._run_of_nothing(batch)) as run:
+                yield run
+            return
+        rows = interventions if isinstance(interventions, list) else [interventions]
         for row in rows:
             require_row(row)
         _require_run(observers, items, groups)
@@ -264,9 +270,23 @@ class Subject:
         anatomy = self.anatomy
         for row in dict.fromkeys(rows):
             require_possible(row, anatomy)
-        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, self.device, anatomy.embedding.weight.dtype)
-        with active(Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups)) as run:
+        rows = rows if isinstance(interventions, list) else rows * len(batch)
+        where = () if interventions is None else (self.device, anatomy.embedding.weight.dtype)
+        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, *where)
+        tokens = None if groups else batch.tokens
+        run = Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups, tokens=tokens)
+        with active(run):
             yield run
+
+    def _run_of_nothing(self, batch: Batch) -> Run:
+        # It keeps no state of a pass: one serves all.
+        run = self._idle_runs.get(batch)
+        if run is None:
+            program = Program.compile([None] * len(batch), self.anatomy.n_layers, self.anatomy.n_heads)
+            groups = None if batch.labels is None else {"answer": batch.labels != -100}
+            run = Run(self.anatomy, program, batch.image, batch.valid, items=batch.items, groups=groups, tokens=None if groups else batch.tokens)
+            self._idle_runs[batch] = run
+        return run
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
         """``encode`` on the images and prompts of items, which stay named by their ids (``Batch.items``)."""

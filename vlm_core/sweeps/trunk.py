@@ -126,6 +126,8 @@ class Stem:
 class _Recorder(Run):
     """A run that changes nothing and keeps what passes."""
 
+    alert = True
+
     def __init__(self, anatomy, recording: Recording, image, valid, kv_from: int, hidden_at: Collection, suffix_at: Collection, stop: int):
         program = Program.compile([None] * image.shape[0], anatomy.n_layers, anatomy.n_heads)
         super().__init__(anatomy, program, image, valid, left=False)
@@ -163,6 +165,8 @@ class _Recorder(Run):
 
 class _Entrance(Run):
     """A run that ends before the first layer."""
+
+    alert = True
 
     def enter_layer(self, layer: int, args: tuple, kwargs: dict):
         self.hidden = args[0] if args else kwargs["hidden_states"]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -333,11 +334,14 @@ def test_markdown_tells_figures_bars_and_reasons():
 # -- instruments ------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_are_interleaved_and_the_order_moves_on():
+def test_rounds_are_interleaved_and_nobody_always_follows_the_same_one():
     order = []
-    seconds = interleave({name: lambda number, name=name: (order.append((number, name)), 2)[1] for name in "abc"}, 3)
-    assert order == [(0, "a"), (0, "b"), (0, "c"), (1, "b"), (1, "c"), (1, "a"), (2, "c"), (2, "a"), (2, "b")]
-    assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    seconds = interleave({name: lambda number, name=name: (order.append((number, name)), 2)[1] for name in "abc"}, 30)
+    assert all({name for _, name in order[3 * number : 3 * number + 3]} == set("abc") for number in range(30))
+    assert [number for number, _ in order] == [number for number in range(30) for _ in "abc"]
+    pairs = Counter((one, other) for (_, one), (_, other) in itertools.pairwise(order))
+    assert all(pairs[one, other] >= 5 for one, other in itertools.permutations("abc", 2))
+    assert {name: len(found) for name, found in seconds.items()} == dict.fromkeys("abc", 30)
 
 
 @pytest.mark.parametrize(("clock", "seconds"), [("wall", 2.5), ("cpu", 0.5)])

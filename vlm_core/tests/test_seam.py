@@ -32,6 +32,7 @@ from vlm_core import (
     ZeroHeads,
     observe,
 )
+from vlm_core.observation.sinks import SinkMass, Sinks
 from vlm_core.seam.attending import AttentionEdits
 from vlm_core.seam.seam import ATTENTION_NAMES, _original, active, current_run
 from vlm_core.subjects.embed import capture
@@ -399,7 +400,7 @@ def test_a_run_is_let_go_of_at_once(subject, batch):
     """Nothing of it waits for the garbage collector: a run holds activations, and passes come by the thousand."""
     gc.disable()
     try:
-        for plan, observers in ((None, ()), (None, [AttentionMass()]), (DropTokens(1, 0.5), [AttentionMass()])):
+        for plan, observers in ((ZeroHeads([(0, 0)]), ()), (None, [AttentionMass()]), (DropTokens(1, 0.5), [AttentionMass()])):
             with subject.intervene(plan, batch, observers=observers) as run:
                 logits(subject, batch)
             gone = weakref.ref(run)
@@ -438,8 +439,33 @@ def test_attention_and_mlp_are_hooked_from_the_first_run_that_hears_them(batch):
         assert hooks() == 2
     removed = Subject(model, processor).seam
     removed.remove()
-    removed.listen()
+    removed.begin(run)
     assert hooks() == 2
+
+
+def test_layers_are_hooked_only_for_runs_that_hear_them(batch):
+    """A run that does nothing, or looks at attention alone, leaves no hook on a layer; one that is still going on keeps its own."""
+    model, processor = tiny_llava()
+    first = model.model.language_model.layers[0]
+    subject = Subject(model, processor)
+    seen = []
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def hooks():
+        return sum(len(module._forward_pre_hooks) for module in (*subject.anatomy.layers, subject.anatomy.norm)) - 1
+
+    every = subject.anatomy.n_layers + 1
+    assert hooks() == 0
+    plain = logits(subject, batch)
+    with subject.intervene(Steer(0, Vector(torch.ones(32))), batch):
+        assert hooks() == every
+        with subject.intervene(None, batch):
+            assert hooks() == every and torch.equal(logits(subject, batch), plain)
+        logits(subject, batch)
+    assert (seen[2] - seen[1]).abs().mean() > 0.1  # ahead of a hook that was there before
+    for observers, expected in ([], 0), ([AttentionMass()], 0), ([HiddenStates()], every), ([SinkMass(sinks=Sinks((0,), 0.0))], every):
+        with subject.intervene(None, batch, observers=observers):
+            assert hooks() == expected and torch.equal(logits(subject, batch), plain)
 
 
 @pytest.mark.parametrize("plan", [None, ZeroHeads([(0, 0)])])

@@ -166,3 +166,63 @@ def test_a_narrowed_view_is_some_heads_of_the_whole(name):
     torch.testing.assert_close(narrowed.mean("all"), seen[2].mean("all")[:, [3, 0]])
     assert torch.equal(narrowed.output, seen[2].output[:, :, [3, 0]])
     assert narrowed.query.shape[1] == narrowed.key.shape[1] == 2
+
+
+GROUPS_ASKED = ("image", "text", "last", "bos")
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma", "qwen2_5_vl", "paligemma2"])
+@pytest.mark.parametrize("kept", [views._BIAS_KEPT, 0])
+def test_shares_of_groups_are_those_of_the_whole_map(name, kept, monkeypatch):
+    """One sequence at a time, where attention over group membership stands for the map; queries alone, in between and all."""
+    monkeypatch.setattr(views, "_BIAS_KEPT", kept)
+    inputs = TINY[name].prompts((1,), (AFTER,), "left")
+    batch = Batch(inputs, inputs["input_ids"] == IMAGE_TOKEN, inputs["attention_mask"].bool())
+    grab, attention = Grab(), "sdpa" if "sdpa" in TINY[name].attentions else "eager"
+    subject = Subject(TINY[name].model(attention), name=name)
+    with torch.inference_mode(), subject.intervene(None, batch, observers=[grab]):
+        subject.model(**inputs, use_cache=False)
+    with torch.inference_mode():
+        maps = TINY[name].model("eager")(**inputs, use_cache=False, output_attentions=True).attentions
+    fused = set()
+    for layer, view in grab.views.items():
+        for queries in ("text", "last", "image", "all"):
+            members = torch.stack([view.keys_of(group) for group in GROUPS_ASKED], dim=2).float()
+            expected = maps[layer][:, :, view.tokens.group(queries)[0]].mean(2) @ members
+            torch.testing.assert_close(view.shares(queries, GROUPS_ASKED), expected, rtol=1e-5, atol=1e-6)
+            if ("mean", queries) not in view._kept:
+                fused.add(queries)
+        wide = tuple(f"all{i}" for i in range(view.key.shape[3] + 1))
+        view.tokens.named.update({group: view.tokens.valid for group in wide})
+        assert torch.allclose(view.shares("last", wide), torch.ones(()), atol=1e-6)
+    causal = all(view.mask is None and view.softcap is None for view in grab.views.values())
+    grouped = any(view.query.shape != view.key.shape for view in grab.views.values())
+    assert causal == (name in ("llava", "qwen2_5_vl")) and grouped
+    assert fused == ({"text", "last", "image", "all"} if causal and kept else set())
+
+
+def test_shares_of_no_queries_are_nan_and_follow_a_mean_that_is_there_already():
+    seen, _, batch = seen_and_expected("llava", "left", "sdpa")
+    view = next(iter(seen.values()))
+    alone = views.AttentionView(
+        view.layer, view.query[:1], view.key[:1], view.value[:1], view.output[:1], None, view.scaling, None,
+        Tokens(torch.zeros_like(batch.image[:1]), batch.valid[:1], torch.zeros(1, dtype=torch.long)),
+    )  # fmt: skip
+    assert alone.shares("image", ("text",)).isnan().all()
+    alone._kept["mean", "last"] = torch.full((1, view.query.shape[1], view.key.shape[2]), 0.5)
+    assert torch.equal(alone.shares("last", ("bos",)), torch.full((1, view.query.shape[1], 1), 0.5))
+
+
+@pytest.mark.parametrize("queries", ["all", "text", "image"])
+def test_shares_where_every_head_has_keys_of_its_own(queries):
+    """Also where a sequence begins with padding: then the queries are not all there are."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 3, 7, 4)
+    scores = (query @ key.mT * 0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    for element in (0, 1):
+        seen = Tokens(IMAGE[element][None], VALID[element][None], torch.zeros(1, dtype=torch.long))
+        view = views.AttentionView(0, query, key, key, query.transpose(1, 2), None, 0.5, None, seen)
+        members = torch.stack([seen.group(group) for group in GROUPS_ASKED], dim=2).float()
+        expected = scores.softmax(-1)[:, :, seen.group(queries)[0]].mean(2) @ members
+        torch.testing.assert_close(view.shares(queries, GROUPS_ASKED), expected, rtol=1e-5, atol=1e-6)
+        assert view._kept == {}
