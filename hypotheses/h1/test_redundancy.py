@@ -1,6 +1,7 @@
 """H1: single heads hardly matter one by one.
 
-One claim a task: a share over all tasks together would hide a task whose answers single heads do carry.
+One claim a task: a share over all tasks together would hide a task whose answers single heads do carry. The logit is raw, at the answer's first
+token that tells the candidates apart: 5 % of a log-probability near zero would be nothing, and any head would be above it.
 """
 
 import numpy as np
@@ -15,7 +16,8 @@ TOLERANCE = 0.05  # of the untouched logit
 REDUNDANCY = Claim(
     id="H1.redundancy",
     sentence="At least 80 % of single-head ablations change the answer logit by less than 5 %.",
-    effect="share of heads without whose sight of the image the answer logit changes by less than 5 % of its untouched size, per item",
+    effect="share of heads without whose sight of the image the answer logit changes by less than 5 % of its untouched size, per item; logit: raw, "
+    "of the answer's first token that tells the candidates apart",
     test=Superiority(0.80),
     source="Kim et al. 2025, arXiv:2509.17588",
 )

@@ -10,6 +10,7 @@ prompt itself, and a row whose prefix extends another's also yields the other's 
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ class CandidateSet:
         Index of the right candidate.
     n : int
         Number of candidates.
+    telling : int
+        Which of the terms is the answer's first token that tells candidates apart, the one after what all of them begin with: where every
+        answer begins with a token for a space, that one chooses nothing. The answer's last token where every candidate begins with all of it.
     """
 
     prefixes: tuple[tuple[int, ...], ...]
@@ -48,6 +52,7 @@ class CandidateSet:
     terms: np.ndarray
     answer: int
     n: int
+    telling: int
 
 
 def candidate_set(subject: Subject, item) -> CandidateSet:
@@ -76,9 +81,10 @@ def candidate_set(subject: Subject, item) -> CandidateSet:
         row = next(i for i, prefix in enumerate(prefixes) if prefix[: len(candidate) - 1] == candidate[:-1])
         for offset, token in enumerate(candidate):
             terms.append((number, reads.setdefault((row, offset), len(reads)), token))
-    return CandidateSet(
-        tuple(prefixes), tuple(reads), np.array(terms, dtype=np.int64), candidates.index(answer), len(candidates)
-    )
+    right = candidates.index(answer)
+    alike = len(os.path.commonprefix(tokens))
+    telling = sum(map(len, tokens[:right])) + min(alike, len(tokens[right]) - 1)
+    return CandidateSet(tuple(prefixes), tuple(reads), np.array(terms, dtype=np.int64), right, len(candidates), telling)
 
 
 def score_candidates(
@@ -91,7 +97,7 @@ def score_candidates(
     candidate_scores : array ``[row, candidate]``
         Summed log-probabilities, ``-inf`` beyond an item's own candidates.
     answer_logits : array ``[row]``
-        Raw logit of the right answer where it is one token, else its summed log-probability.
+        Raw logit of the right answer's first token that tells candidates apart (``CandidateSet.telling``), after the tokens before it.
 
     Returns
     -------
@@ -147,7 +153,7 @@ class RowScores:
 
     def consume(self, jobs: Sequence[int], hidden: torch.Tensor) -> None:
         """Add what the reads of some (row, prefix) pairs say; ``hidden`` ``[n, hidden]`` job by job."""
-        rows, numbers, reads, tokens = [], [], [], []
+        rows, numbers, reads, tokens, telling = [], [], [], [], []
         start = 0
         for job in jobs:
             row, prefix = self.pairs[job]
@@ -155,8 +161,9 @@ class RowScores:
             own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
             place = {read: start + offset for offset, read in enumerate(own)}
             start += len(own)
-            for candidate, read, token in one.terms.tolist():
+            for term, (candidate, read, token) in enumerate(one.terms.tolist()):
                 if read in place:
+                    telling += [(row, len(rows))] * (term == one.telling)
                     rows.append(row)
                     numbers.append(candidate)
                     reads.append(place[read])
@@ -174,8 +181,5 @@ class RowScores:
         touched = self.sums[rows, numbers]
         self.sums[rows, numbers] = np.where(np.isneginf(touched), 0.0, touched)
         np.add.at(self.sums, (rows, numbers), log_probabilities)
-        for term, (row, candidate) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True)):
-            one = self.candidates[self.rows[row][0]]
-            if candidate == one.answer:
-                single = (one.terms[:, 0] == candidate).sum() == 1
-                self.logits[row] = raw[term] if single else self.sums[row, candidate]
+        for row, term in telling:
+            self.logits[row] = raw[term]

@@ -90,8 +90,8 @@ def sweep(
         Rows per forward pass. Default: what the machine's caches or free memory allow. A batch that runs out of memory is halved.
     metrics : sequence of str
         Of ``correct, logit, logprob, margin, choice, candidate 0, candidate 1, ...``; see ``vlm_core.sweeps.scoring.score_candidates``.
-        Candidates are compared by summed log-probability. ``logit`` is the raw logit of a one-token answer (what attribution by
-        logits needs), the summed log-probability of a longer one.
+        Candidates are compared by summed log-probability. ``logit`` is a raw logit whatever the answer's length: that of its first token
+        that tells the candidates apart.
     progress : callable or bool, optional
         Called with (rows done, rows in all) after every block; True for ``progress_bar()``. One with a method ``found`` is told before
         how many of those rows were in the store, so that no speed is made of them.

@@ -51,7 +51,11 @@ def by_hand(subject, item, intervention):
         index = torch.arange(len(tokens)), torch.tensor(tokens)
         sums.append(float(steps.log_softmax(-1)[index].sum()))
         if candidate == item["answer"]:
-            logit = float(steps[index][0]) if len(tokens) == 1 else sums[-1]
+            others = [subject.continuation(one) for one in item["candidates"]]
+            telling = 0
+            while all(other[: telling + 1] == tokens[: telling + 1] for other in others):
+                telling += 1
+            logit = float(steps[index][telling])
     right = item["candidates"].index(item["answer"])
     margin = sums[right] - max(value for number, value in enumerate(sums) if number != right)
     return {
@@ -115,6 +119,31 @@ def test_repeated_assignments_each_get_their_value(subject):
     )
     assert len(table) == 2 * len(METRICS)
     assert np.array_equal(table["value"][: len(METRICS)], table["value"][len(METRICS) :])
+
+
+@pytest.mark.parametrize(
+    ("candidates", "answer", "telling"),
+    [
+        (["red", "green", "blue"], "green", (1, "green")),
+        (["dark red", "light red", "dark blue"], "dark blue", (2, "dark")),  # as "top left" among four corners
+        (["big dark red", "big dark blue"], "big dark blue", (1, "blue")),
+        (["dark", "dark red"], "dark red", (1, "red")),
+        (["dark", "dark red"], "dark", (0, "dark")),
+    ],
+)
+def test_the_logit_is_of_the_first_token_that_chooses(subject, candidates, answer, telling):
+    item = make_items(1)[0] | {"candidates": candidates, "answer": answer}
+    found = vlm_core.sweeps.scoring.candidate_set(subject, item)
+    number, word = telling
+    candidate, _, token = found.terms[found.telling]
+    assert (candidate, token) == (number, subject.continuation(word)[0])
+    by_row = sweep(subject, [item], [None, ZeroHeads([(0, 1)])], metrics=("logit", "logprob"))["value"].to_numpy().reshape(2, 2)
+    seen = subject.encode([item["image"]], [item["prompt"]], answers=[answer])
+    with torch.inference_mode():
+        logits = subject.model(**seen.inputs).logits[0]
+    offset = subject.continuation(answer).index(token)
+    assert by_row[0, 0] == pytest.approx(float(logits[-1 - len(subject.continuation(answer)) + offset, token]), abs=1e-4)
+    assert by_row[0, 0] != pytest.approx(by_row[0, 1])
 
 
 def test_ties_are_wrong(subject):
