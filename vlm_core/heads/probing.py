@@ -16,16 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import linear_sum_assignment
 
-from vlm_core.evaluation import evaluate, shown_items
+from vlm_core.evaluation import evaluate
 from vlm_core.heads.features import HeadFeatures, head_features
-from vlm_core.items import item_field, take
+from vlm_core.items import SCORED, item_field, take
 from vlm_core.observation.sinks import Sinks, find_sinks
 from vlm_core.stats import monte_carlo_p
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["Groundedness", "Probe", "groundedness", "held_out", "tell_categories", "tell_grounded"]
 
+SWAPS = 4  # other images that an item's answer is tried under, to find one that loses it
 FEWEST = 4  # heads of a category that is asked for: fewer are too few to learn from and to be asked about
 
 _PENALTIES = np.logspace(-3, 3, 13)  # per feature, of standardised features
@@ -302,8 +304,10 @@ def groundedness(subject: Subject, items: Sequence, *, known: HeadFeatures | Non
 
     An item's answer is *grounded* where it is right with the item's own image and lost with another scene's: it is right because of what is
     seen. The same item under the other image is the ungrounded condition: what the question asks for is not what the image shows.
-    Images are swapped among items of a task and prompts stay, so that both conditions hold the same images and the same prompts: neither tells them
-    apart, only whether they belong together. Items whose answer does not change so are left out.
+    The other images are those of the items kept, each of them shown once more, to another item of its task. So both conditions hold exactly
+    the same images and the same prompts, task by task: neither tells them apart, only whether they belong together. Left out are items that are
+    not right with their own image, and those that no such exchange can hold: under ``SWAPS`` other images their answer is never lost, or
+    their image never loses another item's.
 
     Parameters
     ----------
@@ -320,19 +324,49 @@ def groundedness(subject: Subject, items: Sequence, *, known: HeadFeatures | Non
     Notes
     -----
     [ours] METHODS asks for groundedness of an answer without saying how it is labelled. Where the other image happens to show what is asked
-    for, the subject answers about that image: such pairs are harder, not easier, to tell apart.
+    for, the subject answers about that image: such pairs are left out. Images swapped among all items, right or wrong, would give the probe
+    those that the subject fails on as a sign of ungroundedness.
     """
     items = take(items, range(len(items)))
     sinks = sinks or find_sinks(subject, items[:32])
     known = head_features(subject, items, sinks=sinks) if known is None else known
-    right, lost = evaluate(subject, items), evaluate(subject, items, blind="swap")
-    rows = np.flatnonzero(right["correct"].to_numpy() & ~lost["correct"].to_numpy())
+    right = np.flatnonzero(evaluate(subject, items)["correct"].to_numpy())
+    rows, partners = _exchange(subject, items, right)
     own = known.per_item[rows].reshape(rows.size, int(np.prod(known.per_item.shape[1:])))
-    others = shown_items(items, "swap")[0]
-    swapped = head_features(subject, [others[row] for row in rows], sinks=sinks).per_item.reshape(own.shape) if rows.size else own
+    others = [_shown(items[row], items[partner]) for row, partner in zip(rows, partners, strict=True)]
+    swapped = head_features(subject, others, sinks=sinks).per_item.reshape(own.shape) if rows.size else own
     names = tuple(str(item_field(items[row], "id")) for row in rows)
     scenes = tuple(str(item_field(items[row], "scene_id")) for row in rows)
     return Groundedness(
         np.concatenate([own, swapped]),
         np.repeat([True, False], rows.size), names * 2, scenes * 2, len(items),
     )  # fmt: skip
+
+
+def _shown(item, other) -> dict:
+    """The item with the other's image."""
+    return {**{name: item_field(item, name) for name in SCORED}, "image": item_field(other, "image")}
+
+
+def _exchange(subject: Subject, items: Sequence, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As many of the items ``right`` as can exchange images so that each one's answer is lost, and whose image each is shown.
+
+    Images go round among items of a task and different scenes; every item shown another's image has its own shown to another.
+    """
+    groups: dict[str, list[int]] = {}
+    for row in right:
+        groups.setdefault(str(item_field(items[row], "task")), []).append(int(row))
+    place = {row: k for k, row in enumerate(right.tolist())}
+    # the most items that can exchange: an assignment in which keeping one's own image is allowed, and costs one
+    cost = np.full((right.size, right.size), np.inf)
+    np.fill_diagonal(cost, 1.0)
+    for step in range(1, SWAPS + 1):
+        pairs = [(one, group[(k + step) % len(group)]) for group in groups.values() if step < len(group) for k, one in enumerate(group)]
+        pairs = [pair for pair in pairs if item_field(items[pair[0]], "scene_id") != item_field(items[pair[1]], "scene_id")]
+        if pairs:
+            lost = ~evaluate(subject, [_shown(items[one], items[other]) for one, other in pairs])["correct"].to_numpy()
+            for one, other in (pair for pair, gone in zip(pairs, lost, strict=True) if gone):
+                cost[place[one], place[other]] = 0.0
+    found = linear_sum_assignment(cost)[1] if right.size else right
+    moved = np.flatnonzero(found != np.arange(right.size))
+    return right[moved], right[found[moved]]

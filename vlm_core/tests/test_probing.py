@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
@@ -11,6 +15,7 @@ from vlm_core import groundedness, held_out
 from vlm_core.evaluation import evaluate
 from vlm_core.heads import probing
 from vlm_core.heads.probing import Groundedness, tell_categories, tell_grounded
+from vlm_core.stats import Claim, Superiority, decide
 from vlm_core.tests.tiny import make_items
 
 
@@ -134,13 +139,79 @@ def test_grounded_answers_are_told_from_others_on_unseen_items():
 
 
 def test_groundedness_pairs_the_two_images_of_one_question(subject):
-    items = make_items(12)
-    right, lost = evaluate(subject, items), evaluate(subject, items, blind="swap")
-    keep = right["correct"] & ~lost["correct"]
-    assert 0 < keep.sum() < 12
+    items = make_items(60)
+    items = [{**item, "answer": said} for item, said in zip(items, evaluate(subject, items)["output"], strict=True)]
+    items[0]["answer"] = next(one for one in items[0]["candidates"] if one != items[0]["answer"])
+    right = {item["id"] for item in items[1:]}
     found = groundedness(subject, items)
-    n = int(keep.sum())
-    assert found.items == tuple(right["item"][keep]) * 2 and found.grounded.tolist() == [True] * n + [False] * n
-    assert found.features.shape[0] == 2 * n and found.asked == 12
+    n = len(found.items) // 2
+    assert 0 < n and found.items[:n] == found.items[n:] and set(found.items) <= right and len(set(found.items)) == n
+    assert found.grounded.tolist() == [True] * n + [False] * n and found.features.shape[0] == 2 * n and found.asked == 60
     image_mass = found.features.reshape(2, n, 3, 4, -1)[..., 0]
     assert np.abs(image_mass[0] - image_mass[1]).max() > 1e-4  # another image was shown
+
+
+class Eyes:
+    """A subject that is right where the image is bright enough for it and shows the answer, and whose one head tells how bright images are."""
+
+    def __init__(self, monkeypatch, dimmest=140):
+        self.dimmest, self.pictures = dimmest, []
+        monkeypatch.setattr(probing, "evaluate", self.evaluate)
+        monkeypatch.setattr(probing, "head_features", self.features)
+
+    def evaluate(self, _, items):
+        seen = [np.asarray(item["image"])[0, 0] for item in items]  # brightness, number shown
+        right = [level >= self.dimmest and shown == int(item["answer"]) for item, (level, shown, _) in zip(items, seen, strict=True)]
+        return pd.DataFrame({"item": [item["id"] for item in items], "correct": right})
+
+    def features(self, _, items, sinks=None):
+        self.pictures.append([item["image"].tobytes() for item in items])
+        levels = np.array([np.asarray(item["image"])[0, 0, 0] for item in items], dtype=float)
+        return SimpleNamespace(per_item=levels[:, None, None, None] + np.zeros((1, 1, 1, 1)))
+
+    def items(self, split, seed, n=60):
+        rng = np.random.default_rng(seed)
+        rows = []
+        for k in range(n):
+            answer = int(rng.integers(4))
+            image = Image.new("RGB", (2, 2), (int(rng.integers(80, 200)), answer, k))
+            rows.append({"id": f"{split}{k}", "scene_id": f"{split}{k // 2}", "task": "ab"[k % 2], "image": image, "prompt": "which ?",
+                         "answer": str(answer), "candidates": list("0123")})  # fmt: skip
+        return rows
+
+
+def test_both_conditions_hold_the_same_images_and_each_answer_is_lost(monkeypatch):
+    eyes = Eyes(monkeypatch)
+    items = eyes.items("d", 0)
+    found = groundedness(None, items, sinks=object())
+    every, swapped = eyes.pictures
+    names = [item["id"] for item in items]
+    own = [every[names.index(name)] for name in found.items[: len(found.items) // 2]]
+    assert 15 < len(own) < 40 and sorted(own) == sorted(swapped)
+    for task in "ab":  # and so does every task
+        mine = [items[names.index(name)]["task"] == task for name in found.items[: len(own)]]
+        assert sorted(p for p, one in zip(own, mine, strict=True) if one) == sorted(p for p, one in zip(swapped, mine, strict=True) if one)
+    # the third byte names the item, the second the answer: another scene's, of another answer
+    pairs = [(one[2], other[2], one[1] != other[1]) for one, other in zip(own, swapped, strict=True)]
+    assert all(one // 2 != other // 2 and apart for one, other, apart in pairs)
+
+
+def test_which_images_are_easy_does_not_tell_grounded_answers(monkeypatch):
+    eyes = Eyes(monkeypatch)
+    claim = Claim("T.told", "s", "e", Superiority(0.2), "s", tier="exploratory", min_clusters=10)
+    gains = []
+    for seed in range(8):
+        learnt, asked = (groundedness(None, eyes.items(split, 2 * seed + k), sinks=object()) for k, split in enumerate("dc"))
+        told = tell_grounded(learnt, asked, shuffles=50, seed=seed)
+        gains.append(told.gain.mean())
+        assert decide(claim, told.gain, clusters=asked.clusters, bounds=None, p_value=told.p_value).verdict.value != "supported"
+    assert np.mean(gains) == pytest.approx(0, abs=0.05)
+
+
+def test_without_an_exchange_no_answer_is_called_grounded(monkeypatch):
+    eyes = Eyes(monkeypatch, dimmest=0)
+    items = eyes.items("d", 0, 8)
+    for item in items:
+        item["image"], item["answer"] = Image.new("RGB", (2, 2), (100, 1, 0)), "1"
+    assert groundedness(None, items, sinks=object()).items == ()
+    assert groundedness(None, [{**item, "answer": "2"} for item in items], sinks=object()).items == ()
