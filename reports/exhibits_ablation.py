@@ -20,7 +20,7 @@ def faithfulness_curves(evidence, recovered: dict[str, pd.DataFrame], n_heads: i
     recovered : dict
         Task → `vlm_core.heads.curves.recovery`.
     n_heads : int
-        Heads of the subject.
+        Heads of the subject that see the image.
     """
     if not recovered:
         return
@@ -82,20 +82,21 @@ def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> Non
 
 def single_head_costs(evidence, task: str, measured, tolerance: float) -> None:
     """Rows of ``single-heads.csv``, one a head, and the map of the share of items that a head changes by ``tolerance`` or more."""
-    changed = (np.abs(measured.cost) >= tolerance * np.abs(measured.untouched)[:, None, None]).mean(0)
+    known = np.isfinite(measured.cost).all(0)
+    changed = np.where(known, (np.abs(measured.cost) >= tolerance * np.abs(measured.untouched)[:, None, None]).mean(0), np.nan)
     rows = [
         {"task": task, "layer": layer, "head": head, "logit_lost": float(lost), "share_changed": float(changed[layer, head])}
         for (layer, head), lost in np.ndenumerate(measured.cost.mean(0))
     ]
     evidence.table("single-heads.csv", pd.DataFrame(rows))
-    layer, head = np.unravel_index(int(changed.argmax()), changed.shape)
+    layer, head = np.unravel_index(int(np.nanargmax(changed)), changed.shape)
     evidence.figure(
         "head_map",
         {"values": changed.tolist(), "value_label": "share of items changed"},
         title=f"{task}: what one head alone changes",
         caption=f"Share of {len(measured.items)} confirmation items whose answer logit changes by {100 * tolerance:g} % of its size or more when "
         "one head loses the image.",
-        alt=f"Map of layers by heads; the largest share is {changed.max():.2f}, of head {layer}.{head}.",
+        alt=f"Map of layers by heads; the largest share is {np.nanmax(changed):.2f}, of head {layer}.{head}.",
     )
 
 
@@ -105,17 +106,17 @@ def depth_profile(evidence, attributions: dict) -> None:
         return
     per_task = {task: _by_layer(one.coefficients) for task, one in attributions.items()}
     mean = np.mean(list(per_task.values()), axis=0)
-    points = [{"x": layer, "y": float(value)} for layer, value in enumerate(mean)]
+    points = [{"x": layer, "y": float(value)} for layer, value in enumerate(mean) if np.isfinite(value)]
     evidence.table(
         "attribution-by-layer.csv",
         pd.DataFrame([{"task": task, "layer": layer, "share": float(value)} for task, row in per_task.items() for layer, value in enumerate(row)]),
     )
     evidence.figure(
         "trend_line",
-        {"points": points, "x_label": "layer", "y_label": "share of attribution", "reference": 1 / len(mean), "reference_label": "even"},
+        {"points": points, "x_label": "layer", "y_label": "share of attribution", "reference": 1 / len(points), "reference_label": "even"},
         title="Where attribution lies",
         caption=f"Share of positive attribution in each layer on discovery items, mean over {', '.join(per_task)}.",
-        alt="Share of attribution by layer: " + ", ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(mean)),
+        alt="Share of attribution by layer: " + ", ".join(f"{point['x']}: {point['y']:.2f}" for point in points),
     )
 
 
@@ -132,8 +133,9 @@ def attention_against_attribution(evidence, attributions: dict, masses: dict) ->
 
 
 def _by_layer(coefficients: np.ndarray) -> np.ndarray:
-    positive = np.clip(coefficients, 0.0, None).sum(1)
-    return positive / positive.sum() if positive.sum() > 0 else np.full(len(positive), 1 / len(positive))
+    positive = np.clip(coefficients, 0.0, None).sum(1)  # NaN where a layer sees no image
+    whole = np.nansum(positive)
+    return positive / whole if whole > 0 else positive + 1 / np.isfinite(positive).sum()
 
 
 def _known(value: float) -> float | None:

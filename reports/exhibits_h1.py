@@ -49,7 +49,7 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float) -> None:
     shape = tuple(1 + max(one[axis] for one in heads.values()) for axis in ("layer", "head"))
     costliest, marks = np.zeros(shape), []
     for one in heads.values():
-        costliest[one["layer"], one["head"]] = max(path["drop"] for path in one["drops"].values())
+        costliest[one["layer"], one["head"]] = max(path["drop"] for path in one["drops"].values() if path["drop"] is not None)
         if one["category"] in LETTERS:
             marks.append({"layer": one["layer"], "head": one["head"], "label": LETTERS[one["category"]]})
     counts = {name: sum(one["category"] == name for one in heads.values()) for name in LETTERS}

@@ -134,6 +134,8 @@ def object_tokens(evidence, measured: dict, ring: int, chance: float) -> None:
         bars, rows = [], []
         for condition in found.correct.columns[2:]:
             known = found.correct[condition].dropna()
+            if known.empty:  # objects that leave too few tokens outside have no counterpart
+                continue
             value = mean_with_interval(known, found.correct.loc[known.index, "cluster"])
             kind, _, where = condition.partition(", ")
             about = {"split": split, "condition": condition, "tokens": found.replaced.get(condition, 0.0), "items": len(known)}

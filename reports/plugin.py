@@ -68,6 +68,30 @@ def _is_subject_error(error):
     return any(base.__name__ == "SubjectError" for base in type(error).__mro__)
 
 
+def _cannot_be_measured(error):
+    return any(base.__name__ == "NotMeasurable" for base in type(error).__mro__)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _unmeasured_is_skipped(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _unmeasured_is_skipped(item))
+
+
+def _unmeasured_is_skipped(item):
+    """What does not exist on the subject is not measured: a claim about it is invalid, with the reason, and no error."""
+    try:
+        return (yield)
+    except Exception as error:
+        if "evidence" in getattr(item, "fixturenames", ()) and _cannot_be_measured(error):
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session):
     config = session.config

@@ -15,7 +15,7 @@ _HOMES = {
     "families.anatomy": ("Anatomy", "HeadId"),
     "families.family": ("FAMILIES", "Family", "declare"),
     "subjects.checkpoint": ("Checkpoint", "inspect_checkpoint", "precheck_subject"),
-    "errors": ("SubjectError",),
+    "errors": ("NotMeasurable", "SubjectError"),
     "evaluation": ("accuracy_table", "evaluate"),
     "heads.attribution": ("HeadAttribution", "head_attribution"),
     "heads.curves": ("recovery",),

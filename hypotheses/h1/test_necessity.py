@@ -65,7 +65,12 @@ def test_few_heads_carry_the_image(task, subject, probes, floors, attribution, r
         clusters=measured["cluster"],
         baseline=baseline,
         controls=[floors.grounded(task, NECESSITY.test.threshold), no_head_sees(measured, baseline), prediction_of_unseen_masks(ranked)],
-        details={"heads": [list(h) for h in heads], "attribution_r2": ranked.r2, "literature": LITERATURE},
+        details={
+            "heads": [list(h) for h in heads],
+            "heads that see the image": len(subject.image_heads),
+            "attribution_r2": ranked.r2,
+            "literature": LITERATURE,
+        },
     )
 
 

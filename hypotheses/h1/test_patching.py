@@ -47,10 +47,14 @@ CORRUPTIONS = ("Gaussian noise", "paired image")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_the_image_holds_the_answer_at_first(corruption, direction, floors, patching, evidence):
-    layers, heads, meaning = patching(corruption), patching(corruption, heads=True), {direction: MEANING[direction]}
-    exhibits_tracing.patching_curves(evidence, corruption, layers, meaning)
-    exhibits_tracing.patching_heads(evidence, corruption, heads, meaning)
-    decide(EARLY, layers, ("image", "last"), direction, "first", floors, evidence)
+    layers = patching(corruption)
+
+    def show():
+        meaning = {direction: MEANING[direction]}
+        exhibits_tracing.patching_curves(evidence, corruption, layers, meaning)
+        exhibits_tracing.patching_heads(evidence, corruption, patching(corruption, heads=True), meaning)
+
+    decide(EARLY, layers, ("image", "last"), direction, "first", floors, evidence, show)
 
 
 @pytest.mark.claim(LATE)
@@ -60,8 +64,8 @@ def test_the_last_token_holds_it_in_the_end(corruption, direction, floors, patch
     decide(LATE, patching(corruption), ("last", "image"), direction, "second", floors, evidence)
 
 
-def decide(claim, layers, places, direction, half, floors, evidence) -> None:
-    """Decide a claim on the lead of one place over another in half of the depth."""
+def decide(claim, layers, places, direction, half, floors, evidence, show=lambda: None) -> None:
+    """Decide a claim on the lead of one place over another in half of the depth; ``show()`` draws, where there are halves."""
     details = {
         "items": len(layers.items),
         "logit_difference": {"clean": float(layers.clean.mean()), "corrupted": float(layers.corrupted.mean())},
@@ -74,6 +78,7 @@ def decide(claim, layers, places, direction, half, floors, evidence) -> None:
     except ValueError as reason:
         evidence.decide(claim, None, missing=str(reason), details=details)
         return
+    show()
     alpha = claim.alpha / evidence.family_size
     evidence.decide(
         claim,

@@ -47,5 +47,4 @@ def all_heads_matter(measured) -> Control:
 
 def within_effect(one) -> float:
     """The same share with what the image does for the logit as the yardstick, which no constant added to all logits can change."""
-    effect = np.abs(one.untouched - one.without_any)[:, None, None]
-    return float((np.abs(one.cost) < TOLERANCE * effect).mean())
+    return float(one.within(TOLERANCE * np.abs(one.untouched - one.without_any)).mean())

@@ -38,7 +38,7 @@ COMPLETENESS = Claim(
 @pytest.mark.claim(SUFFICIENCY)
 def test_few_heads_are_enough(subject, floors, usable, sufficient, carried, evidence):
     chosen = {task: sufficient(task) for task in usable()}
-    exhibits.faithfulness_curves(evidence, {task: carried(task) for task in chosen}, len(subject.heads))
+    exhibits.faithfulness_curves(evidence, {task: carried(task) for task in chosen}, len(subject.image_heads))
     decide(SUFFICIENCY, "faithfulness", chosen, subject, floors, evidence)
 
 
@@ -58,7 +58,7 @@ def decide(claim, measure, chosen, subject, floors, evidence) -> None:
         controls=[grounded_overall(floors), usable_in_most_tasks(chosen), enough_were_found(chosen), not_any_heads(random)],
         details={
             "heads": {task: [list(head) for head in found.heads] for task, found in chosen.items()},
-            "share_of_all_heads": {task: len(found.heads) / len(subject.heads) for task, found in chosen.items()},
+            "share_of_all_heads": {task: len(found.heads) / len(subject.image_heads) for task, found in chosen.items()},
             "enough_on_discovery": {task: found.reached for task, found in chosen.items()},
             "by_task": {task: task_shares(found.rows) for task, found in chosen.items()},
             "literature": LITERATURE,

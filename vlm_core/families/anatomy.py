@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlm_core.errors import SubjectError
+from vlm_core.errors import NotMeasurable, SubjectError
 from vlm_core.families.family import CAPABILITIES, Family, find_family
 
 if TYPE_CHECKING:
@@ -122,6 +122,11 @@ class Anatomy:
         return tuple(range(self.n_layers)) if self.family.image_in_sequence else tuple(sorted(self.cross_layers))
 
     @property
+    def image_heads(self) -> tuple[HeadId, ...]:
+        """Every head that can see the image, layer by layer: those of ``image_layers``."""
+        return tuple(head for head in self.heads if head.layer in self.image_layers)
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """What can be done on this model, out of ``CAPABILITIES``."""
         return frozenset(CAPABILITIES) - self.family.refusals.keys()
@@ -138,14 +143,16 @@ class Anatomy:
 
         Raises
         ------
-        ValueError
+        NotMeasurable
             One sentence: what the family lacks, why, and what is possible instead.
+        ValueError
+            For an unknown capability, or a layer that holds no image keys.
         """
         if capability not in CAPABILITIES:
             raise ValueError(f"unknown capability '{capability}': it must be one of {', '.join(CAPABILITIES)}")
         refused = self.family.refusals.get(capability)
         if refused is not None:
-            raise ValueError(f"family '{self.family.key}' lacks '{capability}': {refused}.")
+            raise NotMeasurable(f"family '{self.family.key}' lacks '{capability}': {refused}.")
         without = sorted(set(image_layers) - set(self.image_layers))
         if without:
             raise ValueError(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_core.errors import SubjectError
+from vlm_core.errors import NotMeasurable, SubjectError
 from vlm_core.families.family import Family
 from vlm_core.families.tiling import CUTS, Part, Source
 
@@ -97,7 +97,7 @@ class Layout:
             With the reason, where a family's tokens have no place on the image.
         """
         if self.reason:
-            raise ValueError(self.reason)
+            raise NotMeasurable(self.reason)
         return self.corners
 
     @property

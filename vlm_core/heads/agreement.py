@@ -67,10 +67,10 @@ class Correlation:
 
 
 class _Maps:
-    """Mean map of a task's items for any weighting of the scenes, ``[draw, scene] -> [draw, head]``."""
+    """Mean map of a task's items for any weighting of the scenes, ``[draw, scene] -> [draw, head]``; heads of layers that see an image."""
 
-    def __init__(self, per_item: ArrayLike, clusters: Sequence[str], every: np.ndarray) -> None:
-        maps = np.asarray(per_item, dtype=float)
+    def __init__(self, per_item: ArrayLike, clusters: Sequence[str], every: np.ndarray, layers: np.ndarray) -> None:
+        maps = np.asarray(per_item, dtype=float)[:, layers]
         self.scenes = np.searchsorted(every, np.unique(clusters))
         self.sums = per_cluster(maps.reshape(len(maps), -1), clusters)
         self.counts = per_cluster(np.ones(len(maps)), clusters)
@@ -121,7 +121,7 @@ def scene_agreement(attributions: Mapping[str, HeadAttribution], parts: int = 2,
     every = _scenes(attributions)
     values = {}
     for task, found in attributions.items():
-        maps = _Maps(found.per_item, found.clusters, every)
+        maps = _Maps(found.per_item, found.clusters, every, _seeing(found))
         if len(maps.scenes) < 2 * parts:
             raise ValueError(f"{task} has {len(maps.scenes)} scenes: {parts} parts need at least {2 * parts}")
         splits = maps.split(parts, seed)
@@ -157,7 +157,7 @@ def wording_agreement(attributions: Mapping[str, Sequence[HeadAttribution]]) -> 
     every = _scenes(measured)
     values = {}
     for task, found in attributions.items():
-        maps = [_Maps(one.per_item, one.clusters, every) for one in found]
+        maps = [_Maps(one.per_item, one.clusters, every, _seeing(one)) for one in found]
         values[task] = lambda weights, maps=maps: kendall_w(np.stack([one(weights) for one in maps], axis=1))
     return _over_tasks(values, measured, jackknife_statistic, limits=(0.0, 1.0))
 
@@ -165,6 +165,7 @@ def wording_agreement(attributions: Mapping[str, Sequence[HeadAttribution]]) -> 
 def attribution_depth(attributions: Mapping[str, HeadAttribution], **options) -> OverTasks:
     """Mean depth of the heads weighted by attribution: layer l of n lies at (l + 0.5) / n, so that layers that weigh the same lie at 0.5.
 
+    Where some layers see no image, l and n count those that do: that cross-attention begins late says nothing of where attribution lies.
     Only positive attributions weigh: a head whose sight of the image hurts the answer does not carry it.
 
     Parameters
@@ -176,7 +177,8 @@ def attribution_depth(attributions: Mapping[str, HeadAttribution], **options) ->
     every = _scenes(attributions)
     values = {}
     for task, found in attributions.items():
-        shape, maps = found.per_item.shape[1:], _Maps(found.per_item, found.clusters, every)
+        layers = _seeing(found)
+        shape, maps = (layers.size, found.per_item.shape[2]), _Maps(found.per_item, found.clusters, every, layers)
 
         def depth(weights: np.ndarray, maps=maps, shape=shape) -> np.ndarray:
             layers = np.clip(maps(weights), 0.0, None).reshape(-1, *shape).sum(2)
@@ -221,7 +223,7 @@ def attention_agreement(attribution: HeadAttribution, masses: ArrayLike, seed: i
     every = np.unique(attribution.clusters)
     if every.size < 4:
         raise ValueError(f"{every.size} scenes: halves of them need at least four")
-    maps, looks = (_Maps(one, attribution.clusters, every) for one in (attribution.per_item, masses))
+    maps, looks = (_Maps(one, attribution.clusters, every, _seeing(attribution)) for one in (attribution.per_item, masses))
     splits = maps.split(2, seed)
 
     def parts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,6 +245,11 @@ def _spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     one, other = (ranks - ranks.mean(-1, keepdims=True) for ranks in (stats.rankdata(part, axis=-1) for part in (one, other)))
     size = np.sqrt(np.square(one).sum(-1) * np.square(other).sum(-1))
     return np.divide((one * other).sum(-1), size, out=np.zeros_like(size), where=size > 0)
+
+
+def _seeing(attribution: HeadAttribution) -> np.ndarray:
+    """Layers whose heads have an attribution: those that see the image."""
+    return np.flatnonzero(np.isfinite(attribution.per_item).all((0, 2)))
 
 
 def _scenes(attributions: Mapping[str, HeadAttribution]) -> np.ndarray:

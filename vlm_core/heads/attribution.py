@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_core.families.anatomy import HeadId
-from vlm_core.heads.ranking import order_heads, top_heads
+from vlm_core.heads.ranking import image_map, order_heads, top_heads
 from vlm_core.interventions import ImageKVMeans, ReplaceImageKV
 from vlm_core.items import item_field
 from vlm_core.subjects.subject import Subject
@@ -39,7 +39,7 @@ class HeadAttribution:
     ----------
     per_item : ndarray ``[item, layer, head]``
         What the target gains when the head sees the image rather than the mean image, other heads seeing it or not at random: a model of
-        this item's masks alone.
+        this item's masks alone. NaN in layers that see no image.
     items, clusters : tuple of str
         Id and scene of each item.
     target : str
@@ -110,7 +110,7 @@ class HeadAttribution:
         return order_heads(self.coefficients)
 
     def top(self, most: float) -> tuple[HeadId, ...]:
-        """The first heads of the ranking: a share of all heads (float) or a number of heads (int)."""
+        """The first heads of the ranking: a share of all heads that see the image (float) or a number of heads (int)."""
         return top_heads(self.coefficients, most)
 
 
@@ -179,7 +179,7 @@ def head_attribution(
         raise ValueError(f"target is {target!r}: expected one of {', '.join(TARGETS)}")
     if not len(items):
         raise ValueError("head attribution needs at least one item")
-    heads, n_items = list(subject.heads), len(items)
+    heads, n_items = list(subject.image_heads), len(items)
     ids = [str(item_field(item, "id")) for item in items]
     kept = np.stack([_draws(seed, one, (masks_per_item, len(heads))) for one in ids]) < keep_probability
     table, assignments = {}, []
@@ -192,7 +192,7 @@ def head_attribution(
     measured = sweep(subject, items, table, metrics=(target,), assignments=assignments, store=store, progress=progress)
     per_item, squares = _fit(kept, measured["value"].to_numpy(float).reshape(n_items, masks_per_item))
     return HeadAttribution(
-        per_item.reshape(n_items, subject.anatomy.n_layers, subject.anatomy.n_heads),
+        image_map(subject.anatomy, per_item),
         tuple(ids),
         tuple(str(item_field(item, "scene_id")) for item in items),
         target, masks_per_item, squares,

@@ -54,7 +54,7 @@ def recovery(
     Parameters
     ----------
     rankings : mapping of name to heads
-        Every head of the subject once, the first ones first.
+        Every head of the subject that can see the image once, the first ones first.
     counts : sequence of int
         How many of the first heads make the set C.
     remove : callable
@@ -75,7 +75,7 @@ def recovery(
     ValueError
         If a ranking does not hold every head once, or a count is none or all of the heads.
     """
-    every = list(subject.heads)
+    every = list(subject.image_heads)
     for name, ranking in rankings.items():
         if sorted(map(tuple, ranking)) != sorted(map(tuple, every)):
             raise ValueError(f"ranking {name!r} must hold each of the {len(every)} heads once: rank them with order_heads")

@@ -53,8 +53,8 @@ def matching_sets(heads: Sequence[HeadId], subject: Subject) -> int:
 
 
 def layer_free(heads: Sequence[HeadId], subject: Subject, draws: int, seed: int = 0) -> list[tuple[HeadId, ...]]:
-    """Random sets of as many heads as ``heads`` from the whole model; never the same set."""
-    every = list(subject.heads)
+    """Random sets of as many heads as ``heads`` from all layers that see the image; never the same set."""
+    every = list(subject.image_heads)
     if len(heads) >= len(every):
         raise ValueError("the heads are all there are: no other set has their number")
 

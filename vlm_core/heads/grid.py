@@ -139,7 +139,7 @@ def ablation_grid(
     ValueError
         For a cell of an unknown mode, or of none or all of the heads.
     """
-    n_heads = len(subject.heads)
+    n_heads = len(subject.image_heads)
     for mode, count in cells:
         if mode not in removals:
             raise ValueError(f"cell ({mode!r}, {count}): there is no such removal, only {', '.join(removals)}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.items import item_field, take
 from vlm_core.observation.image_attention import MaskIoU
 from vlm_core.observation.observing import observe_encoded
@@ -111,9 +112,10 @@ def head_impact(
 
     Raises
     ------
+    NotMeasurable
+        Where image tokens have no place on the image or lie outside the token sequence, or no item shows an object.
     ValueError
-        Where image tokens have no place on the image or lie outside the token sequence, thresholds lack ``"mean"``, or fewer than two
-        scenes show an object.
+        Where thresholds lack ``"mean"``, or all items are of one scene.
 
     Notes
     -----
@@ -143,7 +145,7 @@ def head_impact(
     own, other = np.concatenate(own).astype(float), np.concatenate(other).astype(float)
     seen = np.isfinite(own).all((1, 2, 3)) & np.isfinite(other).all((1, 2, 3))
     if not seen.any():
-        raise ValueError("no item shows its object in its image tokens: there is nothing to overlap with")
+        raise NotMeasurable("no item shows its object in its image tokens: there is nothing to overlap with")
     kept = [item for item, shown in zip(items, seen, strict=True) if shown]
     return HeadImpact(
         own[seen],

@@ -1,7 +1,11 @@
 """Heads from a map of scores.
 
+``image_map``     scores of the heads that can see the image as a map over all layers and heads
 ``order_heads``   heads from the highest score down
 ``top_heads``     the first so many, or such a share, of them
+
+Where a family sees the image in some layers only (cross-attention), what is said of heads' sight of it is said of those layers' heads. Maps keep
+their shape ``[layer, head]``; the heads of the other layers are NaN, no rank and no part of any share.
 """
 
 from __future__ import annotations
@@ -9,9 +13,29 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vlm_core.families.anatomy import HeadId
+from vlm_core.families.anatomy import Anatomy, HeadId
 
-__all__ = ["order_heads", "top_heads"]
+__all__ = ["image_map", "order_heads", "top_heads"]
+
+
+def image_map(anatomy: Anatomy, scores: ArrayLike) -> np.ndarray:
+    """Scores as a map in which heads that cannot see the image are NaN.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+    scores : [..., head of ``anatomy.image_heads``] or [..., layer, head]
+
+    Returns
+    -------
+    ndarray ``[..., layer, head]``
+    """
+    scores = np.asarray(scores, dtype=float)
+    layers, shape = list(anatomy.image_layers), (anatomy.n_layers, anatomy.n_heads)
+    seen = scores[..., layers, :] if scores.shape[-2:] == shape else scores.reshape(*scores.shape[:-1], len(layers), anatomy.n_heads)
+    whole = np.full((*seen.shape[:-2], *shape), np.nan)
+    whole[..., layers, :] = seen
+    return whole
 
 
 def order_heads(scores: ArrayLike) -> list[HeadId]:
@@ -20,18 +44,20 @@ def order_heads(scores: ArrayLike) -> list[HeadId]:
     Parameters
     ----------
     scores : [layer, head]
+        A layer that is all NaN sees no image: its heads are left out.
 
     Raises
     ------
     ValueError
-        If the scores are not a map over layers and heads, or one is NaN.
+        If the scores are not a map over layers and heads, no head has one, or some but not all of a layer's heads are NaN.
     """
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 2:
         raise ValueError(f"scores of heads have shape [layer, head], not {scores.shape}")
-    if np.isnan(scores).any():
+    known = ~np.isnan(scores)
+    if not known.any() or (known.any(1) != known.all(1)).any():
         raise ValueError("a head has no score (NaN): heads cannot be ordered")
-    order = np.argsort(-scores.ravel(), kind="stable")
+    order = np.argsort(-np.where(known, scores, -np.inf).ravel(), kind="stable")[: np.count_nonzero(known)]
     return [HeadId(*(int(i) for i in np.unravel_index(k, scores.shape))) for k in order]
 
 
@@ -42,7 +68,7 @@ def top_heads(scores: ArrayLike, most: float) -> tuple[HeadId, ...]:
     ----------
     scores : [layer, head]
     most : float or int
-        A float is a share of all heads, above 0 and at most 1 (at least one head, rounded to the nearest number); an int is a number of heads.
+        A float is a share of the heads that have a score, above 0 and at most 1 (at least one head, rounded to the nearest number); an int is a number of heads.
 
     Raises
     ------

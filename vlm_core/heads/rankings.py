@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_core.families.anatomy import HeadId
+from vlm_core.heads.ranking import image_map
 from vlm_core.interventions import Intervention
 from vlm_core.items import item_field
 from vlm_core.observation.attention import AttentionMass
@@ -67,7 +68,7 @@ class SingleHeads:
     untouched, without_any : ndarray ``[item]``
         The metric with every head as it is, and with all heads having lost it together.
     without : ndarray ``[item, layer, head]``
-        The metric without each head.
+        The metric without each head; NaN in layers that see no image.
     items, clusters : tuple of str
         Id and scene of each item.
     metric : str
@@ -87,7 +88,11 @@ class SingleHeads:
 
     def unchanged(self, tolerance: float) -> np.ndarray:
         """Share of heads, ``[item]``, without which the metric changes by less than ``tolerance`` times its untouched size."""
-        return (np.abs(self.cost) < tolerance * np.abs(self.untouched)[:, None, None]).mean((1, 2))
+        return self.within(tolerance * np.abs(self.untouched))
+
+    def within(self, limits: np.ndarray) -> np.ndarray:
+        """Share of the heads that see the image, ``[item]``, without which the metric changes by less than the item's limit."""
+        return (np.abs(self.cost) < limits[:, None, None]).sum((1, 2)) / np.isfinite(self.cost).sum((1, 2))
 
     def all_change(self, tolerance: float) -> np.ndarray:
         """Whether losing all heads together changes the metric by ``tolerance`` times its untouched size or more, ``[item]``."""
@@ -103,7 +108,7 @@ def without_each_head(
     store: str | Path | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> SingleHeads:
-    """Score every item with each head alone, and with all of them, having lost something.
+    """Score every item with each head that sees the image alone, and with all of them, having lost something.
 
     Parameters
     ----------
@@ -119,14 +124,14 @@ def without_each_head(
     """
     if not len(items):
         raise ValueError("ablating single heads needs at least one item")
-    heads = list(subject.heads)
+    heads = list(subject.image_heads)
     conditions = {"untouched": None, "all": remove(heads)} | {f"{layer}.{head}": remove([HeadId(layer, head)]) for layer, head in heads}
     table = sweep(subject, items, conditions, metrics=(metric,), store=store, progress=progress)
     values = table["value"].to_numpy(float).reshape(len(items), len(conditions))
     return SingleHeads(
         values[:, 0],
         values[:, 1],
-        values[:, 2:].reshape(len(items), subject.anatomy.n_layers, subject.anatomy.n_heads),
+        image_map(subject.anatomy, values[:, 2:]),
         tuple(str(item_field(item, "id")) for item in items),
         tuple(str(item_field(item, "scene_id")) for item in items),
         metric,

@@ -20,7 +20,7 @@ from vlm_core.families.layout import Layout, coverage, heatmap, object_tokens
 from vlm_core.heads.attribution import HeadAttribution
 from vlm_core.heads.description import describe_head
 from vlm_core.heads.features import HeadFeatures, delimiters
-from vlm_core.heads.ranking import top_heads
+from vlm_core.heads.ranking import image_map, top_heads
 from vlm_core.heads.taxonomy import Taxonomy
 from vlm_core.interventions import ImageKVMeans, ReplaceImageKV
 from vlm_core.items import item_field, take
@@ -140,8 +140,7 @@ def head_report(
         if tuple(found) != shape:
             raise ValueError(f"the {name} describes {found[0]} layers x {found[1]} heads: this subject has {shape[0]} x {shape[1]}")
     items = take(items, range(len(items)))
-    seeing = np.isin(np.arange(shape[0]), subject.anatomy.image_layers)[:, None]
-    heads = top_heads(np.where(seeing, ranked.coefficients, -np.inf), min(most, int(seeing.sum()) * shape[1]))
+    heads = top_heads(image_map(subject.anatomy, ranked.coefficients), min(most, len(subject.image_heads)))
     measure = measure or partial(sweep, subject)
     cuts = {str(head): ReplaceImageKV([head], means, queries="text") for head in heads}
     table = measure(items, {"full": None, **cuts}, metrics=("correct", "margin"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.stats import Estimate, jackknife_statistic, sign_flip_p
 
 __all__ = ["LabelAgreement", "appearance", "compare_labels", "flat_map", "usage"]
@@ -25,16 +26,19 @@ __all__ = ["LabelAgreement", "appearance", "compare_labels", "flat_map", "usage"
 def usage(per_item: ArrayLike) -> np.ndarray:
     """Unit vectors ``[item, heads]`` from attributions ``[item, layer, head]``: the strength of an answer is left out.
 
+    Heads that have no attribution (NaN for every item: they see no image) are no part of a vector.
+
     Raises
     ------
-    ValueError
+    NotMeasurable
         If no head matters in some item, so that it has no direction.
     """
     per_item = np.asarray(per_item, dtype=float)
     rows = per_item.reshape(len(per_item), -1)
+    rows = rows[:, ~np.isnan(rows).all(0)]
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.all(length > 0):
-        raise ValueError(f"{int((length == 0).sum())} items have no attribution but zeros: which heads they use is not defined")
+        raise NotMeasurable(f"{int((length == 0).sum())} items have no attribution but zeros: which heads they use is not defined")
     return rows / length
 
 

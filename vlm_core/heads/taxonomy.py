@@ -46,7 +46,8 @@ class PathEffects:
     Attributes
     ----------
     drops : dict of category to ndarray ``[item, layer, head]``
-        As a share of the untouched subject's mean margin, taken without its sign; each category may have items of its own.
+        As a share of the untouched subject's mean margin, taken without its sign; each category may have items of its own. NaN where a head
+        has no such path: outside the layers that see the image, or see image tokens or text at all.
     clusters : dict of category to tuple of str
         Scene of each item.
     """
@@ -150,13 +151,22 @@ def path_effects(
             raise ValueError(f"there is no category '{name}': expected one of {', '.join(CATEGORIES)}")
         if values.shape != (len(clusters), *shape):
             raise ValueError(f"the effects for '{name}' have shape {values.shape}: expected {(len(clusters), *shape)}, one map an item")
+    anatomy = subject.anatomy
+    own = tuple(layer for layer in range(anatomy.n_layers) if layer not in anatomy.cross_layers)  # whose keys are the sequence's
+    layers = {
+        "cross-modal grounding": anatomy.image_layers,
+        "vision summarisation": own if anatomy.family.image_in_sequence else (),
+        "instruction following": own,
+        "routing": own,
+    }
     cuts = {
         "cross-modal grounding": lambda head: ReplaceImageKV([head], means, queries="text"),
         "vision summarisation": lambda head: KnockOut("image", "image", (head.layer,), (head.head,)),
         "instruction following": lambda head: KnockOut("question", "question", (head.layer,), (head.head,)),
         "routing": lambda head: KnockOut("all", "carriers", (head.layer,), (head.head,)),
     }
-    wanted = {f"{name}/{head}": cuts[name](head) for name in CATEGORIES if name not in known for head in subject.heads}
+    cut_here = {name: [head for head in subject.heads if head.layer in layers[name]] for name in CATEGORIES if name not in known}
+    wanted = {f"{name}/{head}": cuts[name](head) for name, heads in cut_here.items() for head in heads}
     measure = measure or partial(sweep, subject, store=store, progress=progress)
     table = wide(measure(items, {"full": None, **wanted}, metrics=("margin",), groups=_carriers(subject)), "margin")
     full = table["full"].to_numpy(float)
@@ -169,8 +179,9 @@ def path_effects(
         if name in known:
             values, clusters[name] = known[name]
         else:
-            cut = table[[f"{name}/{head}" for head in subject.heads]].to_numpy(float)
-            values, clusters[name] = (full[:, None] - cut).reshape(len(full), *shape), scenes
+            values, clusters[name] = np.full((len(full), *shape), np.nan), scenes
+            for head in cut_here[name]:
+                values[:, head.layer, head.head] = full - table[f"{name}/{head}"].to_numpy(float)
         drops[name] = values / scale
     return PathEffects(drops, clusters)
 
@@ -226,7 +237,8 @@ def categorise(effects: PathEffects, *, least: float = LEAST, draws: int = 1000,
 
 
 def _assign(means: np.ndarray, names: list[str], least: float) -> np.ndarray:
-    return np.where(means.max(0) >= least, np.array(names)[means.argmax(0)], NO_EFFECT)
+    known = np.where(np.isnan(means), -np.inf, means)
+    return np.where(known.max(0) >= least, np.array(names)[known.argmax(0)], NO_EFFECT)
 
 
 def _finite(value: float) -> float | None:
@@ -239,6 +251,7 @@ def _percent(value: float) -> str:
 
 def _sentence(category: str, paths: dict[str, dict], least: float, seen: dict[str, float]) -> str:
     """Why the head is in its category, from the measured numbers alone."""
+    paths = {name: path for name, path in paths.items() if path["drop"] is not None}
     name = max(paths, key=lambda one: paths[one]["drop"])
     cost = paths[name]
     span = "" if cost["lower"] is None else f" ({_percent(cost['lower'])} to {_percent(cost['upper'])})"

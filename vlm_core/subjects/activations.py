@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.interventions import Row, require_row
 from vlm_core.interventions.sources import SITES, Activations, ImageKV, Vector
 from vlm_core.items import item_number, require_item, require_items, take
@@ -159,7 +160,7 @@ def _image_moments(subject: Subject, items: Sequence, batch: int) -> tuple[torch
             mean = mean + apart * (n / (count + n))
             count += n
     if not count:
-        raise ValueError("a mean token needs at least one item with image tokens in its sequence")
+        raise NotMeasurable("a mean token needs at least one item with image tokens in its sequence")
     return mean, squares / count
 
 

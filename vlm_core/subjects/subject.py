@@ -80,6 +80,11 @@ class Subject:
         return self.anatomy.heads
 
     @property
+    def image_heads(self) -> tuple[HeadId, ...]:
+        """The heads that can see the image: all of them, or those of the cross-attention layers."""
+        return self.anatomy.image_heads
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """What can be done on this subject, out of ``vlm_core.families.family.CAPABILITIES``."""
         return self.anatomy.capabilities

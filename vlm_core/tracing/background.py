@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.interventions import KnockOut, ReplaceTokens, Vector
 from vlm_core.items import item_field, take
 from vlm_core.subjects.subject import Subject
@@ -104,7 +105,7 @@ def without_object(
 
     Raises
     ------
-    ValueError
+    NotMeasurable
         Where no item has both.
 
     Notes
@@ -122,7 +123,7 @@ def without_object(
     donors = _donors(placed, [one.image.numpy() for one in prompts_of(subject, placed)] if placed else [], rng)
     kept = [item for item in placed if str(item_field(item, "id")) in donors]
     if not kept:
-        raise ValueError("no item has an object in its image and another scene's image of the same size and task to lend a background")
+        raise NotMeasurable("no item has an object in its image and another scene's image of the same size and task to lend a background")
     lent = [_lent(item, donors[str(item_field(item, "id"))]) for item in kept]
     named = {}
     for item, other in zip(kept, lent, strict=True):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.families.layout import object_tokens
 from vlm_core.items import item_field, take
 from vlm_core.observation.lens import LogitLens
@@ -81,7 +82,7 @@ def lens_tracks(
 
     Raises
     ------
-    ValueError
+    NotMeasurable
         Where image tokens have no place on the image or lie outside the token sequence, or no item shows both.
 
     Notes
@@ -95,7 +96,7 @@ def lens_tracks(
         if own.any() and (others & ~own).any():
             members[str(item_field(item, "id"))] = layout, {"own": own, "others": others & ~own}
     if not members:
-        raise ValueError("no item shows both its object and another one in its image tokens: there is no word to follow")
+        raise NotMeasurable("no item shows both its object and another one in its image tokens: there is no word to follow")
     items = [item for item in items if str(item_field(item, "id")) in members]
 
     def groups(item, prompt):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.families.layout import Layout, image_layouts, object_tokens
 from vlm_core.interventions import ReplaceTokens, Vector
 from vlm_core.items import item_field, take
@@ -43,7 +44,7 @@ def item_layouts(subject: Subject, items: Sequence, batch: int = 32) -> list[Lay
 
     Raises
     ------
-    ValueError
+    NotMeasurable
         Where image tokens lie outside the token sequence or have no place on the image.
     """
     family, layouts = subject.anatomy.family, []
@@ -55,11 +56,11 @@ def item_layouts(subject: Subject, items: Sequence, batch: int = 32) -> list[Lay
         layouts += image_layouts(family, subject.model.config, subject.processor, prepared.inputs, sizes)
     for layout in layouts[:1]:
         if layout.where != "sequence":
-            raise ValueError(
+            raise NotMeasurable(
                 f"model_type '{family.model_type}': its image tokens lie outside the token sequence, so an object's are no token group"
             )
         if layout.reason:
-            raise ValueError(layout.reason)
+            raise NotMeasurable(layout.reason)
     return layouts
 
 
@@ -174,8 +175,10 @@ def replace_object_tokens(
 
     Raises
     ------
+    NotMeasurable
+        Where image tokens have no place, the family cannot replace tokens, or no item shows its object.
     ValueError
-        Without items, where image tokens have no place, the family cannot replace tokens, or no item shows its object.
+        Without items.
 
     Notes
     -----
@@ -197,7 +200,7 @@ def replace_object_tokens(
     ]
     kept = [index for index, own in enumerate(shown) if own[min(rings)].any()]
     if not kept:
-        raise ValueError("no item shows its object in its image tokens: nothing can be replaced")
+        raise NotMeasurable("no item shows its object in its image tokens: nothing can be replaced")
     items, layouts, shown = ([one[index] for index in kept] for one in (items, layouts, shown))
     norms = _norms(subject, items, layouts) if high_norm else [np.zeros(len(layout)) for layout in layouts]
     level = _register_level(norms)

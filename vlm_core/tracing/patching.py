@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.families.anatomy import HeadId
 from vlm_core.interventions import Activations, GaussianNoise, Patch, ReplaceTokens
 from vlm_core.items import item_field, require_distinct, take
@@ -187,8 +188,10 @@ def activation_patching(
 
     Raises
     ------
+    NotMeasurable
+        Where there are no items.
     ValueError
-        Where there are no items, or a picture's image tokens are other tokens than its counterfactual's.
+        Where a picture's image tokens are other tokens than its counterfactual's.
 
     References
     ----------
@@ -198,7 +201,7 @@ def activation_patching(
     items = take(items, range(len(items)))
     require_distinct(items)
     if not items:
-        raise ValueError("there are no items to patch: contrasting(subject, items) leaves those whose answer is told by one token")
+        raise NotMeasurable("there are no items to patch: an answer must be told from its counterfactual by its first token, see contrasting(subject, items)")
     paired = not isinstance(corruption, GaussianNoise)
     if paired and corruption != PAIRED:
         raise ValueError(f"corruption is {corruption!r}: expected '{PAIRED}' or GaussianNoise")

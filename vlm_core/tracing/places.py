@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.families.layout import Layout, image_layouts, object_tokens
 from vlm_core.items import item_field, take
 from vlm_core.subjects.subject import Subject
@@ -77,8 +78,10 @@ def token_places(
 
     Raises
     ------
+    NotMeasurable
+        Where masks are given and image tokens have no place on the image or lie outside the token sequence.
     ValueError
-        Where there are no items, or masks are given and image tokens have no place on the image or lie outside the token sequence.
+        Where there are no items.
 
     Notes
     -----
@@ -162,7 +165,7 @@ def _text_places(image: np.ndarray, before: int, after: int) -> dict[str, np.nda
 
 def _image_places(layout: Layout, mask: np.ndarray, length: int, rings: int, family: str) -> dict[str, np.ndarray]:
     if layout.where != "sequence":
-        raise ValueError(
+        raise NotMeasurable(
             f"model_type '{family}': its image tokens lie outside the token sequence, so an object's tokens are no token group: cut or "
             f"replace the image as a whole"
         )

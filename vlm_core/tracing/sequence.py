@@ -102,6 +102,10 @@ def arrivals(
     -------
     Arrivals
 
+    Notes
+    -----
+    Cross-attention layers hold no text and the other layers of such a family no image: each route is cut in the layers that have it.
+
     References
     ----------
     The observation is Kim et al. 2025, arXiv:2509.17588; the measure is ours.
@@ -110,9 +114,9 @@ def arrivals(
     rows: dict[str, Row] = {"nothing cut": None}
     for route in ROUTES:
         for layer in range(n_layers):
-            rows[f"{route} from {layer}"] = _cut(route, range(layer, n_layers))
+            rows[f"{route} from {layer}"] = _cut(subject, route, range(layer, n_layers))
             if layer < n_layers - 1:
-                rows[f"{route} up to {layer}"] = _cut(route, range(layer + 1))
+                rows[f"{route} up to {layer}"] = _cut(subject, route, range(layer + 1))
     table = sweep(subject, items, rows, metrics=("margin",), groups=token_places(subject, items), store=store, progress=progress)
     found = wide(table, "margin")
     lost = {name: (found["nothing cut"] - found[name]).to_numpy() for name in rows if name != "nothing cut"}
@@ -127,6 +131,7 @@ def arrivals(
     return Arrivals(*about, n_layers, stacked("from"), stacked("up to"))
 
 
-def _cut(route: str, layers: range) -> tuple[KnockOut, ...]:
-    queries, keys = ROUTES[route]
-    return tuple(KnockOut(group, keys, tuple(layers)) for group in queries)
+def _cut(subject: Subject, route: str, layers: range) -> tuple[KnockOut, ...] | None:
+    (queries, keys), anatomy = ROUTES[route], subject.anatomy
+    there = [layer for layer in layers if (layer in anatomy.image_layers if keys == "image" else layer not in anatomy.cross_layers)]
+    return tuple(KnockOut(group, keys, tuple(there)) for group in queries) if there else None
