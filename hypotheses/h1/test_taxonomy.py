@@ -19,11 +19,13 @@ from vlm_core.stats import Claim, Superiority
 TAXONOMY = Claim(
     id="H1.taxonomy",
     sentence="A linear probe tells head categories apart, and groundedness from head features, above label-shuffled controls by 0.2.",
-    effect="balanced accuracy on what the probe was not fitted to - that of probes fitted to shuffled labels",
+    effect="balanced accuracy on what the probe was not fitted to - that of probes fitted to shuffled labels; categories: on heads of layers left "
+    "out, features around their layer's mean, labels shuffled among the heads of each layer, so that the gain is what tells heads of one layer "
+    "apart; groundedness: on answers of other scenes, which of an item's two images is called its own exchanged at random",
     test=Superiority(0.2),
     source="Kim et al. 2025, arXiv:2509.17588; control as in Hewitt & Liang 2019, arXiv:1909.03368",
     tier="exploratory",
-    unit="scene, or head where heads are told apart",
+    unit="scene, or layer where heads are told apart",
 )
 
 
@@ -33,12 +35,16 @@ def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, a
     clusters = cluster_heads(seen.matrix(), seed=seed)
     exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least)
     exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
-    told, heads = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
-    exhibits_h1.probe(evidence, "the category of a head", told, "Heads that the probe was not fitted to, features of confirmation items")
+    told, heads, missing = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
+    exhibits_h1.probe(
+        evidence, "the category of a head", told, "Heads of layers that the probe was not fitted to, features of confirmation items; labels are "
+        "shuffled within layers",
+    )  # fmt: skip
     evidence.decide(
         TAXONOMY,
-        told.gain,
-        clusters=heads,
+        None if missing else told.gain,
+        missing=missing,
+        clusters=heads // taxonomy.category.shape[1],
         bounds=None,
         p_value=told.p_value,
         controls=[grounded_overall(floors, TAXONOMY.test.threshold), prediction_of_unseen_masks(pooled_attribution)],

@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 
 from vlm_core.evaluation import evaluate
 from vlm_core.heads.features import HeadFeatures, head_features
+from vlm_core.heads.taxonomy import NO_EFFECT
 from vlm_core.items import SCORED, item_field, take
 from vlm_core.observation.sinks import Sinks, find_sinks
 from vlm_core.stats import monte_carlo_p
@@ -71,7 +72,8 @@ class Probe:
     @property
     def p_value(self) -> float | None:
         """Of the accuracy against those of the control probes; None where nothing was asked."""
-        return monte_carlo_p(self.accuracy, self.control_accuracy) if self.correct.size else None
+        # sums in another order differ in the last digits: a control probe that does as well is one that does as well
+        return monte_carlo_p(self.accuracy - 1e-9, self.control_accuracy) if self.correct.size else None
 
 
 def held_out(
@@ -213,34 +215,57 @@ def _nearest_class(fitted: np.ndarray, scores: np.ndarray, members: np.ndarray) 
 
 def tell_categories(
     features: ArrayLike, category: ArrayLike, *, folds: int = 6, shuffles: int = 200, seed: int = 0
-) -> tuple[Probe, np.ndarray]:
-    """Probe the category of heads from their features, on heads that the probe was not fitted to.
+) -> tuple[Probe, np.ndarray, str]:
+    """Probe the category of heads from their features, on layers that the probe was not fitted to.
+
+    Features and categories both follow depth, so that a probe which knows nothing but a head's layer does well. Three things keep that
+    from counting: features are taken around the mean of their layer, whole layers are left out, and the control probes' labels are shuffled
+    among the heads of each layer; and the gain is to be resampled by layer. What is estimated is how much better the heads of a layer that was
+    not seen are told apart by what sets them off from one another than they would be were their categories dealt out anew in every layer: zero
+    where categories depend on the layer alone. (Around no mean, control probes learn from layers with different mixes of categories what
+    they are meant not to know.)
 
     Parameters
     ----------
     features : ``[head, feature]``
         Of other items than those that the categories come from.
-    category : ``[head]``
-        Categories of fewer than four heads are not asked for.
+    category : ``[layer, head]``
+        Categories of fewer than four heads, or found in layers of one fold only, are not asked for.
     folds : int
-        Heads are dealt out so that each fold holds as nearly as possible the same number of every category.
+        Layers are dealt out to so many folds in turn: with six layers, each is left out alone.
 
     Returns
     -------
     probe : Probe
+        Empty where nothing can be asked.
     heads : int ndarray
-        The heads that were asked, in order; none, and an empty probe, where fewer than two categories have four heads.
+        The heads that were asked, in order.
+    missing : str
+        Why nothing was asked, or "": at least two categories with an effect are needed, since "no measurable effect" against one other
+        tells heads that matter from those that do not, not kinds of work apart.
+
+    Raises
+    ------
+    ValueError
+        If the category is no map, or of other heads than the features.
     """
-    features, category = np.asarray(features, dtype=float), np.asarray(category).ravel()
-    names, counts = np.unique(category, return_counts=True)
-    heads = np.flatnonzero(np.isin(category, names[counts >= FEWEST]))
-    if np.count_nonzero(counts >= FEWEST) < 2:
-        return _NOTHING, heads[:0]
-    rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(heads.size), category[heads]))
-    dealt = np.empty(heads.size, dtype=int)
-    dealt[order] = np.arange(heads.size) % folds
-    return held_out(features[heads], category[heads], dealt, shuffles=shuffles, seed=seed), heads
+    features, category = np.asarray(features, dtype=float), np.asarray(category)
+    if category.ndim != 2 or category.size != len(features):
+        raise ValueError(f"categories have shape {category.shape}: expected [layer, head] of the {len(features)} heads that have features")
+    layers, names = np.indices(category.shape)[0].ravel(), category.ravel()
+    dealt = layers % folds
+    asked = [
+        name for name in np.unique(names) if (names == name).sum() >= FEWEST and np.unique(dealt[names == name]).size > 1
+    ]  # fmt: skip
+    if sum(name != NO_EFFECT for name in asked) < 2:
+        said = ", ".join(f"{name} ({(names == name).sum()})" for name in np.unique(names))
+        missing = f"telling categories of heads apart needs two with an effect, each of {FEWEST} heads or more in several layers; there are {said}"
+        return _NOTHING, np.zeros(0, dtype=int), missing
+    heads = np.flatnonzero(np.isin(names, asked))
+    by_layer = features.reshape(*category.shape, -1)
+    around = (by_layer - by_layer.mean(1, keepdims=True)).reshape(features.shape)
+    told = held_out(around[heads], names[heads], dealt[heads], within=layers[heads], shuffles=shuffles, seed=seed)
+    return told, heads, ""
 
 
 def tell_grounded(learnt: Groundedness, asked: Groundedness, *, shuffles: int = 200, seed: int = 0) -> Probe:

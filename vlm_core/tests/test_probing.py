@@ -15,6 +15,7 @@ from vlm_core import groundedness, held_out
 from vlm_core.evaluation import evaluate
 from vlm_core.heads import probing
 from vlm_core.heads.probing import Groundedness, tell_categories, tell_grounded
+from vlm_core.heads.taxonomy import NO_EFFECT
 from vlm_core.stats import Claim, Superiority, decide
 from vlm_core.tests.tiny import make_items
 
@@ -111,14 +112,74 @@ def test_missing_features_stand_at_the_mean():
     assert held_out(holes, labels, folds, shuffles=5).accuracy > 0.85
 
 
-def test_categories_with_few_heads_are_not_asked_for():
+def layered(seed, by, layers=32, heads=8):
+    """Categories ``[layer, head]`` and features that tell them: of each head its own (``head``), or both follow the layer.
+
+    By ``layer`` a layer's heads all have its category, by ``depth`` neighbouring layers have the same one, by ``mix`` one head in five has
+    another than its layer, which nothing shows.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(3, size=(layers, heads if by == "head" else 1)) + np.zeros((layers, heads), dtype=int)
+    if by == "depth":
+        kinds = np.arange(layers)[:, None] * 3 // layers + np.zeros((layers, heads), dtype=int)
+    seen = np.eye(3)[kinds] + 0.3 * rng.normal(size=(layers, heads, 3))
+    if by == "mix":
+        kinds = np.where(rng.random((layers, heads)) < 0.2, rng.integers(3, size=(layers, heads)), kinds)
+    place = np.arange(layers)[:, None, None] / layers + 0.1 * rng.normal(size=(layers, heads, 1))
+    return np.concatenate([seen, place], axis=2).reshape(-1, 4), np.array(["grounding", "routing", NO_EFFECT])[kinds]
+
+
+TOLD = Claim("T.told", "s", "e", Superiority(0.2), "s", tier="exploratory")
+
+
+@pytest.mark.parametrize("by", ["layer", "depth", "mix", "head"])
+def test_categories_that_follow_the_layer_alone_are_not_told_by_features(by):
+    for seed in range(3):
+        features, category = layered(seed, by)
+        # a probe of heads dealt out over folds, against labels shuffled among all, is fooled
+        assert held_out(features, category.ravel(), np.arange(256) % 5, shuffles=5).gain.mean() > 0.4
+        told, heads, missing = tell_categories(features, category, shuffles=30, seed=seed)
+        verdict = decide(TOLD, told.gain, clusters=heads // 8, bounds=None, p_value=told.p_value).verdict.value
+        assert not missing and (verdict == "supported") == (by == "head"), (seed, verdict)
+        if by == "head":
+            assert told.accuracy > 0.8 and told.control_accuracy.mean() == pytest.approx(1 / 3, abs=0.15)
+        elif by != "mix":
+            assert told.p_value == 1.0  # every control probe does as well
+
+
+def test_a_layer_left_out_teaches_nothing():
+    features, category = layered(0, "head", layers=6)
+    told, heads, _ = tell_categories(features, category, shuffles=2)
+    assert heads.tolist() == list(range(48))
+    changed = category.copy()
+    changed[2] = changed[2, ::-1]  # the labels of layer 2 do not move what is said of its heads
+    again, _, _ = tell_categories(features, changed, shuffles=2)
+    named = {k: category.ravel()[k] if told.correct[k] else None for k in range(16, 24)}
+    for k in range(16, 24):
+        if named[k] is not None:
+            assert again.correct[k] == (changed.ravel()[k] == named[k])
+
+
+def test_two_categories_with_an_effect_are_needed():
     rng = np.random.default_rng(0)
-    category = np.array(["a"] * 12 + ["b"] * 8 + ["c"] * 3)
-    features = rng.normal(size=(23, 5)) + 3 * (category == "a")[:, None]
-    told, heads = tell_categories(features, category)
-    assert told.classes == ("a", "b") and heads.tolist() == list(range(20)) and told.accuracy > 0.9
-    none, heads = tell_categories(features, np.array(["a"] * 20 + ["b"] * 3))
+    category = np.array([["a", "b", NO_EFFECT, NO_EFFECT]] * 6)
+    category[:3, 3], category[0, 1] = "c", "c"  # four heads
+    features = rng.normal(size=(24, 5)) + 3 * (category.ravel() == "a")[:, None]
+    told, heads, missing = tell_categories(features, category, shuffles=5)
+    assert told.classes == ("a", "b", "c", NO_EFFECT) and heads.size == 24 and missing == ""
+    few = np.where(category == "c", NO_EFFECT, category)
+    few[3, 3] = "c"  # one head
+    told, heads, _ = tell_categories(features, few, shuffles=5)
+    assert told.classes == ("a", "b", NO_EFFECT) and heads.tolist() == [k for k in range(24) if k != 15]
+    one = np.where(np.isin(category, ["b", "c"]), NO_EFFECT, category)
+    none, heads, missing = tell_categories(features, one)
     assert none.gain.size == heads.size == 0 and none.p_value is None and np.isnan(none.accuracy)
+    assert missing.endswith(f"there are a (6), {NO_EFFECT} (18)")
+    block = np.full((6, 4), NO_EFFECT, dtype=object)
+    block[:, 0], block[1] = "a", "b"  # of b there are four, all in one layer
+    assert "two with an effect" in tell_categories(features, block)[2]
+    with pytest.raises(ValueError, match=r"expected \[layer, head\] of the 24 heads"):
+        tell_categories(features, category.ravel())
 
 
 def condition(n, shift, seed, scenes="x"):
@@ -198,13 +259,12 @@ def test_both_conditions_hold_the_same_images_and_each_answer_is_lost(monkeypatc
 
 def test_which_images_are_easy_does_not_tell_grounded_answers(monkeypatch):
     eyes = Eyes(monkeypatch)
-    claim = Claim("T.told", "s", "e", Superiority(0.2), "s", tier="exploratory", min_clusters=10)
     gains = []
     for seed in range(8):
         learnt, asked = (groundedness(None, eyes.items(split, 2 * seed + k), sinks=object()) for k, split in enumerate("dc"))
         told = tell_grounded(learnt, asked, shuffles=50, seed=seed)
         gains.append(told.gain.mean())
-        assert decide(claim, told.gain, clusters=asked.clusters, bounds=None, p_value=told.p_value).verdict.value != "supported"
+        assert decide(TOLD, told.gain, clusters=asked.clusters, bounds=None, p_value=told.p_value).verdict.value != "supported"
     assert np.mean(gains) == pytest.approx(0, abs=0.05)
 
 
