@@ -1,8 +1,8 @@
 """H1: a small subset of heads carries most cross-modal grounding.
 
 Heads are ranked by attribution on the discovery split, task by task; the claims are decided on the confirmation split. "Removing the
-image" from a head replaces the image keys and values that the text sees through it by their mean: the head goes on working, it just cannot
-tell one image from another.
+image" from a head replaces the image keys and values that the text sees through it by their mean over images and places: the head goes on
+working, it cannot tell what is in this image, nor where.
 
 Specificity is a matter of items and of heads. The interval speaks for items: each item's mean over random draws against the targeted heads.
 The Monte-Carlo p speaks for heads: how many random sets cost as much as the targeted one, all of them run on the same items as it, so that

@@ -49,7 +49,8 @@ def removals(
     """The ways to take heads away, by name.
 
     ``image-KV``
-        Image keys and values become their mean, as text sees them: the head goes on working and cannot tell one image from another.
+        Image keys and values become their mean over images and places, as text sees them: the head goes on working and cannot tell what is
+        in this image, nor where.
     ``zero``, ``mean``
         The head's output becomes zero, or its mean.
     ``resample``

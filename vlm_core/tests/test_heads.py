@@ -395,3 +395,53 @@ def test_a_set_drawn_like_the_others_is_rarely_called_special(grid):
     assert low[0.5] > 0.2 * runs  # and it is not held by never speaking
     assert draw_p(1.0, np.zeros(999), 10**9) == pytest.approx(1 / 1000)
     assert draw_p(1.0, np.zeros(999), 4) == pytest.approx(1 / 4 + 3 / 4 / 1000)
+
+
+def with_squares(whole, left, scenes):
+    n = len(whole)
+    squares = np.stack([whole, left, left], axis=1)
+    return HeadAttribution(np.zeros((n, 1, 2)), tuple(map(str, range(n))), tuple(map(str, scenes)), "margin", 9, squares)
+
+
+def test_the_lower_bound_of_r2_is_missed_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+
+    def drawn(n):
+        whole = np.exp(0.5 * rng.normal(size=n))
+        return np.repeat(whole, 2), np.repeat(whole * rng.beta(2, 6, size=n), 2), np.repeat(np.arange(n), 2)
+
+    whole, left, _ = drawn(200_000)
+    truth = 1 - left.sum() / whole.sum()
+    bounds = np.array([with_squares(*drawn(36)).r2_lower() for _ in range(400)])
+    assert stats.binomtest(int((bounds > truth).sum()), 400, 0.05).pvalue > 1e-3
+    one = with_squares(*drawn(36))
+    assert one.r2_lower(0.01) < one.r2_lower() < one.r2
+    # the two items of a scene are one: without it the bound would be closer
+    apart = with_squares(one.squares[:, 0], one.squares[:, 1], range(72))
+    assert one.r2_lower() < apart.r2_lower()
+
+
+def test_a_bound_needs_three_scenes_and_something_to_explain():
+    assert np.isnan(with_squares([1.0, 2.0], [0.1, 0.1], "ab").r2_lower())
+    assert with_squares([0.0] * 4, [0.0] * 4, "abcd").r2_lower() == 0.0
+    exact = with_squares([1.0] * 4, [0.1] * 4, "abcd")
+    assert exact.r2_lower() == exact.r2 == pytest.approx(0.9)
+
+
+def test_masks_that_models_were_fitted_to_are_not_unseen(monkeypatch):
+    """Of four heads there are 16 masks, drawn over and over: what an answer is under each is known by heart, not predicted."""
+    kept = np.random.default_rng(0).random((5, 128, 4)) < 0.95
+    kept[0] = kept[0, :1]  # one item is shown one mask only
+    by_heart = np.random.default_rng(1).normal(size=16)
+    values = by_heart[kept @ (1, 2, 4, 8)]
+    _, squares = vlm_core.heads.attribution._fit(kept, values)
+    assert np.isnan(squares[0]).all() and np.isfinite(squares[1:]).any()
+    expected = np.zeros(5)
+    for item, fold in itertools.product(range(1, 5), range(5)):
+        seen = np.arange(128) % 5 != fold
+        known = {tuple(mask) for mask in kept[item, seen]}
+        centre = values[item, seen].mean()
+        expected[item] += sum((values[item, k] - centre) ** 2 for k in np.flatnonzero(~seen) if tuple(kept[item, k]) not in known)
+    np.testing.assert_allclose(np.nan_to_num(squares[:, 0]), expected)
+    nothing = HeadAttribution(np.zeros((5, 1, 4)), tuple("abcde"), tuple("vwxyz"), "margin", 128, np.full((5, 3), np.nan))
+    assert np.isnan(nothing.r2) and np.isnan(nothing.r2_task) and np.isnan(nothing.r2_lower())
