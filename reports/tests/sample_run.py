@@ -350,7 +350,7 @@ def identity(**changes):
     return {**facts, **changes}
 
 
-def described(names=("3.2", "4.5", "4.1"), pictures=2):
+def described(names=("3.2", "4.5", "4.1"), pictures=2, shortfall="2 of 3 heads have both kinds of evidence, fewer than 5"):
     """A head report: heads with an effect, without one, and one that gains; with pictures or without."""
     rng = np.random.default_rng(2)
     overlays = [overlay(rng, task)["data"] for task in ("color", "relation")[:pictures]]
@@ -383,6 +383,7 @@ def described(names=("3.2", "4.5", "4.1"), pictures=2):
                 "attends": attends,
                 "kinds": {"tile": 0.7, "thumbnail": 0.3} if rank == 0 else {"patch": 1.0},
                 "heat": {f"item-{place}": {"image": 0.6, "object": 0.31, "values": data["values"]} for place, data in enumerate(overlays)},
+                "evidence": {"causal": rank % 3 != 1, "diagnostic": True},
                 "sentence": f"Head {name} (cross-modal grounding, in 0.93 of resamples): the margin falls by 1.20 [-0.90, 1.50].",
             }
         )
@@ -398,6 +399,8 @@ def described(names=("3.2", "4.5", "4.1"), pictures=2):
         "choice": f"the {len(names)} heads of the highest attribution over discovery items of all tasks together",
         "example_choice": "the first item of each task that the untouched subject answers right, each of another scene",
         "places": "" if pictures else "its image tokens are learned queries",
+        "both": 2,
+        "shortfall": shortfall,
     }
     notes = {"answer_to_image": "attention mass of the prompt's last token on image keys"}
     return record.to_builtins({"heads": entries, "examples": examples, "about": about, "notes": notes}, "head report")

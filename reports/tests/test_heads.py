@@ -44,6 +44,12 @@ def test_every_head_has_a_card_with_its_sentence_category_and_numbers(text):
     assert "168 confirmation items in 44 scenes, 95 % intervals" in text and "order means little" not in text
 
 
+def test_heads_without_an_effect_and_too_few_with_one_are_said(text, tmp_path):
+    assert text.count("no effect shown") == 1 and "<b>2 of 3 heads have both kinds of evidence, fewer than 5.</b>" in text
+    enough = text_of(tmp_path, heads=sample_run.described(shortfall=""))
+    assert "fewer than 5" not in enough and "2 of 3 heads have both an effect on the margin whose interval excludes 0" in enough
+
+
 def test_what_was_not_measured_or_has_no_interval_shows_none(text):
     card = cards(text)[0]
     assert re.search(r'even share</th><td class="num">0.11</td>', card)

@@ -1,6 +1,7 @@
 """What was measured of a head in one sentence, by fixed rules: no number that was not measured, no more than its interval allows.
 
 ``describe_head``   the sentence of an entry of a head report
+``shown_side``      on which side of 0 an interval says that a number lies, if on one
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe_head"]
+__all__ = ["describe_head", "shown_side"]
+
+ROUNDING = 1e-4
+"""Bounds nearer to 0 than this (nats, or shares) may come from the order of a summation."""
 
 
 def describe_head(entry: Mapping[str, Any]) -> str:
@@ -24,7 +28,7 @@ def describe_head(entry: Mapping[str, Any]) -> str:
     """
     said = f"Head {entry['name']} ({entry['category']}, in {_text(entry['confidence'])} of resamples): with its view of the image removed, "
     effects = entry["effect"]
-    if any(_side(one) for one in effects.values()):
+    if any(shown_side(one) for one in effects.values()):
         said += f"{_lost('the margin of the answer', effects['margin'])}, and {_lost('accuracy', effects['accuracy'])}"
     else:
         margin, accuracy = (_between(effects[name]) for name in ("margin", "accuracy"))
@@ -37,21 +41,21 @@ def describe_head(entry: Mapping[str, Any]) -> str:
     share, even, gain = (features.get(name, {"value": None}) for name in ("object_share", "even_share", "object_gain"))
     if share["value"] is None:
         return f"{said}."
-    than = {1: "more than", -1: "less than", 0: "not measurably other than"}[_side(gain)]
+    than = {1: "more than", -1: "less than", 0: "not measurably other than"}[shown_side(gain)]
     put = f"{than} what evenly spread attention would put there ({_text(even['value'])})"
     return f"{said}, {_text(share['value'])} of that on the asked object, {put}."
 
 
-def _side(measured: Mapping[str, float | None]) -> int:
-    """1 or -1 where the whole interval lies on that side of 0, else 0."""
+def shown_side(measured: Mapping[str, float | None]) -> int:
+    """1 or -1 where the whole interval lies on that side of 0, by more than rounding; else 0, and where there is no interval."""
     lower, upper = measured["lower"], measured["upper"]
     if lower is None or upper is None:
         return 0
-    return int(lower > 0) - int(upper < 0)
+    return int(lower > ROUNDING) - int(upper < -ROUNDING)
 
 
 def _lost(what: str, measured: Mapping[str, float | None]) -> str:
-    side = _side(measured)
+    side = shown_side(measured)
     if side == 0:
         return f"there is no measurable effect on {what} (lost {_between(measured)})"
     # a gain is a loss below 0: said with its own sign, its bounds turned round

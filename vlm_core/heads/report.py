@@ -18,7 +18,7 @@ import numpy as np
 from vlm_core.families.anatomy import HeadId
 from vlm_core.families.layout import Layout, coverage, heatmap, object_tokens
 from vlm_core.heads.attribution import HeadAttribution
-from vlm_core.heads.description import describe_head
+from vlm_core.heads.description import describe_head, shown_side
 from vlm_core.heads.features import HeadFeatures, delimiters
 from vlm_core.heads.ranking import image_map, top_heads
 from vlm_core.heads.taxonomy import Taxonomy
@@ -47,6 +47,8 @@ LOOKS = {
     "object_gain": "the difference of both",
     "iou": "overlap (intersection over union) of the image tokens above the head's mean attention with the object's tokens",
 }
+ENOUGH = 5
+"""Heads with both kinds of evidence that a report should have; one with fewer says so."""
 HEAT_PIXELS = 32
 """Longer side of a heatmap at most."""
 MASK_PIXELS = 64
@@ -61,12 +63,15 @@ class HeadReport:
     ----------
     heads : list of dict
         One entry a head, the highest attribution first: ``name, layer, head, depth, category, confidence, attribution, effect, by_task,
-        features, attends, kinds, heat, sentence``. A measured number is ``{value, lower, upper}``, bounds None where there is no interval;
-        ``heat`` holds per example the attention on the image and on the object, and the heatmap as rows of ``values``.
+        features, attends, kinds, heat, evidence, sentence``. A measured number is ``{value, lower, upper}``, bounds None where there is no
+        interval; ``heat`` holds per example the attention on the image and on the object, and the heatmap as rows of ``values``.
+        ``evidence`` says which kinds there are: ``causal`` where the interval of what the answer's margin loses excludes 0, ``diagnostic``
+        where the head's attention on the image was measured with an interval.
     examples : list of dict
         ``id, task, prompt, answer, mask``: the items of the heatmaps, ``mask`` the asked object as rows of 0 and 1 (None without one).
     about : dict
-        What was asked of which items, and by which rules heads and examples were chosen.
+        What was asked of which items, by which rules heads and examples were chosen, and how many heads have ``both`` kinds of evidence:
+        ``shortfall`` says so where they are fewer than five (else empty).
     """
 
     heads: list[dict]
@@ -181,8 +186,10 @@ def head_report(
             "heat": looks.heat[k],
         }
         entry["attends"] = _attends(entry["features"])
+        entry["evidence"] = _evidence(entry)
         entry["sentence"] = describe_head(entry)
         entries.append(entry)
+    both = sum(all(entry["evidence"].values()) for entry in entries)
     return HeadReport(
         entries,
         [_example(items[index], looks.layouts[index], masks) for index in shown],
@@ -198,6 +205,8 @@ def head_report(
             "choice": f"the {len(heads)} heads of the highest attribution over discovery items of all tasks together",
             "example_choice": "the first item of each task that the untouched subject answers right, each of another scene",
             "places": looks.reason,
+            "both": both,
+            "shortfall": "" if both >= ENOUGH else _shortfall(entries, both, len(items)),
         },
     )
 
@@ -335,6 +344,23 @@ def _example(item, layout: Layout, masks) -> dict:
         rows, columns = (np.arange(n) * side // n for n, side in zip(_small(whole.shape, MASK_PIXELS), whole.shape, strict=True))
         mask = whole[np.ix_(rows, columns)].astype(int).tolist()
     return {**{name: str(item_field(item, name)) for name in ("id", "task", "prompt", "answer")}, "mask": mask}
+
+
+def _evidence(entry: Mapping) -> dict[str, bool]:
+    """Causal evidence is an effect that its interval shows; one whose interval includes 0 is a measurement, and evidence of nothing."""
+    looked = entry["features"]["answer_to_image"]
+    return {
+        "causal": shown_side(entry["effect"]["margin"]) != 0,
+        "diagnostic": looked["value"] is not None and looked["lower"] is not None,
+    }
+
+
+def _shortfall(entries: Sequence[Mapping], both: int, n_items: int) -> str:
+    causal, diagnostic = (sum(entry["evidence"][kind] for entry in entries) for kind in ("causal", "diagnostic"))
+    return (
+        f"{both} of {len(entries)} heads have both kinds of evidence, fewer than {ENOUGH}: {causal} an effect on the margin whose interval excludes "
+        f"0, {diagnostic} attention on the image that was measured, on {n_items} items"
+    )
 
 
 def _attends(features: Mapping[str, Mapping]) -> list[dict]:

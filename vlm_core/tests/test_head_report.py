@@ -15,7 +15,7 @@ from vlm_core.families.layout import coverage, object_tokens
 from vlm_core.heads.attribution import HeadAttribution
 from vlm_core.heads.description import describe_head
 from vlm_core.heads.features import FEATURES, HeadFeatures
-from vlm_core.heads.report import HEAT_PIXELS, LOOKS, choose_examples, head_report
+from vlm_core.heads.report import HEAT_PIXELS, LOOKS, _evidence, choose_examples, head_report
 from vlm_core.heads.taxonomy import NO_EFFECT, PathEffects, Taxonomy
 from vlm_core.stats import interval, interval_each
 from vlm_core.subjects.embed import encode_items
@@ -196,6 +196,7 @@ def test_every_number_of_a_sentence_is_one_of_the_entry(reported):
         (measured(0.4, 0.1, 0.7), "the margin of the answer falls by 0.40 [0.10, 0.70]"),
         (measured(-0.4, -0.7, -0.1), "the margin of the answer rises by 0.40 [0.10, 0.70]"),
         (measured(0.4, -0.1, 0.7), "no measurable effect on the margin of the answer (lost 0.40 [-0.10, 0.70])"),
+        (measured(1e-7, 5e-8, 2e-7), "no measurable effect on the margin of the answer (lost 0.000 [0.000, 0.000])"),
         (measured(0.4, 0.0, 0.7), "no measurable effect on the margin of the answer (lost 0.40 [0.000, 0.70])"),
         (measured(0.4), "no measurable effect on the margin of the answer (lost 0.40, no interval)"),
         (measured(None), "no measurable effect on the margin of the answer (lost not measured)"),
@@ -212,6 +213,36 @@ def test_a_head_without_any_effect_is_said_to_have_none():
         "there is no measurable effect, neither on the margin of the answer (lost 0.020 [-0.010, 0.050]) nor on accuracy (lost 0.00" in said
     )
     assert "falls" not in said and "rises" not in said
+
+
+@pytest.mark.parametrize(
+    ("margin", "looked", "evidence"),
+    [
+        (measured(0.4, 0.1, 0.7), measured(0.6, 0.5, 0.7), (True, True)),
+        (measured(-0.4, -0.7, -0.1), measured(0.6, 0.5, 0.7), (True, True)),
+        (measured(0.4, -0.1, 0.7), measured(0.6, 0.5, 0.7), (False, True)),
+        (measured(1e-7, 5e-8, 2e-7), measured(0.6), (False, False)),
+        (measured(0.4), measured(None), (False, False)),
+    ],
+)
+def test_a_value_is_causal_evidence_only_with_an_interval_that_excludes_0(margin, looked, evidence):
+    entry = {"effect": {"margin": margin}, "features": {"answer_to_image": looked}}
+    assert tuple(_evidence(entry).values()) == evidence
+
+
+def test_a_report_with_too_few_heads_of_both_kinds_says_so(subject, reported):
+    items, means, report = reported
+    assert report.about["both"] == sum(entry["evidence"]["causal"] and entry["evidence"]["diagnostic"] for entry in report.heads) <= 3
+    assert report.about["shortfall"].startswith(f"{report.about['both']} of 3 heads have both kinds of evidence, fewer than 5: ")
+
+    def lossy(items, interventions, metrics):
+        table = sweep(subject, items, interventions, metrics=metrics)
+        scene = table["cluster"].astype("category").cat.codes
+        table.loc[(table["intervention"] != "full") & (table["metric"] == "margin"), "value"] -= 50 + scene
+        return table
+
+    lost = head_report(subject, items, means, *known_of(subject, items), most=6, measure=lossy)
+    assert (lost.about["both"], lost.about["shortfall"]) == (6, "")
 
 
 @pytest.mark.parametrize(
