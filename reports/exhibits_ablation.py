@@ -75,7 +75,7 @@ def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> Non
         {"bars": bars, "chance": chance},
         title=f"{task}: {shared} heads taken away in several ways",
         caption=f"{int(chosen['items'].iloc[0])} confirmation items, 95 % cluster intervals. Blue: top heads by attribution; grey: random ones, of the same layers "
-        "and of any. Placebo: outputs keep their length and point in a random direction.",
+        "and of any. Placebo: outputs keep their length and point in a random direction, so what they said is gone as well; no verdict rests on it.",
         alt=f"Bars of accuracy on {task}: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
     )
 

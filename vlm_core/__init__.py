@@ -23,6 +23,7 @@ _HOMES = {
     "heads.grid": ("ablation_grid",),
     "heads.impact": ("HeadImpact", "head_impact", "layer_ranking"),
     "heads.localisation": ("LocalisationHeads", "localisation_heads"),
+    "heads.placebo": ("placebo_losses",),
     "heads.probing": ("groundedness", "held_out"),
     "heads.rankings": ("attention_mass", "gradient_gates", "without_each_head"),
     "heads.report": ("HeadReport", "head_report"),

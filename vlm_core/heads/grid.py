@@ -56,7 +56,9 @@ def removals(
     ``resample``
         The head's output becomes what it is for the same question about another scene's image (the next item's of another scene).
     ``placebo``
-        The head's output keeps its length and gets a random direction: as much is written as before, and it means nothing.
+        The head's output keeps its length and gets a random direction: as much is written as before, and it means nothing. What the head
+        said is gone, as it is with ``zero``, so this tells how much of a cost lies in how much is written; it cannot tell heads that carry
+        the answer from heads that bear no disturbance, and no claim rests on it (`vlm_core.heads.placebo` can, and one does).
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ __all__ = ["capture_activations", "capture_embeddings", "capture_image_kv", "mea
 
 
 @dataclass(frozen=True)
-class _AtSite:
+class AtSite:
     """Keeps what one prompt has at a site, ``[1, token, ...]`` per layer."""
 
     name: str
@@ -98,7 +98,7 @@ def capture_activations(
             raise ValueError(f"site '{site}' has layers 0 to {most} in this model, asked for {sorted(wanted)}")
     encoded = _encoded(subject, item, groups)
     _, run = forward_rows(
-        subject, [encoded], np.zeros(1, dtype=int), [intervention], [_number(item)], observers=[_AtSite(site, wanted) for site in sites]
+        subject, [encoded], np.zeros(1, dtype=int), [intervention], [_number(item)], observers=[AtSite(site, wanted) for site in sites]
     )
     if run.tokens.index is not None:
         raise ValueError("activations are captured from whole sequences: leave DropTokens and MergeTokens out")
