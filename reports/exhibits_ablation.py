@@ -52,15 +52,18 @@ def faithfulness_curves(evidence, recovered: dict[str, pd.DataFrame], n_heads: i
 
 
 def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> None:
-    """Rows of ``head-ablation.csv`` for every way to take heads away, and bars for the number of heads that all ways share (Table 1)."""
+    """Rows of ``head-ablation.csv`` for every way to take heads away, and two figures.
+
+    Bars against random heads, for the number of heads at which most is measured (Table 1); lines of the top heads over numbers of heads.
+    """
     table = grid_table(rows)
     evidence.table(
         "head-ablation.csv",
         table.assign(condition=table["mode"] + ", " + table["target"] + " " + table["heads"].astype(str)).rename(columns={"heads": "heads_removed"}),
     )
     removed = table[table["mode"] != "none"]
-    modes = removed.groupby("heads")["mode"].nunique()
-    shared = int(modes[modes == modes.max()].index.max())
+    measured = removed.groupby("heads").size()
+    shared = int(measured[measured == measured.max()].index.max())
     chosen = pd.concat([table[table["mode"] == "none"], removed[removed["heads"] == shared]])
     bars = [
         {
@@ -77,6 +80,33 @@ def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> Non
         caption=f"{int(chosen['items'].iloc[0])} confirmation items, 95 % cluster intervals. Blue: top heads by attribution; grey: random ones, of the same layers "
         "and of any. Placebo: outputs keep their length and point in a random direction, so what they said is gone as well; no verdict rests on it.",
         alt=f"Bars of accuracy on {task}: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
+    )
+    _grid_lines(evidence, table, task)
+
+
+def _grid_lines(evidence, table: pd.DataFrame, task: str) -> None:
+    """Accuracy over numbers of heads: the top heads taken away in every way, and random heads of the same layers that lose the image."""
+    top = table[(table["mode"] != "none") & (table["target"] == "top")]
+    if top["heads"].nunique() < 2:
+        return
+    untouched = table[table["mode"] == "none"]
+    lines = {mode: rows for mode, rows in top.groupby("mode", sort=False)}
+    lines["image-KV, random"] = table[(table["mode"] == "image-KV") & (table["target"] == "layer-matched")]
+    series = []
+    for name, rows in lines.items():
+        if rows.empty:
+            continue
+        points = [{"x": int(row.heads), "y": row.accuracy, "lower": row.lower, "upper": row.upper} for row in pd.concat([untouched, rows]).itertuples()]
+        series.append({"name": name, "role": "random" if "random" in name else "targeted", "points": points})
+    evidence.figure(
+        "keep_curves",
+        {"series": series, "x_label": "heads taken away", "y_label": "accuracy"},
+        title=f"{task}: more and more heads taken away",
+        caption=f"{int(untouched['items'].iloc[0])} confirmation items, 95 % cluster bands. Top heads by attribution, taken away in five ways: the image's keys "
+        "and values become their mean (image-KV), the output becomes zero, its mean, another image's (resample), or turns into a random direction "
+        "(placebo). Grey: random heads of the same layers lose the image.",
+        alt=f"Lines of accuracy on {task} against the number of heads taken away: "
+        + "; ".join(f"{one['name']} {one['points'][0]['y']:.2f} to {one['points'][-1]['y']:.2f}" for one in series),
     )
 
 

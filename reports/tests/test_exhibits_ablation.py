@@ -56,22 +56,31 @@ def test_without_any_usable_task_nothing_is_drawn(evidence):
     assert left(evidence) == ({}, [])
 
 
-def test_the_grid_goes_to_table_1_and_bars_show_the_number_all_ways_share(evidence):
-    cells = [("none", "top", 0, 1.0), ("image-KV", "top", 2, 0.25), ("image-KV", "random", 2, 1.0), ("image-KV", "top", 5, 0.0), ("image-KV", "random", 5, 0.75)]
+def test_the_grid_goes_to_table_1_and_bars_show_the_number_at_which_most_is_measured(evidence):
+    cells = [("zero", "top", 7, 0.25), ("none", "top", 0, 1.0), ("image-KV", "top", 2, 0.25), ("image-KV", "random", 2, 1.0), ("image-KV", "top", 5, 0.0), ("image-KV", "random", 5, 0.75)]
     cells += [("zero", "top", 5, 0.5), ("zero", "layer-matched", 5, 0.75)]
     rows = pd.DataFrame(
         [(f"i{k}", f"s{k}", "t", mode, target, heads, float(k < 8 * right)) for mode, target, heads, right in cells for k in range(8)],
         columns=["item", "cluster", "task", "mode", "target", "heads", "correct"],
     )
     exhibits.ablation_grid(evidence, rows, "t", 0.25)
-    written, figure = one_figure(evidence)
+    written, (figure, lines) = left(evidence)
     table = written["head-ablation.csv"].set_index("condition")
-    assert len(table) == 7 and table.loc["image-KV, random 5", ["heads_removed", "accuracy", "drop", "items"]].tolist() == [5, 0.75, 0.25, 8]
+    assert len(table) == 8 and table.loc["image-KV, random 5", ["heads_removed", "accuracy", "drop", "items"]].tolist() == [5, 0.75, 0.25, 8]
     assert [(bar["label"], bar["role"], bar["value"]) for bar in figure["data"]["bars"]] == [
         ("untouched", "baseline", 1.0), ("image-KV, top", "targeted", 0.0), ("image-KV, random", "random", 0.75),
         ("zero, top", "targeted", 0.5), ("zero, layer-matched", "random", 0.75),
     ]  # fmt: skip
     assert figure["title"].startswith("t: 5 heads") and figure["data"]["chance"] == 0.25 and "8 confirmation items" in figure["caption"]
+    drawn = {one["name"]: [(point["x"], point["y"]) for point in sorted(one["points"], key=lambda point: point["x"])] for one in lines["data"]["series"]}
+    assert drawn == {"zero": [(0, 1.0), (5, 0.5), (7, 0.25)], "image-KV": [(0, 1.0), (2, 0.25), (5, 0.0)]}
+
+
+def test_one_number_of_heads_makes_no_line(evidence):
+    cells = [("none", "top", 0), ("zero", "top", 5), ("zero", "random", 5)]
+    rows = [(f"i{k}", f"s{k}", "t", *cell, float(k % 2)) for cell in cells for k in range(8)]
+    exhibits.ablation_grid(evidence, pd.DataFrame(rows, columns=["item", "cluster", "task", "mode", "target", "heads", "correct"]), "t", 0.25)
+    one_figure(evidence)
 
 
 def test_single_heads_are_rows_and_a_map_of_the_items_they_change(evidence):

@@ -10,7 +10,7 @@ as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -110,6 +110,7 @@ def ablation_grid(
     removals: Mapping[str, Removal],
     cells: Sequence[tuple[str, int]],
     *,
+    top_only: Collection[tuple[str, int]] = (),
     draws: int = 24,
     draws_per_item: int = 2,
     seed: int = 0,
@@ -126,6 +127,8 @@ def ablation_grid(
         From ``removals``, for these very items.
     cells : sequence of (mode, number of heads)
         What is measured.
+    top_only : collection of (mode, number of heads)
+        Cells in which no random heads are taken away: a fifth of the runs, where two of either kind are run on each item.
     draws : int
         Random sets of heads for each number and kind; all modes take away the same ones.
     draws_per_item : int
@@ -140,7 +143,7 @@ def ablation_grid(
     Raises
     ------
     ValueError
-        For a cell of an unknown mode, or of none or all of the heads.
+        For a cell of an unknown mode, of none or all of the heads, or one in ``top_only`` alone.
     """
     n_heads = len(subject.image_heads)
     for mode, count in cells:
@@ -149,10 +152,15 @@ def ablation_grid(
         if not 0 < count < n_heads:
             raise ValueError(f"cell ({mode!r}, {count}): expected a number of heads from 1 to {n_heads - 1}")
     table, assignments, about = {"none": None}, [(number, "none") for number in range(len(items))], {"none": ("none", "top", 0)}
+    stray = [cell for cell in top_only if cell not in cells]
+    if stray:
+        raise ValueError(f"top_only names the cell {stray[0]!r}, which is not measured")
     for count in dict.fromkeys(count for _, count in cells):
         sets, plan = _sets(subject, ranking[:count], len(items), draws, draws_per_item, seed)
         for mode in (mode for mode, number in cells if number == count):
             for number, name in plan:
+                if name != "top" and (mode, count) in top_only:
+                    continue
                 label = f"{mode}/{count}/{name}/{number}"
                 table[label] = removals[mode](number, sets[name])
                 assignments.append((number, label))

@@ -67,6 +67,17 @@ def test_cells_are_sweeps_of_those_heads(planted):
     assert rows[(rows["mode"] == "resample") & (rows["target"] == "top")]["correct"].tolist() == one
 
 
+def test_cells_of_top_heads_alone_are_what_they_are_beside_random_ones(planted):
+    subject, items, ranking, found, _ = planted
+    cells = [("zero", 2), ("mean", 2), ("zero", 4)]
+    whole, part = (ablation_grid(subject, items, ranking, found, cells, top_only=only, draws=6) for only in ((), [("mean", 2), ("zero", 4)]))
+    left_out = ((whole["mode"] == "mean") | (whole["heads"] == 4)) & (whole["target"] != "top")
+    assert left_out.any() and part["target"].nunique() == 3
+    pd.testing.assert_frame_equal(whole[~left_out].reset_index(drop=True), part)
+    with pytest.raises(ValueError, match=r"top_only names the cell \('zero', 3\), which is not measured"):
+        ablation_grid(subject, items, ranking, found, cells, top_only=[("zero", 3)])
+
+
 def test_random_sets_are_averaged_per_item_and_the_same_for_all_modes(planted):
     subject, items, ranking, found, _ = planted
     asked = []
