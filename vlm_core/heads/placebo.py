@@ -66,7 +66,7 @@ def disturb_as_much(
         for before, after, prompt in zip(untouched.values[0][""], removed.values[0][""], untouched.encoded, strict=True):
             rng = np.random.default_rng([seed, len(found)])
             values = {}
-            for place, layer in enumerate(layers):
+            for place, layer in enumerate(untouched.layers[0]):
                 own = before[place, : len(prompt)].float()
                 length = (after[place, : len(prompt)].float() - own).norm(dim=-1, keepdim=True)
                 drawn = torch.from_numpy(rng.standard_normal(own.shape[1:]).astype(np.float32))
