@@ -1,6 +1,7 @@
 """H1, exploratory: where attribution lies, and whether attention gives it away.
 
-Attributions are those of the discovery split; nothing is chosen.
+Attributions are those of the discovery split. No head is chosen; depth is averaged over the tasks whose attribution predicts unseen masks on
+these same items, and speaks of these alone.
 """
 
 import pytest
@@ -15,8 +16,8 @@ SOURCE = "Kim et al. 2025, arXiv:2509.17588"
 
 DEPTH = Claim(
     id="H1.depth",
-    sentence="Attribution lies in the middle-to-late layers: its weighted mean depth is above one half.",
-    effect="mean depth of heads, (layer + 0.5) / layers, weighted by positive attribution; mean over tasks",
+    sentence="Attribution of tasks in which it predicts unseen masks lies in the middle-to-late layers: its weighted mean depth is above one half.",
+    effect="mean depth of heads, (layer + 0.5) / layers, weighted by positive attribution; mean over the tasks whose attribution predicts unseen masks",
     test=Superiority(0.5),
     source=SOURCE,
     tier="exploratory",

@@ -24,15 +24,17 @@ SEMANTICS = Claim(
 @pytest.mark.claim(SEMANTICS)
 def test_items_that_ask_alike_use_the_same_heads(probes, profile, seed, floors, pooled_attribution, evidence):
     items = probes.some("discovery", profile.map_items)
-    tasks, used = [item["task"] for item in items], usage(pooled_attribution.per_item)
+    used, rows = usage(pooled_attribution.per_item)
+    without, items = len(items) - len(rows), [items[row] for row in rows]
+    tasks, clusters = [item["task"] for item in items], [item["scene_id"] for item in items]
     looks = appearance([item["image"] for item in items], len(set(tasks)), seed)
-    found = compare_labels(used, tasks, looks, pooled_attribution.clusters, seed=seed)
-    answers = compare_labels(used, [f"{item['task']}: {item['answer']}" for item in items], looks, pooled_attribution.clusters, seed=seed)
+    found = compare_labels(used, tasks, looks, clusters, seed=seed)
+    answers = compare_labels(used, [f"{item['task']}: {item['answer']}" for item in items], looks, clusters, seed=seed)
     exhibits_h1.usage_map(
         evidence,
         flat_map(used, seed),
         tasks,
-        pooled_attribution.items,
+        [item["id"] for item in items],
         {"task": found.agreement["semantic"], **{look: found.agreement[look] for look in looks}},
         found.p_value,
     )
@@ -43,6 +45,7 @@ def test_items_that_ask_alike_use_the_same_heads(probes, profile, seed, floors, 
         controls=[grounded_overall(floors, 0.2), prediction_of_unseen_masks(pooled_attribution)],
         details={
             "agreement": found.agreement,
+            "items without attribution, left out": without,
             "strongest_look": found.strongest,
             "p_by_look": found.by_look,
             "agreement_by_task_and_answer": answers.agreement["semantic"],

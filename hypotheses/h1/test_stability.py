@@ -1,7 +1,8 @@
 """H1: the ranking of heads belongs to the task, not to the scenes or the words it was measured with.
 
-Nothing is chosen here, so the rankings compared are those made on the discovery split: of two halves of its scenes, and of the same
-scenes with the question in other words. Items are fitted one by one, under masks of their own, so that halves have nothing in common but
+The rankings compared are those made on the discovery split: of two halves of its scenes, and of the same scenes with the question in other
+words. No head is chosen, but tasks are, on these same items: those whose linear models predict unseen masks, and of these alone the claim
+speaks. Items are fitted one by one, under masks of their own, so that halves have nothing in common but
 the model.
 """
 
@@ -13,9 +14,10 @@ from vlm_core.stats import Claim, Superiority
 
 STABILITY = Claim(
     id="H1.stability",
-    sentence="The head ranking agrees across disjoint scenes and across prompt paraphrases (Kendall's W of at least 0.7).",
+    sentence="The head ranking of tasks whose attribution predicts unseen masks agrees across disjoint scenes and across prompt paraphrases "
+    "(Kendall's W of at least 0.7).",
     effect="Kendall's W to be expected of two rankings of all heads by attribution, on scenes drawn anew and as many as here: each on half "
-    "of a task's discovery scenes, or both on the same scenes in two wordings; mean over tasks",
+    "of a task's discovery scenes, or both on the same scenes in two wordings; mean over the tasks whose attribution predicts unseen masks",
     test=Superiority(0.70),
     source="Kim et al. 2025, arXiv:2509.17588",
 )

@@ -23,23 +23,31 @@ from vlm_core.stats import Estimate, jackknife_statistic, sign_flip_p
 __all__ = ["LabelAgreement", "appearance", "compare_labels", "flat_map", "usage"]
 
 
-def usage(per_item: ArrayLike) -> np.ndarray:
-    """Unit vectors ``[item, heads]`` from attributions ``[item, layer, head]``: the strength of an answer is left out.
+def usage(per_item: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Directions of attributions ``[item, layer, head]``: the strength of an answer is left out.
 
-    Heads that have no attribution (NaN for every item: they see no image) are no part of a vector.
+    Heads that have no attribution (NaN for every item: they see no image) are no part of a direction.
+
+    Returns
+    -------
+    vectors : ndarray ``[item with a direction, heads]``
+        Of length 1.
+    rows : int ndarray
+        The items that have a direction: those in which some head has an attribution other than zero.
 
     Raises
     ------
     NotMeasurable
-        If no head matters in some item, so that it has no direction.
+        If no item has.
     """
     per_item = np.asarray(per_item, dtype=float)
-    rows = per_item.reshape(len(per_item), -1)
-    rows = rows[:, ~np.isnan(rows).all(0)]
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not np.all(length > 0):
-        raise NotMeasurable(f"{int((length == 0).sum())} items have no attribution but zeros: which heads they use is not defined")
-    return rows / length
+    vectors = per_item.reshape(len(per_item), -1)
+    vectors = vectors[:, ~np.isnan(vectors).all(0)]
+    length = np.linalg.norm(vectors, axis=1)
+    rows = np.flatnonzero(length > 0)
+    if not rows.size:
+        raise NotMeasurable(f"none of {len(length)} items has an attribution other than zeros: which heads they use is not defined")
+    return vectors[rows] / length[rows, None], rows
 
 
 def appearance(images: Sequence, n_groups: int, seed: int = 0) -> dict[str, np.ndarray]:

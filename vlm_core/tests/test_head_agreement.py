@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.heads.agreement import SPLITS, attention_agreement, attribution_depth, scene_agreement, wording_agreement
 from vlm_core.heads.attribution import HeadAttribution
 from vlm_core.stats import kendall_w
@@ -103,6 +104,15 @@ def test_bounds_of_agreement_hold_what_scenes_drawn_anew_are_expected_to_give(no
                 assert stats.binomtest(int(missed), runs, alpha, alternative="greater").pvalue > 1e-3, (expected, alpha, missed)
         # conservative, by how much: standard errors are 1.3 to 2.2 times the spread that they stand for
         assert 1.05 < np.sqrt(np.square(errors).mean()) / values.std() < 2.6
+
+
+def test_few_heads_have_too_few_rankings_for_bounds():
+    few = {"a": drawn(np.arange(11.0)[None], 1.0)}
+    with pytest.raises(NotMeasurable, match="there are 11 heads to rank: .* need 12 or more"):
+        scene_agreement(few)
+    with pytest.raises(NotMeasurable, match="11 heads"):
+        wording_agreement({"a": (few["a"], few["a"])})
+    assert scene_agreement({"a": drawn(np.arange(12.0)[None], 1.0)}).estimate is not None
 
 
 def test_two_wordings_agree_by_spearman_and_are_of_one_set_of_scenes():

@@ -11,17 +11,23 @@ from scipy import stats
 from sklearn.metrics import silhouette_samples, silhouette_score
 
 from vlm_core import compare_labels
+from vlm_core.errors import NotMeasurable
 from vlm_core.heads import semantics
 from vlm_core.heads.semantics import appearance, flat_map, usage
 
 
 def test_usage_is_a_direction():
     rows = np.random.default_rng(0).normal(size=(5, 2, 3))
-    found = usage(rows * np.arange(1, 6)[:, None, None])
-    np.testing.assert_allclose(found, usage(rows))
+    found, every = usage(rows * np.arange(1, 6)[:, None, None])
+    np.testing.assert_allclose(found, usage(rows)[0])
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
-    with pytest.raises(ValueError, match="1 items have no attribution"):
-        usage(np.concatenate([rows, np.zeros((1, 2, 3))]))
+    assert every.tolist() == [0, 1, 2, 3, 4]
+    rows[2] = 0
+    some, left = usage(rows)
+    assert left.tolist() == [0, 1, 3, 4]
+    np.testing.assert_allclose(some, found[left])
+    with pytest.raises(NotMeasurable, match="none of 1 items has an attribution other than zeros"):
+        usage(rows[2:3])
 
 
 def test_looks_are_read_from_pixels():
@@ -52,7 +58,7 @@ def test_colour_groups_follow_colours():
 
 def test_silhouettes_are_scikit_learns_and_weights_are_copies():
     rng = np.random.default_rng(0)
-    vectors = usage(rng.normal(size=(30, 6)))
+    vectors, _ = usage(rng.normal(size=(30, 6)))
     codes = rng.integers(0, 4, 30)
     distances = np.clip(1 - vectors @ vectors.T, 0, None)
     np.fill_diagonal(distances, 0)
@@ -85,7 +91,7 @@ def planted(by, seed=0, scenes=40, questions=(1, 2, 3, 4), strength=0.6):
             semantic.append(question)
             clusters.append(scene)
     rows = np.array(rows) + rng.normal(size=(len(rows), 24))
-    return usage(rows), semantic, {name: one[clusters] for name, one in looks.items()}, clusters
+    return usage(rows)[0], semantic, {name: one[clusters] for name, one in looks.items()}, clusters
 
 
 def test_what_is_planted_wins():
