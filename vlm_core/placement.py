@@ -23,7 +23,7 @@ def home(module: nn.Module) -> torch.device:
     place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if place is None:
         return next(module.parameters()).device
-    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return torch.device(place)  # a number is one of the accelerator's
 
 
 def present(module: nn.Module) -> AbstractContextManager:

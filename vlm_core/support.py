@@ -48,7 +48,7 @@ CLAIMS = {
     "zero head": "zeroing a head equals an output-projection pre-hook exactly",
     "gate 1": "keeping every head is the plain model exactly, in a batch whose other row loses them",
     "head sum": "contributions of the heads sum to the attention output",
-    "mass": "captured attention mass equals `output_attentions`",
+    "mass": "captured attention mass of one query, of some and of all equals `output_attentions`, with eager attention and sdpa",
     "knock-out": "a knock-out equals an explicit mask on the plain eager model",
     "nothing out": "knocking out nothing is the identity",
     "image KV": "image-KV replacement touches no other key, value or head; for one query, no other position; for all, none before "
@@ -77,8 +77,9 @@ on tiny random-weight models built from configs, float32 unless said otherwise, 
 A family is a row of `vlm_core/tests/family_models.py`; how it is declared is in `vlm_core/families/family.py`. What is not a plain `yes`
 carries its reason below the table; a plan that asks for what is `no` is refused in that sentence; `-` was not asked yet under that version.
 
-Each section was written under its own version, by the suite whose digest it names (SHA-256 of its sources). The package asks for the
-version from which on the rest is tested too, training above all.
+Each section was written under its own version, by the suite whose digest it names (SHA-256 of its sources, not of the library's: the
+section of the version at hand is compared with the library in every run of the tests, the others when they are written). The package asks
+for the version from which on the rest is tested too, training above all.
 """
 
 

@@ -167,7 +167,7 @@ def records():
             ],
         ),
         make("H1.redundancy", "inconclusive", 0.82, 0.05, figures=[usage(np.random.default_rng(1))]),
-        make("H1.object_tokens", "invalid", None, 0, controls=[failed]),
+        make("H1.object_tokens", "invalid", None, 0, controls=[failed], figures=[sheet(rng)]),
         make("H1.attention_is_not_attribution", "refuted", 0.48, 0.11),
         make(
             "H2.noninferior",
@@ -238,6 +238,23 @@ def overlay(rng, task):
         "answer": "red",
     }
     return figure("attention_overlay", data, f"Where head 3.2 looks ({task})", "White outline: the object asked for.")
+
+
+def sheet(rng):
+    from matplotlib.figure import Figure
+
+    from reports.drawings import overlay_tile
+
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[8:20, 20:34] = True
+    picture = np.full((40, 40, 3), 236, dtype=np.uint8)
+    picture[mask] = (217, 51, 38)
+    tiles = [overlay_tile(picture, np.clip(rng.random((40, 40)) * 0.2 + 0.6 * mask, 0, 1), mask) for _ in range(10)]
+    pixels = np.vstack([np.hstack(tiles[:5]), np.hstack(tiles[5:])])
+    canvas, out = Figure(figsize=(2.0, 0.8), dpi=100), io.BytesIO()
+    canvas.figimage(pixels)
+    canvas.savefig(out, format="png")
+    return figure("overlay_sheet", {"image": base64.b64encode(out.getvalue()).decode()}, "Ten images and one head's attention over each")
 
 
 def curves(rng):

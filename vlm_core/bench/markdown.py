@@ -24,6 +24,8 @@ LEGEND = """
 * **In favour of the others.** They get the prompt with its image features already merged, unembed the last token only, and are timed on a
   few heads a round (each costs them a full pass). vlm_core's sweep runs over all heads and starts from the image's pixels: processor,
   vision tower, scoring and the table are in its time. Every round has a new image.
+* **Single forward passes** are of one prompt without padding. Every pass of vlm_core has a batch of its own, encoded before the clock starts
+  as the prompt of the others is, so that nothing kept from one pass helps the next; contestants work in an order drawn anew each round.
 * **Plain hooks, 8 rows a pass** batches eight interventions; shown without a bar.
 * **Efficiency** counts the arithmetic that a sweep needs (the prompt once, then the touched layer and those after it, for tokens that can
   change, of the last layer what the token read needs; no vision tower, norms, softmax or scoring) and divides by what the decoder's own

@@ -26,6 +26,7 @@ from vlm_core.items import item_field, item_number, require_item, require_items,
 from vlm_core.observation.image_attention import ImageAttention
 from vlm_core.seam.plan import require_possible
 from vlm_core.seam.run import Run
+from vlm_core.seam.seam import require_asleep
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.groups import Groups, grouped
 from vlm_core.subjects.rows import forward_rows
@@ -141,6 +142,7 @@ def observed(
 ) -> Iterator[Observed]:
     """Run prepared observers over items, one forward pass at a time; see ``observe``. Memory does not grow with items."""
     require_subject(subject)
+    require_asleep(subject.anatomy, "observing items")
     require_items(items)
     require_row(intervention, "intervention")
     require_possible(intervention, subject.anatomy, named=groups is not None)

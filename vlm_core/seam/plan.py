@@ -478,7 +478,6 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=256)
-@lru_cache(maxsize=256)
 def _idle(n_rows: int, n_layers: int) -> Program:
     """The program of rows to which nothing is done."""
     touch = _effect(None, n_layers, 1).touch

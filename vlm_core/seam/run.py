@@ -95,7 +95,6 @@ class Run:
             raise ValueError(f"{program.n_rows} interventions for {len(self.trunk)} rows: give one per row")
         self.items = list(range(n_sequences) if items is None else items)
         self.observers = tuple(observers)
-        self.records: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(len(self.observers))}
         # The first layer whose keys are the sequence's: its cache counts tokens.
         self._own = anatomy.first_own_layer
         self._branches = alone if trunk is None else Branches.plan(program.first, self.trunk, program.n_layers)
@@ -177,8 +176,20 @@ class Run:
         return self.elements_at[-1]
 
     def record(self, observer: int, layer: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What an observer kept at ``layer``, one entry per row (of each tensor, where it keeps several by name)."""
-        kept = self.records[observer][layer]
+        """What an observer kept at ``layer`` in the last pass, one entry per row (of each tensor, where it keeps several by name).
+
+        Raises
+        ------
+        ValueError
+            Where it kept nothing there.
+        """
+        kept = self.records.get(observer, {}).get(layer)
+        if kept is None:
+            known = [sorted(self.records[number]) for number in self.records]
+            raise ValueError(
+                f"observer {observer} of this run kept nothing at layer {layer} (layers kept, by observer: {known}): call the model within "
+                f"the run first, and ask for a layer that the observer looks at"
+            )
         if isinstance(kept, dict):
             return {name: self._per_row(one, layer) for name, one in kept.items()}
         return self._per_row(kept, layer)
@@ -205,6 +216,7 @@ class Run:
 
     def _begin(self) -> None:
         self.decoding = False
+        self.records: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(len(self.observers))}
         self._shorter: Tokens | None = None
         self._generated = 0
         self._tokens_at: dict[int, Tokens] = {}
@@ -256,11 +268,10 @@ class Run:
         for number, observer in self._site_observers:
             self._keep(number, layer, observer.site("residual", layer, hidden, self.tokens))
 
-    def enter_model(self, kwargs: dict) -> dict | None:
+    def enter_model(self, args: tuple, kwargs: dict) -> dict | None:
         """Refuse, before the language model runs, what would break inside it; its inputs, where they must change."""
         if not self.hears_layers:
-            inputs = kwargs.get("inputs_embeds")
-            self._enter_model((kwargs["input_ids"] if inputs is None else inputs).shape[:2], kwargs.get("past_key_values"))
+            self._enter_model(_given(args, kwargs).shape[:2], kwargs.get("past_key_values"))
         if self._untouched:
             return None
         n_deep = len(kwargs.get("deepstack_visual_embeds") or ())
@@ -270,17 +281,16 @@ class Run:
                 f"this family adds visual features after its first {n_deep} layers, to a sequence of the length it came with: "
                 f"drop or merge tokens from layer {n_deep} on"
             )
-        return self._count_positions(kwargs)
+        return self._count_positions(args, kwargs)
 
-    def _count_positions(self, kwargs: dict) -> dict | None:
+    def _count_positions(self, args: tuple, kwargs: dict) -> dict | None:
         if not self._attention.replaces_keys or bool(self._start.valid[:, 0].all()):
             return None
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length(self._own))
         generated = 0
         if past and self._own in self._tokens_at:
-            inputs = kwargs.get("inputs_embeds")
-            new = (kwargs["input_ids"] if inputs is None else inputs).shape[1]
+            new = _given(args, kwargs).shape[1]
             generated = past + new - self._tokens_at[self._own].valid.shape[1]
         counted = counted_positions(kwargs, self._start.valid, past, generated)
         return None if counted is None else {**kwargs, "position_ids": counted}
@@ -397,7 +407,7 @@ class Run:
         if key.shape[2] > length and layer not in self.anatomy.cross_layers:
             raise ValueError(
                 f"layer {layer} holds {key.shape[2]} keys for {length} tokens: static caches cannot generate under an "
-                f"intervention, use the default (dynamic) cache"
+                f"intervention or an observer of attention, use the default (dynamic) cache"
             )
         return tokens
 
@@ -429,6 +439,15 @@ class Run:
             return None
         after = after.view(hidden.shape)
         return (after, *output[1:]) if isinstance(output, tuple) else after
+
+
+def _given(args: tuple, kwargs: dict) -> torch.Tensor:
+    """What the language model is called with: embeddings, or tokens by name or in the first place."""
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return embeds
+    tokens = kwargs.get("input_ids")
+    return args[0] if tokens is None else tokens
 
 
 def _named(groups: Mapping[str, torch.Tensor], valid: torch.Tensor) -> dict[str, torch.Tensor]:

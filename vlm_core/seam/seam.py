@@ -32,11 +32,12 @@ from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.seam.run import Run
 
-__all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install"]
+__all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "require_asleep"]
 
 ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
 
-_ACTIVE: ContextVar[Run | None] = ContextVar("vlm_core_run", default=None)
+# What is active, the last to come first: one run a model, or one that hides all others.
+_ACTIVE: ContextVar[tuple[Run, ...]] = ContextVar("vlm_core_runs", default=())
 _CAPTURING: ContextVar[bool] = ContextVar("vlm_core_capturing", default=False)
 _INSTALLED: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
 _LISTENERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
@@ -44,28 +45,56 @@ _LISTENERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
 
 def current_run() -> Run | None:
     """The run that is active in this context, if any."""
-    return _ACTIVE.get()
+    return next(iter(_ACTIVE.get()), None)
+
+
+def require_asleep(anatomy: Anatomy, what: str) -> None:
+    """Refuse to begin what makes passes of its own while a run is active on the model: it would be left out of them.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    if any(hasattr(run, "anatomy") and run.anatomy.language_model is anatomy.language_model for run in _ACTIVE.get()):
+        raise RuntimeError(f"{what} inside an active run would not be intervened on: leave it first, and pass the intervention along")
 
 
 class active:  # noqa: N801 (used as a function)
-    """Make ``run`` the active one; the previous state is back on exit, exceptions included."""
+    """Make ``run`` the active one of its model; the previous state is back on exit, exceptions included.
+
+    Runs of other models stay active beside it. ``None``, and what has no ``anatomy``, stand alone.
+
+    Raises
+    ------
+    SubjectError
+        On entry, where the model has lost its seam: it was removed, or another attention was set.
+    """
 
     def __init__(self, run: Run | None) -> None:
         self._run = run
         anatomy = getattr(run, "anatomy", None)
-        self._seam = None if anatomy is None else _LISTENERS.get(anatomy.language_model)
+        self._model = None if anatomy is None else anatomy.language_model
 
     def __enter__(self) -> Run | None:
-        run = self._run
-        if self._seam is not None:
-            self._seam.begin(run)
-        self._token = _ACTIVE.set(run)
+        run, model, self._seam = self._run, self._model, None
+        if model is None:
+            runs = () if run is None else (run,)
+        else:
+            seam = _LISTENERS.get(model)
+            if seam is None:
+                raise SubjectError("the seam of this model was removed: make a new subject with Subject(model, processor)")
+            seam.begin(run)
+            self._seam = seam
+            runs = (run, *(one for one in _ACTIVE.get() if hasattr(one, "anatomy") and one.anatomy.language_model is not model))
+        self._token = _ACTIVE.set(runs)
         return run
 
     def __exit__(self, *error) -> None:
-        _ACTIVE.reset(self._token)
-        if self._seam is not None:
-            self._seam.end(self._run)
+        try:
+            _ACTIVE.reset(self._token)
+        finally:
+            if self._seam is not None:
+                self._seam.end(self._run)
 
 
 class Captured(Exception):
@@ -97,11 +126,11 @@ def _original(module: nn.Module, implementation: str):
 def _attention_like(implementation: str):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         original = _original(module, implementation)
-        run = _ACTIVE.get()
-        layer = None if run is None else run.attention_layer(module)
-        if layer is None:
-            return original(module, query, key, value, attention_mask, *args, **kwargs)
-        return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
+        for run in _ACTIVE.get():
+            layer = run.attention_layer(module)
+            if layer is not None:
+                return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
 
@@ -111,32 +140,41 @@ for _implementation, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
     AttentionMaskInterface.register(ATTENTION_NAMES[_implementation], _mask)
 
 
-def _before_layer(module: nn.Module, args: tuple, kwargs: dict):
-    run = _ACTIVE.get()
-    layer = None if run is None else run.decoder_layer(module)
-    return None if layer is None else run.enter_layer(layer, args, kwargs)
+def _before_layer(module: nn.Module, args: tuple, kwargs: dict | None = None):
+    if kwargs is None:
+        # Another thread took the hook off while torch was about to call it: no run in this one hears by it.
+        return None
+    for run in _ACTIVE.get():
+        layer = run.decoder_layer(module)
+        if layer is not None:
+            return run.enter_layer(layer, args, kwargs)
+    return None
 
 
 def _before_language_model(module: nn.Module, args: tuple, kwargs: dict):
     if _CAPTURING.get():
         raise Captured(kwargs)
-    run = _ACTIVE.get()
-    if hasattr(run, "enter_model") and run.anatomy.language_model is module:
-        kwargs = run.enter_model(kwargs)
-        return None if kwargs is None else (args, kwargs)
+    for run in _ACTIVE.get():
+        if hasattr(run, "enter_model") and run.anatomy.language_model is module:
+            kwargs = run.enter_model(args, kwargs)
+            return None if kwargs is None else (args, kwargs)
     return None
 
 
 def _after_attention(module: nn.Module, args: tuple, output):
-    run = _ACTIVE.get()
-    layer = run.attention_layer(module) if hasattr(run, "leave") else None
-    return None if layer is None else run.leave("attention", layer, output)
+    for run in _ACTIVE.get():
+        layer = run.attention_layer(module) if hasattr(run, "leave") else None
+        if layer is not None:
+            return run.leave("attention", layer, output)
+    return None
 
 
 def _after_mlp(module: nn.Module, args: tuple, output):
-    run = _ACTIVE.get()
-    layer = run.mlp_layer(module) if hasattr(run, "leave") else None
-    return None if layer is None else run.leave("mlp", layer, output)
+    for run in _ACTIVE.get():
+        layer = run.mlp_layer(module) if hasattr(run, "leave") else None
+        if layer is not None:
+            return run.leave("mlp", layer, output)
+    return None
 
 
 class Seam:
@@ -168,18 +206,28 @@ class Seam:
                 f"through transformers' AttentionInterface."
             )
         model.set_attn_implementation({self._key: ATTENTION_NAMES[self.original]})
-        entrance = anatomy.language_model
-        for hooks in (self._layers, self._modules):
+        self._text_config = text_config
+        self._entrance = _Hooks([(anatomy.language_model, _before_language_model)], before=True)
+        for hooks in (self._entrance, self._layers, self._modules):
             hooks.clear()
-        for key in [key for key, found in entrance._forward_pre_hooks.items() if found is _before_language_model]:
-            del entrance._forward_pre_hooks[key]
-            entrance._forward_pre_hooks_with_kwargs.pop(key, None)
-        self._entrance = entrance.register_forward_pre_hook(_before_language_model, with_kwargs=True)
-        _LISTENERS[entrance] = self
+        self._entrance.begin(True)
+        self._language_model = anatomy.language_model
+        _LISTENERS[anatomy.language_model] = self
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the language model still dispatches its attention to the seam."""
+        return self._text_config._attn_implementation == ATTENTION_NAMES[self.original]
 
     def begin(self, run: Run) -> None:
-        """``run`` becomes active in some context: from here on there are the hooks that it hears by."""
+        """``run`` becomes active in some context: from here on there are the hooks that it hears by, ahead of anyone else's."""
+        if not self.in_place:
+            raise SubjectError(
+                f"attention '{self._text_config._attn_implementation}' was set on this model after the seam was put on it, so that nothing "
+                f"could be seen or changed: make a new subject with Subject(model, processor)"
+            )
         with self._lock:
+            self._entrance.restore()
             self._layers.begin(getattr(run, "hears_layers", True))
             self._modules.begin(getattr(run, "hears_modules", False))
 
@@ -190,14 +238,17 @@ class Seam:
             self._modules.end(getattr(run, "hears_modules", False))
 
     def remove(self) -> None:
-        """Restore the model as it was before ``install``."""
+        """Restore the model as it was before ``install``; a second time does nothing."""
+        if _LISTENERS.get(self._language_model) is not self:
+            return
         with self._lock:
-            self._entrance.remove()
-            self._layers.close()
-            self._modules.close()
+            for hooks in (self._entrance, self._layers, self._modules):
+                hooks.off()
+            del _LISTENERS[self._language_model]
         model = self._model()
         if model is not None:
-            model.set_attn_implementation({self._key: self.original})
+            if self.in_place:
+                model.set_attn_implementation({self._key: self.original})
             _INSTALLED.pop(model, None)
 
 
@@ -210,10 +261,13 @@ class _Hooks:
         self._hearing = 0
         self._handles: list = []
 
+    def _of(self, module: nn.Module):
+        return module._forward_pre_hooks if self._before else module._forward_hooks
+
     def clear(self) -> None:
         """Take off what a copied model came with."""
         for module, hook in self._hooked:
-            hooks = module._forward_pre_hooks if self._before else module._forward_hooks
+            hooks = self._of(module)
             for key in [key for key, found in hooks.items() if found is hook]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -222,9 +276,20 @@ class _Hooks:
         """A run begins that hears by these, or does not."""
         if not hears:
             if self._handles and not self._hearing:
-                self._off()
+                self.off()
             return
         self._hearing += 1
+        self.restore(first=True)
+
+    def restore(self, first: bool = False) -> None:
+        """On, where they were not or someone has cleared them; ``first``: ahead of all hooks that came since."""
+        for handle, (module, _) in zip(self._handles, self._hooked, strict=False):
+            hooks = self._of(module)
+            if handle.id not in hooks:
+                self.off()
+                break
+            if first and next(iter(hooks)) != handle.id:
+                hooks.move_to_end(handle.id, last=False)
         if not self._handles:
             for module, hook in self._hooked:
                 if self._before:
@@ -236,12 +301,8 @@ class _Hooks:
         """Such a run ends."""
         self._hearing -= bool(hears)
 
-    def close(self) -> None:
-        """Off for good: not to be woken again by a run that outlives the seam."""
-        self._off()
-        self._hooked = []
-
-    def _off(self) -> None:
+    def off(self) -> None:
+        """Take them off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -255,6 +316,10 @@ def install(model: nn.Module, anatomy: Anatomy, name: str = "subject") -> Seam:
     SubjectError
         If the language model does not dispatch its attention through transformers' ``AttentionInterface``.
     """
-    if model not in _INSTALLED:
-        _INSTALLED[model] = Seam(model, anatomy, name)
-    return _INSTALLED[model]
+    seam = _INSTALLED.get(model)
+    if seam is not None and not seam.in_place:
+        seam.remove()
+        seam = None
+    if seam is None:
+        seam = _INSTALLED[model] = Seam(model, anatomy, name)
+    return seam

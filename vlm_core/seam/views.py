@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
 
-__all__ = ["GROUPS", "AttentionBlock", "AttentionView", "LayerView", "Tokens"]
+__all__ = ["GROUPS", "MASK_KEPT", "AttentionBlock", "AttentionView", "LayerView", "Tokens"]
 
 GROUPS = ("image", "text", "question", "preamble", "last", "bos", "answer", "all")
 """Token groups that every sequence has; a batch may bring named ones of its own (``Tokens.named``)."""
@@ -22,8 +23,9 @@ GROUPS = ("image", "text", "question", "preamble", "last", "bos", "answer", "all
 # Scores of one block: about what a core's second-level cache holds, but enough queries for a matrix product to pay.
 _BLOCK_SCORES = 2**18
 _BLOCK_QUERIES = 16
-# A bias of at most so many numbers is kept for the other layers: of a larger one, the product costs far more than making it again.
-_BIAS_KEPT = 2**15
+MASK_KEPT = 2**15
+"""A mask of at most so many numbers is kept for other layers: of a larger one, the product costs far more than making it again."""
+_PLAIN = nullcontext()
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -63,7 +65,9 @@ class Tokens:
         """``compute()`` on the first call with ``key``, the same afterwards: layers share their tokens, so most is asked often."""
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = compute()
+            # Not as inference tensors: a run with gradients may ask next.
+            with torch.inference_mode(False):
+                found = self._kept[key] = compute()
         return found
 
     def on(self, device: torch.device) -> Tokens:
@@ -154,6 +158,14 @@ class Tokens:
         n = int(members.sum(1).max())
         order = (~members).int().argsort(dim=1, stable=True)[:, :n]
         return order, members.gather(1, order)
+
+    def later(self, name: str) -> torch.Tensor:
+        """What a causal order adds to the scores of a group's members, of one sequence: ``[1, 1, n, token]``, 0 or the lowest number."""
+        def compute() -> torch.Tensor:
+            at = self.members(name)[0]
+            return (torch.arange(self.valid.shape[1], device=at.device) > at[:, None, :, None]) * _LOWEST
+
+        return self.kept(("later", name), compute)
 
     def pinned(self) -> Tokens:
         """The same with ``question`` and ``preamble`` named, so that they stay what they are when image tokens go."""
@@ -275,7 +287,8 @@ class AttentionView:
         """Attention averaged over a token group's queries, ``[element, head, key]``; NaN where it has no member."""
         found = self._kept.get(("mean", queries))
         if found is None:
-            found = self._kept["mean", queries] = self._mean(queries)
+            with _as_it_is(self.query):
+                found = self._kept["mean", queries] = self._mean(queries)
         return found
 
     def _mean(self, queries: str) -> torch.Tensor:
@@ -301,7 +314,9 @@ class AttentionView:
         tokens, query, key = self.tokens, self.query, self.key
         asked = tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), lambda: self._shared(queries, groups))
         if asked.fused is None or self.softcap is not None or ("mean", queries) in self._kept:
-            return self.mean(queries) @ asked.members
+            mean = self.mean(queries)
+            with _as_it_is(mean):
+                return mean @ asked.members
         query, key = _constant(query), _constant(key)
         if query.dtype != torch.float32:
             query, key = query.float(), key.float()
@@ -312,25 +327,28 @@ class AttentionView:
             # Heads that share keys are neighbours: their queries stand under one another.
             query = query.view(1, key.shape[1], -1, query.shape[3])
         attention = nn.functional.scaled_dot_product_attention
-        found = attention(query, key, asked.values, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
+        with _as_it_is(query):
+            found = attention(query, key, asked.values, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
         if query.shape[1] != self.query.shape[1]:
             found = found.view(1, self.query.shape[1], -1, found.shape[3])
         return found.mean(2)[..., : len(groups)]
 
     def _shared(self, queries: str, groups: tuple[str, ...]) -> _Shared:
         members = torch.stack([self.keys_of(group) for group in groups], dim=2).float()
-        n_queries, n_keys, size = self.query.shape[2], self.key.shape[2], self.key.shape[3]
+        (n_elements, n_heads, n_queries, size), n_keys = self.query.shape, self.key.shape[2]
         positions = self.tokens.members(queries)[0]
-        if self.query.shape[0] > 1 or not self._causal or len(groups) > size or not positions.shape[1]:
+        if n_elements > 1 or not self._causal or n_queries < n_keys or len(groups) > size or not positions.shape[1]:
             return _Shared(members)
-        values = nn.functional.pad(members, (0, size - len(groups)))[:, None].expand(self.key.shape)
-        if positions.shape[1] == n_queries == n_keys and self.query.shape == self.key.shape:
+        values = members.new_zeros(1, 1, n_keys, size)
+        values[0, 0, :, : len(groups)] = members[0]
+        values = values.expand(self.key.shape)
+        sharing = n_heads // self.key.shape[1]
+        if positions.shape[1] == n_queries and sharing == 1:
             return _Shared(members, values, (None, None))
-        asked = self._asked(positions, torch.ones_like(positions, dtype=torch.bool), positions.shape[1])[0]
-        if asked.bias is None:
+        if sharing * positions.shape[1] * n_keys > MASK_KEPT:
             return _Shared(members)
-        mask = nn.functional.pad(asked.bias, (0, n_keys - asked.some_see), value=_LOWEST)
-        return _Shared(members, values, (positions[0], mask[:, None]))
+        later = self.tokens.later(queries)
+        return _Shared(members, values, (positions[0], later if sharing == 1 else later.repeat(1, 1, sharing, 1)))
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""
@@ -383,7 +401,7 @@ class AttentionView:
                 last = int((at if whole else at.masked_fill(~members, 0)).max())
             one = _Asked(at, members, whole, first + seen, last + seen, first)
             sharing = self.query.shape[1] // self.key.shape[1]
-            if at.shape[0] == 1 and self.softcap is None and sharing * at.shape[1] * one.some_see <= _BIAS_KEPT:
+            if at.shape[0] == 1 and self.softcap is None and sharing * at.shape[1] * one.some_see <= MASK_KEPT:
                 one = replace(one, bias=self._bias(one))
             asked.append(one)
         return asked
@@ -412,9 +430,11 @@ class AttentionView:
         # Heads that share keys are neighbours: their queries stand under one another in one product.
         query = self._query(asked).view(key.shape[0], -1, size)
         if asked.bias is not None:
-            scores = torch.baddbmm(asked.bias, query, key, alpha=self.scaling)
+            with _as_it_is(query):
+                scores = torch.baddbmm(asked.bias, query, key, alpha=self.scaling)
             return scores.softmax(-1).view(n_elements, n_heads, -1, asked.some_see)
-        scores = torch.bmm(query.mul_(self.scaling), key).view(n_elements, n_heads, -1, asked.some_see)
+        with _as_it_is(query):
+            scores = torch.bmm(query.mul_(self.scaling), key).view(n_elements, n_heads, -1, asked.some_see)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if self._causal:
@@ -436,6 +456,12 @@ def _later(asked: _Asked) -> torch.Tensor:
     at = asked.positions
     keys = torch.arange(asked.first + 1, asked.first + 1 + asked.some_see - asked.all_see, device=at.device)
     return (keys > at.unsqueeze(1).unsqueeze(3)) * _LOWEST
+
+
+def _as_it_is(tensor: torch.Tensor) -> AbstractContextManager:
+    """In this context products have the type of their factors: under autocast they would be rounded."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _PLAIN
 
 
 def _constant(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlm_core.errors import SubjectError
 from vlm_core.images import as_rgb, require_image
-from vlm_core.seam.views import Tokens
+from vlm_core.seam.views import MASK_KEPT, Tokens
 from vlm_core.subjects.wording import require_texts
 
 if TYPE_CHECKING:
@@ -45,14 +44,44 @@ class Batch:
     valid: torch.Tensor
     labels: torch.Tensor | None = None
     items: tuple[int, ...] | None = None
+    _tokens: tuple[tuple, Tokens] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.image.shape[0]
 
-    @cached_property
+    def __post_init__(self) -> None:
+        for name, mask in (("image", self.image), ("valid", self.valid)):
+            if not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 2):
+                found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise ValueError(f"{name} of a batch must be a BoolTensor [prompt, token], got {found}")
+        if self.image.shape != self.valid.shape or not self.image.numel():
+            raise ValueError(
+                f"image is {tuple(self.image.shape)} and valid {tuple(self.valid.shape)}: a batch needs both of one shape, [prompt, token], "
+                f"with at least one token"
+            )
+
+    @property
     def tokens(self) -> Tokens:
         """Which token is what, with what is worked out from it once for every run on this batch."""
-        return Tokens(self.image & self.valid, self.valid, torch.arange(len(self), device=self.valid.device))
+        state = self.state
+        if self._tokens is None or self._tokens[0] != state:
+            with torch.inference_mode(False):
+                found = Tokens(self.image & self.valid, self.valid, torch.arange(len(self), device=self.valid.device))
+            object.__setattr__(self, "_tokens", (state, found))
+        return self._tokens[1]
+
+    def lay_out(self) -> Batch:
+        """The same, with the positions of image and text worked out, and what the text cannot see: once, where the prompt is encoded."""
+        for group in ("image", "text"):
+            positions, _ = self.tokens.members(group)
+        if len(self) == 1 and positions.shape[1] * self.valid.shape[1] <= MASK_KEPT:
+            self.tokens.later("text")
+        return self
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """What tells of a change in place of ``image`` or ``valid``."""
+        return tuple(-1 if mask.is_inference() else mask._version for mask in (self.image, self.valid))
 
 
 def encode(subject: Subject, images: Sequence, prompts: Sequence[str], answers: Sequence[str] | None, padding_side: str) -> Batch:
@@ -103,7 +132,7 @@ def encode(subject: Subject, images: Sequence, prompts: Sequence[str], answers: 
         )
     valid = inputs["attention_mask"].bool()
     labels = None if answers is None else _labels(subject, inputs["input_ids"], valid, answers)
-    return Batch(inputs, image, valid, labels)
+    return Batch(inputs, image, valid, labels).lay_out()
 
 
 def _pictures(subject: Subject, images: Sequence, prompts: Sequence[str]) -> list[list]:

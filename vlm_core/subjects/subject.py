@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -66,9 +67,12 @@ class Subject:
         self.anatomy = Anatomy.of(model, name)
         self.seam = install(model, self.anatomy, name)
         self._wording: Wording | None = None
-        self._idle_runs: WeakKeyDictionary[Batch, Run] = WeakKeyDictionary()
+        self._idle_runs: WeakKeyDictionary[Batch, tuple[tuple, Run]] = WeakKeyDictionary()
         self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
         self._loaded_state = self.weights_state()
+
+    def __deepcopy__(self, memo: dict) -> Subject:
+        return Subject(copy.deepcopy(self.model, memo), copy.deepcopy(self.processor, memo), self.name, self.checkpoint)
 
     def __repr__(self) -> str:
         anatomy = self.anatomy
@@ -285,12 +289,12 @@ class Subject:
 
     def _run_of_nothing(self, batch: Batch) -> Run:
         # It keeps no state of a pass: one serves all.
-        run = self._idle_runs.get(batch)
-        if run is None:
+        state, run = self._idle_runs.get(batch, (None, None))
+        if run is None or state != batch.state:
             program = Program.compile([None] * len(batch), self.anatomy.n_layers, self.anatomy.n_heads)
             groups = None if batch.labels is None else {"answer": batch.labels != -100}
             run = Run(self.anatomy, program, batch.image, batch.valid, items=batch.items, groups=groups, tokens=None if groups else batch.tokens)
-            self._idle_runs[batch] = run
+            self._idle_runs[batch] = batch.state, run
         return run
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
@@ -302,7 +306,7 @@ class Subject:
             [item_field(item, "prompt") for item in items],
             padding_side=padding_side,
         )
-        return replace(batch, items=tuple(map(item_number, items)))
+        return replace(batch, items=tuple(map(item_number, items))).lay_out()
 
 
 def require_subject(value: Any) -> None:

@@ -30,6 +30,7 @@ from vlm_core.identity import item_digest
 from vlm_core.interventions import Row, describe, parts
 from vlm_core.items import SCORED, item_field, item_number, require_distinct, require_item, take
 from vlm_core.seam.plan import forget, require_possible
+from vlm_core.seam.seam import require_asleep
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups, grouped, with_groups
 from vlm_core.subjects.subject import Subject
@@ -139,6 +140,7 @@ def sweep(
     run = partial(_run_here, source) if executor is None else partial(_run_on, executor, source)
     try:
         if isinstance(source, Subject):
+            require_asleep(source.anatomy, "a sweep")
             for row in table.values():
                 require_possible(row, source.anatomy, named=groups is not None)
         for number, piece, computed in run(plan, items, by_item, blocks):

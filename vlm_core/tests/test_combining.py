@@ -391,12 +391,14 @@ def test_plans_of_every_kind_in_threads(subject, items):
 
 def test_an_error_inside_the_pass_leaves_nothing_behind(subject, batch, source):
     plain = logits(subject, batch)
+    plan = (Steer(0, normal(32)), MergeTokens(1, 0.5), Patch("mlp", 0, GaussianNoise(1.0)))
+    intervened(subject, batch, plan)
+    # The hooks that such a run hears by stay for the next one.
     before = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in subject.model.modules()]
 
     def fail(output):
         raise RuntimeError("broken in layer 1")
 
-    plan = (Steer(0, normal(32)), MergeTokens(1, 0.5), Patch("mlp", 0, GaussianNoise(1.0)))
     with pytest.raises(RuntimeError, match="broken in layer 1"), hooked((subject.anatomy.mlps[1], "post", fail)):
         intervened(subject, batch, plan)
     assert current_run() is None

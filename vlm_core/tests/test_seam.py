@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import copy
 import gc
 import threading
 import weakref
@@ -17,6 +19,7 @@ from vlm_core import (
     AttentionMass,
     Batch,
     DropTokens,
+    FullAttention,
     GaussianNoise,
     HeadMeans,
     HiddenStates,
@@ -31,9 +34,13 @@ from vlm_core import (
     Vector,
     ZeroHeads,
     observe,
+    sweep,
 )
+from vlm_core.errors import SubjectError
 from vlm_core.observation.sinks import SinkMass, Sinks
 from vlm_core.seam.attending import AttentionEdits
+from vlm_core.seam.plan import Program
+from vlm_core.seam.run import Run
 from vlm_core.seam.seam import ATTENTION_NAMES, _original, active, current_run
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows
@@ -435,11 +442,8 @@ def test_attention_and_mlp_are_hooked_from_the_first_run_that_hears_them(batch):
     for seen in (early, late):
         assert torch.equal(seen[3], seen[4]) and (seen[3] - seen[5]).abs().mean() > 0.1
     subject.seam.remove()
-    with active(run):
-        assert hooks() == 2
-    removed = Subject(model, processor).seam
-    removed.remove()
-    removed.begin(run)
+    with pytest.raises(SubjectError, match="seam of this model was removed"), active(run):
+        pass
     assert hooks() == 2
 
 
@@ -534,3 +538,167 @@ def test_a_subject_can_be_forgotten():
     del subject
     gc.collect()
     assert model() is None
+
+
+def test_a_seam_that_is_gone_is_said_and_put_back(batch):
+    """Silence would look like heads that do nothing."""
+    model, processor = tiny_llava()
+    subject = Subject(model, processor)
+    plain, plan = logits(subject, batch), ZeroHeads(subject.heads)
+    with subject.intervene(plan, batch):
+        expected = logits(subject, batch)
+    model.set_attn_implementation("eager")
+    with pytest.raises(SubjectError, match="attention 'eager' was set on this model"), subject.intervene(plan, batch):
+        pass
+    again = Subject(model, processor)
+    assert again.seam is not subject.seam and again.seam.original == "eager"
+    with again.intervene(plan, batch):
+        torch.testing.assert_close(logits(again, batch), expected)
+    subject.seam.remove()  # of a seam that is gone already: nothing more
+    with again.intervene(plan, batch):
+        torch.testing.assert_close(logits(again, batch), expected)
+    again.seam.remove()
+    torch.testing.assert_close(logits(again, batch)[:, -1], plain[:, -1])
+    with pytest.raises(SubjectError, match="seam of this model was removed"), again.intervene(plan, batch):
+        pass
+
+
+def test_hooks_that_others_clear_are_put_back_and_stay_ahead(batch):
+    subject = Subject(*tiny_llava())
+    push, seen = Steer(0, Vector(torch.full((32,), 5.0))), []
+    with subject.intervene(push, batch):
+        expected = logits(subject, batch)
+    for module in subject.model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
+    with subject.intervene(push, batch):
+        assert torch.equal(logits(subject, batch), expected)
+    subject.anatomy.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].mean().item()), prepend=True)
+    for before in (push, None, push):
+        with subject.intervene(before, batch):
+            logits(subject, batch)
+    assert seen[0] == seen[2] and seen[0] - seen[1] > 4.0
+
+
+def test_hooks_may_go_while_another_forward_pass_is_under_way(batch):
+    """torch lists a module's hooks first and asks later how each is called."""
+    subject = Subject(*tiny_llava())
+    plain = logits(subject, batch)
+    with subject.intervene(Steer(0, Vector(torch.ones(32))), batch):
+        logits(subject, batch)
+
+    def elsewhere():
+        with subject.intervene(None, batch):
+            pass
+
+    def interrupt(module, args):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    subject.anatomy.layers[1].register_forward_pre_hook(interrupt, prepend=True)
+    assert torch.equal(logits(subject, batch), plain)
+
+
+def test_runs_on_two_models_are_active_side_by_side(batch):
+    one, other = Subject(*tiny_llava()), Subject(*tiny_llava(seed=1))
+    push = Steer(0, Vector(torch.full((32,), 5.0)))
+    expected = []
+    for subject in (one, other):
+        with subject.intervene(push, batch):
+            expected.append(logits(subject, batch))
+    with one.intervene(push, batch) as outer, other.intervene(push, batch) as inner:
+        assert current_run() is inner
+        assert torch.equal(logits(one, batch), expected[0]) and torch.equal(logits(other, batch), expected[1])
+        with one.intervene(None, batch):
+            assert not torch.equal(logits(one, batch), expected[0]) and torch.equal(logits(other, batch), expected[1])
+    assert outer.program is not inner.program and current_run() is None
+
+
+def test_a_context_left_elsewhere_does_not_leave_its_hooks(batch):
+    subject = Subject(*tiny_llava())
+    context = active(Run(subject.anatomy, _program(subject, Steer(0, Vector(torch.ones(32))), batch), batch.image, batch.valid))
+    contextvars.copy_context().run(context.__enter__)
+    with pytest.raises(ValueError, match="different Context"):
+        context.__exit__(None, None, None)
+    with subject.intervene(None, batch):
+        assert not subject.anatomy.layers[0]._forward_pre_hooks
+
+
+def _program(subject, plan, batch):
+    return Program.compile([plan] * len(batch), subject.anatomy.n_layers, subject.anatomy.n_heads)
+
+
+def test_what_a_batch_keeps_serves_gradients_and_follows_changes_in_place(batch):
+    subject = Subject(*tiny_llava())
+    batch = replace(batch, image=batch.image.clone())
+    observer = AttentionMass("text", groups=("image",))
+
+    def mass():
+        with torch.inference_mode(), subject.intervene(None, batch, observers=[observer]) as run:
+            subject.model(**batch.inputs)
+        return run.record(0, 1)
+
+    before = mass()
+    with subject.intervene(Steer(1, Vector(torch.ones(32)), positions="last"), batch):
+        subject.model(**batch.inputs).logits.sum().backward()
+    where = batch.image[0].nonzero()[0]
+    batch.image[0, where] = False
+    assert (mass()[0] < before[0]).all()
+    assert torch.equal(mass(), mass())
+
+
+def test_records_are_those_of_the_last_pass_and_asked_for_too_early_are_refused(batch):
+    subject = Subject(*tiny_llava())
+    with subject.intervene(None, batch, observers=[AttentionMass()]) as run:
+        with pytest.raises(ValueError, match="observer 0 of this run kept nothing at layer 0"):
+            run.record(0, 0)
+        logits(subject, batch)
+        run.record(0, 0)
+
+        def fail(module, args, output):
+            raise RuntimeError("broken")
+
+        handle = subject.anatomy.layers[0].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            logits(subject, batch)
+        handle.remove()
+        run.record(0, 0)
+        with pytest.raises(ValueError, match="kept nothing at layer 1"):
+            run.record(0, 1)
+
+
+def test_the_language_model_may_be_called_by_place(batch):
+    subject = Subject(*tiny_llava())
+    ids = batch.inputs["input_ids"]
+    with torch.inference_mode(), subject.intervene(None, batch):
+        seen = subject.anatomy.language_model(ids).last_hidden_state
+    with torch.inference_mode():
+        assert torch.equal(seen, subject.anatomy.language_model(input_ids=ids).last_hidden_state)
+
+
+def test_a_copied_subject_has_a_seam_of_its_own(batch):
+    subject = Subject(*tiny_llava())
+    clone, plan = copy.deepcopy(subject), ZeroHeads(subject.heads)
+    with subject.intervene(plan, batch):
+        expected = logits(subject, batch)
+        assert not torch.equal(logits(clone, batch), expected)
+    with clone.intervene(plan, batch):
+        assert torch.equal(logits(clone, batch), expected)
+
+
+@pytest.mark.parametrize("observers", [[AttentionMass()], [AttentionMass("text"), FullAttention()]])
+def test_attention_is_seen_in_full_precision_under_autocast(batch, observers):
+    subject = Subject(*tiny_llava())
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), subject.intervene(None, batch, observers=observers) as run:
+        subject.model(**batch.inputs)
+    sums = run.record(0, 0)[..., :2].sum(-1)
+    assert sums.dtype == torch.float32 and (sums - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("work", [lambda subject, items: sweep(subject, items, [None]), lambda subject, items: observe(subject, items, AttentionMass())])
+def test_sweeps_and_observations_inside_a_run_are_refused(subject, batch, work):
+    items = make_items(2)
+    with subject.intervene(ZeroHeads([(0, 0)]), batch), pytest.raises(RuntimeError, match="inside an active run"):
+        work(subject, items)
+    work(subject, items)

@@ -172,10 +172,10 @@ GROUPS_ASKED = ("image", "text", "last", "bos")
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma", "qwen2_5_vl", "paligemma2"])
-@pytest.mark.parametrize("kept", [views._BIAS_KEPT, 0])
+@pytest.mark.parametrize("kept", [views.MASK_KEPT, 0])
 def test_shares_of_groups_are_those_of_the_whole_map(name, kept, monkeypatch):
     """One sequence at a time, where attention over group membership stands for the map; queries alone, in between and all."""
-    monkeypatch.setattr(views, "_BIAS_KEPT", kept)
+    monkeypatch.setattr(views, "MASK_KEPT", kept)
     inputs = TINY[name].prompts((1,), (AFTER,), "left")
     batch = Batch(inputs, inputs["input_ids"] == IMAGE_TOKEN, inputs["attention_mask"].bool())
     grab, attention = Grab(), "sdpa" if "sdpa" in TINY[name].attentions else "eager"

@@ -8,25 +8,44 @@ from vlm_core import AttentionMass, HiddenStates
 from vlm_core.interventions import KnockOut, ReplaceImageKV
 from vlm_core.tests.conformance.by_hand import masked_by_hooks
 from vlm_core.tests.conformance.claims import conforms
-from vlm_core.tests.conformance.models import Grab, batch_of, close, inner, logits_of, logits_under, plain_model, some_means, subject_of
+from vlm_core.tests.conformance.models import (
+    TOLERANCE,
+    Grab,
+    batch_of,
+    close,
+    inner,
+    logits_of,
+    logits_under,
+    plain_model,
+    some_means,
+    subject_of,
+)
+from vlm_core.tests.family_models import AFTER
 
 
 @conforms("mass")
 def test_attention_mass(name):
-    subject, batch = subject_of(name, "eager"), batch_of(name)
-    groups = ("image", "text")
-    with torch.inference_mode(), subject.intervene(None, batch, observers=[AttentionMass(groups=groups)]) as run:
-        attentions = inner(subject.model(**batch.inputs, use_cache=False, output_attentions=True)).attentions
-    assert len(attentions) == subject.anatomy.n_layers
-    image = batch.image[0]
-    for layer, probabilities in enumerate(attentions):
-        last = probabilities[0, :, -1]
-        if layer in subject.anatomy.cross_layers:
-            expected = torch.stack([last.sum(-1), torch.zeros(len(last))], dim=-1)
-        else:
-            expected = torch.stack([last[:, image].sum(-1), last[:, ~image].sum(-1)], dim=-1)
-        torch.testing.assert_close(run.record(0, layer)[0], expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(run.record(0, layer)[0].sum(-1), torch.ones(len(last)), rtol=1e-4, atol=1e-4)
+    """With the attention that the model has, and with eager: one prompt and a padded pair, of one query, of some and of all."""
+    eager, groups = subject_of(name, "eager"), ("image", "text", "question")
+    observers = [AttentionMass(queries, groups=groups) for queries in ("last", "text", "question", "all")]
+    for batch in (batch_of(name), batch_of(name, counts=(1, 1), after=(AFTER, AFTER[:2]), side="left")):
+        with torch.inference_mode():
+            maps = inner(eager.model(**batch.inputs, use_cache=False, output_attentions=True)).attentions
+        assert len(maps) == eager.anatomy.n_layers
+        for subject in (eager, subject_of(name)):
+            with torch.inference_mode(), subject.intervene(None, batch, observers=observers) as run:
+                subject.model(**batch.inputs, use_cache=False)
+            for layer, probabilities in enumerate(maps):
+                crossed = layer in subject.anatomy.cross_layers
+                for number, observer in enumerate(observers):
+                    seen = run.record(number, layer)
+                    for prompt, members in enumerate(batch.tokens.group(observer.queries)):
+                        mean = probabilities[prompt, :, members].mean(1)
+                        on = [mean.sum(-1) * (group == "image") for group in groups] if crossed else [
+                            mean[:, batch.tokens.group(group)[prompt]].sum(-1) for group in groups
+                        ]  # fmt: skip
+                        torch.testing.assert_close(seen[prompt], torch.stack(on, dim=-1), rtol=0.0, atol=TOLERANCE)
+                        torch.testing.assert_close(seen[prompt, :, :2].sum(-1), torch.ones(len(mean)), rtol=0.0, atol=1e-4)
 
 
 @conforms("knock-out")
