@@ -21,7 +21,7 @@ def head_features(evidence, tables: dict[str, pd.DataFrame], notes: dict[str, st
     evidence.artifact_json("head-features.json", notes)
 
 
-def taxonomy(evidence, heads: dict[str, dict], clusters, least: float) -> None:
+def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, features: dict[str, float]) -> None:
     """``head-taxonomy.json`` and the map of heads by category.
 
     Parameters
@@ -31,12 +31,21 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float) -> None:
     clusters : vlm_core.heads.taxonomy.HeadClusters
     least : float
         Share of the margin from which a path counts.
+    same : vlm_core.heads.taxonomy.SameCategory
+    features : dict
+        Feature → rank correlation over heads between two halves of the scenes.
     """
     evidence.artifact_json(
         "head-taxonomy.json",
         {
             "heads": {name: {**one, "cluster": int(label)} for (name, one), label in zip(heads.items(), clusters.labels, strict=True)},
             "rule": f"the path whose cutting costs most of the answer's margin, from {least:g} of it on",
+            "stability": {
+                "between": "two halves of the scenes, mean over random ways to part them",
+                "heads_with_the_same_category": same.share,
+                "by_chance": same.by_chance,
+                "rank_correlation_of_features_over_heads": {name: value if np.isfinite(value) else None for name, value in features.items()},
+            },
             "clustering": {
                 "k": clusters.k,
                 "silhouette": clusters.silhouette,
@@ -58,9 +67,20 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float) -> None:
         "head_map",
         {"values": costliest.tolist(), "marks": marks, "value_label": "margin lost (share)"},
         title="What heads are for: the path of each whose cutting costs most",
-        caption=f"Discovery items of all tasks. {said}; the others cost less than {least:g} of the margin whatever path is cut.",
+        caption=f"Discovery items of all tasks. {said}; the others cost less than {least:g} of the margin whatever path is cut. "
+        f"Two halves of the scenes give {_percent(same.share)} of heads the same category ({_percent(same.by_chance)} by chance); features of "
+        f"heads correlate between halves by {_range(features.values())} (Spearman, over heads).",
         alt=f"Map of {shape[0]} layers by {shape[1]} heads by category: {said}.",
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if np.isfinite(share) else "an unknown share"
+
+
+def _range(values) -> str:
+    known = [value for value in values if np.isfinite(value)]
+    return f"{min(known):.2f} to {max(known):.2f}" if known else "an unknown amount"
 
 
 def probe(evidence, what: str, told, rows: str) -> None:

@@ -13,7 +13,7 @@ from probes import GROUNDING_TASKS
 from reports import exhibits_h1
 from vlm_core.heads.features import FEATURES
 from vlm_core.heads.probing import tell_categories, tell_grounded
-from vlm_core.heads.taxonomy import cluster_heads
+from vlm_core.heads.taxonomy import category_agreement, cluster_heads
 from vlm_core.stats import Claim, Superiority
 
 TAXONOMY = Claim(
@@ -33,7 +33,8 @@ TAXONOMY = Claim(
 def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, evidence):
     seen = seen_features("discovery")
     clusters = cluster_heads(seen.matrix(), seed=seed)
-    exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least)
+    same, alike = category_agreement(taxonomy.effects, least=taxonomy.least, seed=seed), seen.agreement(seed)
+    exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least, same, alike)
     exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
     told, heads, missing = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
     exhibits_h1.probe(
@@ -52,6 +53,7 @@ def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, a
             "accuracy": told.accuracy,
             "control_accuracy": told.control_accuracy,
             "heads_by_category": taxonomy.counts(),
+            "same_category_in_halves_of_the_scenes": {"share": same.share, "by chance": same.by_chance},
             "categories_told_apart": list(told.classes),
             "silhouette": {"k": clusters.k, "measured": clusters.silhouette, "features permuted": clusters.permuted.mean()},
         },

@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from vlm_core.items import item_field, take
 from vlm_core.observation.attention import AttentionEntropy, AttentionMass
@@ -24,6 +25,8 @@ from vlm_core.stats import interval_each
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["FEATURES", "HeadFeatures", "delimiters", "head_features"]
+
+SPLITS = 20  # random ways to part scenes in halves, averaged over
 
 FEATURES = {
     "answer_to_image": "attention mass of the prompt's last token, from which the answer is read, on image keys",
@@ -93,6 +96,20 @@ class HeadFeatures:
         rows = rows[:, np.ptp(rows, axis=0) > 1e-9]
         return (rows - rows.mean(0)) / rows.std(0)
 
+    def agreement(self, seed: int = 0) -> dict[str, float]:
+        """Spearman's rank correlation over heads of each feature between two halves of the scenes, mean over ``SPLITS`` ways to part them.
+
+        NaN where a feature is the same in all heads, or exists in fewer than three of them.
+        """
+        found = []
+        for one in scene_halves(self.clusters, seed):
+            mine = np.array([scene in one for scene in self.clusters])
+            halves = [replace(self, per_item=self.per_item[rows]).means.reshape(-1, len(self.names)) for rows in (mine, ~mine)]
+            known = np.isfinite(halves).all(0)
+            found.append([_rank_correlation(*(half[known[:, k], k] for half in halves)) for k in range(len(self.names))])
+        means = np.mean(found, axis=0) if found else np.full(len(self.names), np.nan)
+        return dict(zip(self.names, means.tolist(), strict=True))
+
     def table(self, more: Mapping[str, ArrayLike | tuple[ArrayLike, Sequence]] | None = None, confidence: float = 0.95) -> pd.DataFrame:
         """One row a head: ``layer, head``, then each feature's mean with its interval (``x, x_lower, x_upper``).
 
@@ -125,6 +142,18 @@ class HeadFeatures:
                 _require_map(name, scores.shape, shape)
                 columns[name] = scores.ravel()
         return pd.DataFrame(columns)
+
+
+def scene_halves(clusters: Iterable[str], seed: int = 0) -> list[set[str]]:
+    """``SPLITS`` random halves of the scenes, the other half being the rest; none of a single scene."""
+    scenes, rng = np.unique(list(clusters)), np.random.default_rng(seed)
+    return [set(rng.permutation(scenes)[: scenes.size // 2].tolist()) for _ in range(SPLITS)] if scenes.size > 1 else []
+
+
+def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    if one.size < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    return float(stats.spearmanr(one, other).statistic)
 
 
 def _columns(name: str, measured: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

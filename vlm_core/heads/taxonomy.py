@@ -3,6 +3,7 @@
 ``CATEGORIES``        the categories, and the path whose cutting defines each
 ``path_effects``      what the answer loses when one path of one head is cut, head by head
 ``categorise``        heads into categories, with how sure that is: `Taxonomy`
+``category_agreement``  whether two halves of the scenes give heads the same category: `SameCategory`
 ``cluster_heads``     k-means in feature space, k by silhouette, against features permuted among heads: `HeadClusters`
 
 A category says what a head *does*: it is defined by interventions alone, never by attention, so that whether attention features tell
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vlm_core.heads.features import HeadFeatures, delimiters
+from vlm_core.heads.features import HeadFeatures, delimiters, scene_halves
 from vlm_core.interventions import ImageKVMeans, KnockOut, ReplaceImageKV
 from vlm_core.items import item_field
 from vlm_core.stats import interval_each, monte_carlo_p, per_cluster
@@ -27,7 +28,10 @@ from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.sweep import sweep
 from vlm_core.tables import wide
 
-__all__ = ["CATEGORIES", "NO_EFFECT", "HeadClusters", "PathEffects", "Taxonomy", "categorise", "cluster_heads", "path_effects"]
+__all__ = [
+    "CATEGORIES", "NO_EFFECT", "HeadClusters", "PathEffects", "SameCategory", "Taxonomy", "categorise", "category_agreement", "cluster_heads",
+    "path_effects",
+]  # fmt: skip
 
 CATEGORIES = {
     "cross-modal grounding": "the text no longer sees this image through the head (image keys and values replaced by their mean)",
@@ -234,6 +238,40 @@ def categorise(effects: PathEffects, *, least: float = LEAST, draws: int = 1000,
         means = [np.tensordot(w, sums[name][0], 1) / (w @ sums[name][1]) for w, name in zip(drawn, names, strict=True)]
         kept += _assign(np.stack(means), names, least) == category
     return Taxonomy(category, kept / draws, effects, least)
+
+
+@dataclass(frozen=True)
+class SameCategory:
+    """Whether two halves of the scenes give heads the same category.
+
+    Attributes
+    ----------
+    share : float
+        Of heads, mean over the ways to part the scenes; NaN where no way leaves every path a scene in either half.
+    by_chance : float
+        The same if each half gave as many heads each category, whichever.
+    """
+
+    share: float
+    by_chance: float
+
+
+def category_agreement(effects: PathEffects, *, least: float = LEAST, seed: int = 0) -> SameCategory:
+    """How often `categorise` gives a head the same category on two halves of the scenes, mean over random ways to part them.
+
+    Each half holds half of the scenes: categories from all of them agree more.
+    """
+    names, found = list(effects.drops), []
+    for one in scene_halves((scene for scenes in effects.clusters.values() for scene in scenes), seed):
+        sides = {name: np.array([scene in one for scene in effects.clusters[name]]) for name in names}
+        if all(side.any() and not side.all() for side in sides.values()):
+            halves = [
+                _assign(np.stack([effects.drops[name][side if first else ~side].mean(0) for name, side in sides.items()]), names, least)
+                for first in (True, False)
+            ]
+            chance = sum(float((halves[0] == name).mean() * (halves[1] == name).mean()) for name in (*names, NO_EFFECT))
+            found.append((float((halves[0] == halves[1]).mean()), chance))
+    return SameCategory(*np.mean(found, axis=0).tolist()) if found else SameCategory(float("nan"), float("nan"))
 
 
 def _assign(means: np.ndarray, names: list[str], least: float) -> np.ndarray:

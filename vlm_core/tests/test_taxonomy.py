@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vlm_core import KnockOut, ReplaceImageKV, categorise, cluster_heads, head_features, path_effects, sweep
-from vlm_core.heads.taxonomy import CATEGORIES, NO_EFFECT, PathEffects
+from vlm_core.heads.features import HeadFeatures
+from vlm_core.heads.taxonomy import CATEGORIES, NO_EFFECT, PathEffects, category_agreement
 from vlm_core.tables import wide
 from vlm_core.tests.tiny import make_items
 
@@ -74,6 +75,32 @@ def test_the_evidence_of_a_head_is_its_numbers():
     assert grounding["drops"][NAMES[0]]["drop"] == pytest.approx(0.1)
     assert "margin falls by 10.0 %" in grounding["evidence"] and CATEGORIES[NAMES[0]] in grounding["evidence"]
     assert "costs less than 1.0 % of the margin" in found["0.1"]["evidence"]
+
+
+def test_halves_of_the_scenes_agree_on_what_is_planted_and_by_chance_on_noise():
+    same = category_agreement(planted())
+    assert same.share == 1.0 and same.by_chance == pytest.approx((8 / 12) ** 2 + 4 / 12**2)
+    flat = planted(0.0).drops  # what is planted, without noise
+    noise = [
+        category_agreement(PathEffects({name: drops - flat[name] for name, drops in planted(0.5, seed=seed).drops.items()}, planted().clusters))
+        for seed in range(12)
+    ]
+    assert np.mean([one.share for one in noise]) == pytest.approx(np.mean([one.by_chance for one in noise]), abs=0.08)
+    assert np.isnan(category_agreement(PathEffects(planted().drops, dict.fromkeys(NAMES, ("s",) * 30))).share)
+    # items of one scene are on one side: whole scenes that disagree cannot agree by their items
+    effects = planted(0.0, n=4)  # two scenes of two items
+    effects.drops[NAMES[0]][2:, 2, 0] = effects.drops[NAMES[2]][:2, 2, 0] = 0.1
+    assert category_agreement(effects).share == pytest.approx(11 / 12)
+
+
+def test_features_agree_between_halves_where_heads_differ():
+    rng = np.random.default_rng(0)
+    truth = np.stack([np.arange(12.0), np.zeros(12), np.full(12, np.nan), np.zeros(12)], axis=1).reshape(3, 4, 4)
+    per_item = truth + np.stack([1e-3 * rng.normal(size=(40, 3, 4)), rng.normal(size=(40, 3, 4)), *np.zeros((2, 40, 3, 4))], axis=3)
+    scenes = tuple(f"s{i // 2}" for i in range(40))
+    found = HeadFeatures(per_item, ("own", "noise", "none", "same"), tuple(map(str, range(40))), scenes, ("t",) * 40).agreement()
+    assert found["own"] == pytest.approx(1.0) and abs(found["noise"]) < 0.5
+    assert np.isnan(found["none"]) and np.isnan(found["same"])
 
 
 def test_path_effects_are_what_the_cuts_cost(subject, means):
