@@ -12,22 +12,18 @@ ORDER = ("attribution", "single-head ablation", "gradient × gate", "attention m
 _BAR_ROLES = {"none": "baseline", "top": "targeted", "layer-matched": "random", "random": "random"}
 
 
-def faithfulness_curves(evidence, recovered: dict[str, pd.DataFrame], n_heads: int) -> None:
-    """``faithfulness-curves.csv`` and the two figures over numbers of heads, one line a ranking.
+def faithfulness_curves(evidence, task: str, recovered: pd.DataFrame, n_heads: int) -> None:
+    """Rows of ``faithfulness-curves.csv`` and the two figures over numbers of heads, one line a ranking.
 
     Parameters
     ----------
-    recovered : dict
-        Task → `vlm_core.heads.curves.recovery`.
+    recovered : DataFrame
+        From `vlm_core.heads.curves.recovery`, of the task.
     n_heads : int
         Heads of the subject that see the image.
     """
-    if not recovered:
-        return
-    tables = {**recovered, "all tasks": pd.concat(recovered.values())}
-    found = pd.concat([curves(table).assign(task=task) for task, table in tables.items()])
+    found = curves(recovered).assign(task=task)
     evidence.table("faithfulness-curves.csv", found.assign(share_of_heads=found["heads"] / n_heads))
-    pooled = found[found["task"] == "all tasks"]
     words = {
         "faithfulness": ("with only the first heads seeing the image", "The sooner a line reaches 1, the better its ranking finds heads that are enough."),
         "completeness": ("with all but the first heads seeing the image", "The sooner a line reaches 0, the less is left without the heads it names first."),
@@ -35,7 +31,7 @@ def faithfulness_curves(evidence, recovered: dict[str, pd.DataFrame], n_heads: i
     for share, (what, reading) in words.items():
         series = []
         for ranking in ORDER:
-            rows = pooled[(pooled["ranking"] == ranking) & (pooled["share"] == share)]
+            rows = found[(found["ranking"] == ranking) & (found["share"] == share)]
             points = [
                 {"x": row.heads / n_heads, "y": row.value, "lower": _known(row.lower), "upper": _known(row.upper)} for row in rows.itertuples()
             ]
@@ -43,8 +39,8 @@ def faithfulness_curves(evidence, recovered: dict[str, pd.DataFrame], n_heads: i
         evidence.figure(
             "keep_curves",
             {"series": series, "x_label": "share of heads", "y_label": share},
-            title=f"Share of the image's effect left {what}",
-            caption=f"Confirmation items of {', '.join(recovered)} ({tables['all tasks']['item'].nunique()} items); margins, "
+            title=f"{task}: share of the image's effect left {what}",
+            caption=f"{recovered['item'].nunique()} confirmation items; margins, "
             f"95 % cluster bands; rankings from discovery items. {reading}",
             alt=f"Lines of {share} against the share of heads: "
             + "; ".join(f"{one['name']} {one['points'][0]['y']:.2f} to {one['points'][-1]['y']:.2f}" for one in series),

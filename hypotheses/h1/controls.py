@@ -6,7 +6,14 @@ import numpy as np
 
 from fixtures.measurements import LEAST_R2
 from probes import GROUNDING_TASKS
+from vlm_core.heads.ranking import whole_heads
 from vlm_core.stats import Baseline, Control, interval
+
+
+def too_few_heads(subject, share: float) -> str:
+    """Why a subject has no set of heads that is at most ``share`` of them; empty where it has."""
+    n = len(subject.image_heads)
+    return "" if whole_heads(n, share) else f"{n} heads of the subject see the image: one head is more than {share:.0%} of them"
 
 
 def prediction_of_unseen_masks(ranked) -> Control:

@@ -14,9 +14,9 @@ import pytest
 
 from hypotheses.h1.controls import worth_something
 from reports import exhibits_masks
-from vlm_core.stats import Baseline, Claim, Control, Superiority, estimate_statistic
+from vlm_core.stats import Baseline, Claim, Control, Superiority
 from vlm_core.tracing.object_tokens import smallest_ring
-from vlm_core.tracing.shares import pooled_shares
+from vlm_core.tracing.shares import estimate_share
 
 SOURCE = "Neo et al., ICLR 2025"
 LITERATURE = {"published": "object identification falls by more than 70 %", "where": "LLaVA-1.5-7B and others, COCO"}
@@ -51,10 +51,11 @@ def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, se
     splits = {split: object_tokens(split) for split in ("discovery", "confirmation")}
     exhibits_masks.object_tokens(evidence, splits, ring, baseline.chance)
     evidence.table("baseline-metrics.csv", pd.DataFrame(identification_floors.rows()))
-    shares = pooled_shares(lost, measured.correct["full"], measured.clusters)
+    options = {"limits": (-1.0, 1.0), "smallest_alpha": OBJECT_TOKENS.alpha / evidence.family_size, "rng": seed}
     evidence.decide(
         OBJECT_TOKENS,
-        estimate_statistic(shares, measured.clusters, smallest_alpha=OBJECT_TOKENS.alpha / evidence.family_size, rng=seed),
+        estimate_share(lost, measured.correct["full"], measured.clusters, **options),
+        missing="no answer is right with the object's tokens in place: there is no accuracy to lose",
         baseline=relative(baseline),
         controls=[
             identification_floors.grounded("identification", OBJECT_TOKENS.test.threshold * baseline.accuracy),

@@ -31,16 +31,16 @@ def recovered(task, seed=0):
     return pd.DataFrame(rows, columns=["item", "cluster", "task", "ranking", "heads", "only", "without", "every", "none"])
 
 
-def test_faithfulness_curves_are_lines_of_all_tasks_and_rows_of_each(evidence):
-    tables = {"color": recovered("color"), "count": recovered("count", 1)}
-    exhibits.faithfulness_curves(evidence, tables, 20)
+def test_faithfulness_curves_are_lines_and_rows_of_a_task(evidence):
+    table = recovered("color")
+    exhibits.faithfulness_curves(evidence, "color", table, 20)
     written, (faithful, complete) = left(evidence)
     rows = written["faithfulness-curves.csv"]
-    assert rows["task"].unique().tolist() == ["color", "count", "all tasks"]
-    assert len(rows) == 3 * 5 * 2 * 2 and set(rows["share_of_heads"]) == {0.1, 0.5}
-    both = curves(pd.concat(tables.values())).set_index(["ranking", "share", "heads"])
+    assert rows["task"].unique().tolist() == ["color"]
+    assert len(rows) == 5 * 2 * 2 and set(rows["share_of_heads"]) == {0.1, 0.5}
+    both = curves(table).set_index(["ranking", "share", "heads"])
     for figure, share in ((faithful, "faithfulness"), (complete, "completeness")):
-        assert figure["data"]["y_label"] == share and "24 items" in figure["caption"]
+        assert figure["data"]["y_label"] == share and figure["caption"].startswith("12 confirmation items") and "color" in figure["title"]
         assert [one["name"] for one in figure["data"]["series"]] == list(exhibits.ORDER)
         for one in figure["data"]["series"]:
             assert (one["role"] == "random") == (one["name"] == "random")
@@ -50,7 +50,6 @@ def test_faithfulness_curves_are_lines_of_all_tasks_and_rows_of_each(evidence):
 
 
 def test_without_any_usable_task_nothing_is_drawn(evidence):
-    exhibits.faithfulness_curves(evidence, {}, 20)
     exhibits.depth_profile(evidence, {})
     exhibits.attention_against_attribution(evidence, {}, {})
     assert left(evidence) == ({}, [])

@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from vlm_core.families.anatomy import HeadId
+from vlm_core.heads.ranking import whole_heads
 from vlm_core.heads.rankings import Removal
 from vlm_core.stats import Estimate, estimate_statistic, per_cluster
 from vlm_core.subjects.subject import Subject
@@ -33,8 +34,8 @@ _RESAMPLES = 1000  # of each point of a curve
 
 
 def head_counts(n_heads: int, shares: Iterable[float]) -> tuple[int, ...]:
-    """Numbers of heads, rising and distinct, for shares of ``n_heads`` (at least one head, never all of them)."""
-    return tuple(sorted({min(max(1, round(share * n_heads)), n_heads - 1) for share in shares}))
+    """Numbers of heads, rising and distinct, that are at most shares of ``n_heads`` (but at least one head, and never all of them)."""
+    return tuple(sorted({min(max(1, whole_heads(n_heads, share)), n_heads - 1) for share in shares}))
 
 
 def recovery(

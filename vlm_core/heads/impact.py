@@ -35,6 +35,7 @@ __all__ = [
     "between_minus_within",
     "head_impact",
     "kendall_tau",
+    "least_layer_p",
     "layer_ranking",
     "layer_test",
     "threshold_agreement",
@@ -223,6 +224,13 @@ def layer_test(per_item: ArrayLike, clusters: ArrayLike) -> LayerTest:
     paired = [friedman(blocks[:, layer]) for layer in range(per_item.shape[1])]
     within = tuple(kruskal(list(layer.T))[1] for layer in by_layer)
     return LayerTest(*heads, *pooled, tuple(p for p, _ in paired), tuple(w for _, w in paired), within)
+
+
+def least_layer_p(n_layers: int, n_heads: int) -> float:
+    """The smallest p-value that Kruskal-Wallis between layers can have, a head being one observation: every layer above the next; 1 for one layer."""
+    if n_layers < 2:
+        return 1.0
+    return kruskal(list(np.arange(n_layers * n_heads).reshape(n_layers, n_heads)))[0]
 
 
 def between_minus_within(per_item: ArrayLike, clusters: ArrayLike) -> Callable[[np.ndarray], np.ndarray]:

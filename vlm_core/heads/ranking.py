@@ -3,6 +3,7 @@
 ``image_map``     scores of the heads that can see the image as a map over all layers and heads
 ``order_heads``   heads from the highest score down
 ``top_heads``     the first so many, or such a share, of them
+``whole_heads``   how many heads a share of them is
 
 Where a family sees the image in some layers only (cross-attention), what is said of heads' sight of it is said of those layers' heads. Maps keep
 their shape ``[layer, head]``; the heads of the other layers are NaN, no rank and no part of any share.
@@ -10,12 +11,14 @@ their shape ``[layer, head]``; the heads of the other layers are NaN, no rank an
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from vlm_core.families.anatomy import Anatomy, HeadId
 
-__all__ = ["image_map", "order_heads", "top_heads"]
+__all__ = ["image_map", "order_heads", "top_heads", "whole_heads"]
 
 
 def image_map(anatomy: Anatomy, scores: ArrayLike) -> np.ndarray:
@@ -68,7 +71,8 @@ def top_heads(scores: ArrayLike, most: float) -> tuple[HeadId, ...]:
     ----------
     scores : [layer, head]
     most : float or int
-        A float is a share of the heads that have a score, above 0 and at most 1 (at least one head, rounded to the nearest number); an int is a number of heads.
+        A float is the largest share of the heads that have a score, above 0 and at most 1 (`whole_heads`, but at least one head); an int is a
+        number of heads.
 
     Raises
     ------
@@ -76,7 +80,16 @@ def top_heads(scores: ArrayLike, most: float) -> tuple[HeadId, ...]:
         If it asks for none, or for more heads than there are.
     """
     ordered = order_heads(scores)
-    n = most if isinstance(most, int) else max(1, round(most * len(ordered))) if 0 < most <= 1 else 0
+    n = most if isinstance(most, int) else max(1, whole_heads(len(ordered), most)) if 0 < most <= 1 else 0
     if not 1 <= n <= len(ordered):
         raise ValueError(f"top_heads takes a share of heads (0 < share <= 1) or a number of heads (1 to {len(ordered)}), not {most!r}")
     return tuple(ordered[:n])
+
+
+def whole_heads(n_heads: int, share: float) -> int:
+    """The most heads that are at most ``share`` of ``n_heads``: rounded down, 0 where not even one head is so few.
+
+    >>> whole_heads(48, 0.10), whole_heads(8, 0.10)
+    (4, 0)
+    """
+    return math.floor(share * n_heads + 1e-9)  # 0.7 of 10 heads are 7, whatever the last bit of 0.7 says

@@ -215,7 +215,7 @@ def student_bounds(mean: ArrayLike, standard_error: ArrayLike, df: int) -> Calla
     return bounds
 
 
-def _constant_bounds(value: float, counts: np.ndarray, limits: Bounds) -> Callable[[float], Bounds]:
+def constant_bounds(value: float, counts: np.ndarray, limits: Bounds) -> Callable[[float], Bounds]:
     """Bounds for an effect that is the same in all n clusters: exact binomial, 0 of n clusters deviating.
 
     Valid although the constant is not known beforehand: were the mean above ``value + (high - value) u``, more than a
@@ -275,7 +275,7 @@ def _cluster_bounds(
         if limits is None:
             return None
         method = f"exact binomial bound, 0 of {n} clusters deviating (zero variance)"
-        return _constant_bounds(value, counts, limits), method, 1e-12
+        return constant_bounds(value, counts, limits), method, 1e-12
     _, tally = np.unique(np.round(means, 9), return_counts=True)
     deviating = n - int(tally.max())
     if limits is not None and deviating < FEW_CLUSTERS and deviating < n / 2:

@@ -121,7 +121,7 @@ def test_fewest_heads_are_the_first_above_the_limit():
 
 
 def test_head_counts_are_distinct_and_neither_none_nor_all():
-    assert head_counts(48, (0.02, 0.001, 0.10, 0.5)) == (1, 5, 24)
+    assert head_counts(48, (0.02, 0.001, 0.10, 0.5)) == (1, 4, 24)
     assert head_counts(4, (0.9, 1.0)) == (3,)
     assert head_counts(1024, (0.25, 0.02)) == (20, 256)
 

@@ -27,7 +27,7 @@ from vlm_core.heads.draws import (
     layer_matched,
     matching_sets,
 )
-from vlm_core.heads.ranking import order_heads, top_heads
+from vlm_core.heads.ranking import order_heads, top_heads, whole_heads
 from vlm_core.tests.planted import next_token_logits, planted_subject, with_answers_the_image_raises
 from vlm_core.tests.tiny import make_items
 
@@ -232,7 +232,8 @@ def test_top_rounds_and_is_never_empty_and_ties_keep_head_order():
     assert top_heads(scores, 0.01) == ((0, 1),)
     assert top_heads(scores, 0.25) == ((0, 1), (1, 1))
     assert top_heads(scores, 0.30) == ((0, 1), (1, 1))  # 2.4 heads
-    assert top_heads(scores, 0.32) == ((0, 1), (1, 1), (1, 3))  # 2.56 heads
+    assert top_heads(scores, 0.32) == ((0, 1), (1, 1))  # 2.56 heads: three would be more than 32 %
+    assert whole_heads(10, 0.7) == 7 and whole_heads(8, 0.25) == 2 and whole_heads(9, 0.1) == 0
     assert len(top_heads(scores, 1.0)) == 8
     assert top_heads(scores, 1) == ((0, 1),)
     assert all(isinstance(head, HeadId) and type(head.layer) is int for head in top_heads(scores, 0.5))

@@ -14,6 +14,7 @@ from vlm_core.heads.impact import (
     kendall_tau,
     layer_ranking,
     layer_test,
+    least_layer_p,
     threshold_agreement,
 )
 from vlm_core.stats import estimate_statistic, jackknife_statistic
@@ -235,3 +236,11 @@ def test_layers_that_cannot_be_ranked_are_refused():
         layer_ranking(np.array([[1.0, np.nan], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="two layers and heads or more"):
         layer_test(np.ones((3, 1, 4)), range(3))
+
+
+def test_the_least_p_between_layers_is_that_of_layers_fully_apart():
+    # H = 12 / (n (n + 1)) * sum of squared rank sums / heads - 3 (n + 1): ranks 1 2 | 3 4 | 5 6
+    assert least_layer_p(3, 2) == pytest.approx(stats.chi2.sf(12 / 42 * (9 + 49 + 121) / 2 - 21, 2))
+    values = np.random.default_rng(0).random((300, 4, 3))
+    assert min(stats.kruskal(*one).pvalue for one in values) >= least_layer_p(4, 3)
+    assert least_layer_p(1, 8) == 1.0 and least_layer_p(12, 1) > 0.4 and least_layer_p(6, 8) < 0.001

@@ -106,6 +106,8 @@ def test_gains_are_differences_of_conditions():
     np.testing.assert_array_equal(found.gain("ring"), [0, -1])
     np.testing.assert_array_equal(found.gain("input"), [1, 1])
     np.testing.assert_array_equal(found.object_worth(), [0, 1])
+    correct["nothing"] = [0.0, 1.0]
+    np.testing.assert_array_equal(found.beyond_nothing(), [1, -1])
     np.testing.assert_array_equal(found.clusters, ["a", "b"])
     with pytest.raises(ValueError, match="no variant 'rings'"):
         found.gain("rings")

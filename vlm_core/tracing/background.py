@@ -70,6 +70,13 @@ class Background:
         rest = f", {variant}" if variant else ""
         return (self.correct[f"own background{rest}"] - self.correct[f"other background{rest}"]).to_numpy()
 
+    def beyond_nothing(self) -> np.ndarray:
+        """Right with the own background rather than without any image token, the object being out of sight in both, ``[item]``.
+
+        Another scene's image may mislead, so that an own background which tells nothing still beats it (``gain``); it does not beat this.
+        """
+        return (self.correct["own background"] - self.correct["nothing"]).to_numpy()
+
     def object_worth(self) -> np.ndarray:
         """What losing sight of the object costs beyond losing sight of as many others, ``[item]``."""
         return (self.correct["as many others"] - self.correct["own background"]).to_numpy()
