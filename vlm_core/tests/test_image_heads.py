@@ -15,7 +15,7 @@ from vlm_core.heads.draws import layer_free
 from vlm_core.heads.ranking import image_map, order_heads, top_heads
 from vlm_core.heads.rankings import SingleHeads
 from vlm_core.heads.semantics import usage
-from vlm_core.heads.taxonomy import categorise, path_effects
+from vlm_core.heads.taxonomy import PathEffects, categorise, path_effects
 from vlm_core.tests import family_processors
 
 SEEING = tuple(HeadId(layer, head) for layer in (1, 3) for head in range(4))
@@ -89,6 +89,9 @@ def test_paths_that_a_head_does_not_have_define_no_category(crossed, items, mean
     assert found.counts()["vision summarisation"] == 0
     assert not (found.category[[0, 2]] == "cross-modal grounding").any()
     assert all(one["evidence"] for one in found.as_dict().values())
+    by_hand = {"cross-modal grounding": [[[np.nan], [0.5]]], "routing": [[[0.3], [np.nan]]]}
+    known = PathEffects({name: np.array(drops * 2) for name, drops in by_hand.items()}, dict.fromkeys(by_hand, ("s", "t")))
+    assert categorise(known, draws=10).category.ravel().tolist() == ["routing", "cross-modal grounding"]
 
 
 def test_routes_are_cut_where_they_run(crossed, items):
