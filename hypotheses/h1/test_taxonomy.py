@@ -76,7 +76,7 @@ def test_features_tell_whether_an_answer_is_grounded(floors, seed, grounded_answ
             "accuracy": told.accuracy,
             "control_accuracy": told.control_accuracy,
             "pairs": {"discovery": len(learnt.items) // 2, "confirmation": len(asked.items) // 2, "items": asked.asked},
-            "label": "an answer that is right with its own image and lost with another scene's, under either image",
+            "label": "an answer that is right with its own image and lost with another's, under either image; the others are those of the pairs, exchanged",
         },
     )
 
