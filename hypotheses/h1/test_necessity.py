@@ -99,17 +99,18 @@ def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blind
     except ValueError as reason:
         return evidence.decide(SPECIFICITY, None, missing=str(reason))
     drawn = {"matched": matched, "anywhere": layer_free(heads, subject, profile.random_draws, seed)}
-    conditions, plan = {}, []
+    shares = {"matched": profile.items_per_draw, "anywhere": -(-profile.items_per_draw // 3)}  # sets of any layer inform, they decide nothing
+    conditions, plan, common = {}, [], {}
     for group, sets in drawn.items():
         some = {f"{group}/{i}": blinded(h) for i, h in enumerate(sets)}
-        runs, shared = assign_shared(list(some), len(items), profile.items_per_draw, DRAWS_PER_ITEM, seed)  # one seed: both share the same items
+        runs, shared = assign_shared(list(some), len(items), shares[group], DRAWS_PER_ITEM, seed)
         conditions, plan = conditions | some, plan + runs
+        common[group] = [items[k]["id"] for k in shared]
     table = sweeps(f"random heads, {task}", items, conditions, metrics=("correct",), assignments=plan)
-    common = [items[k]["id"] for k in shared]
     possible = {"matched": matching_sets(heads, subject), "anywhere": math.comb(len(subject.image_heads), len(heads))}
-    nulls = {group: against(table, group, measured, common, possible[group]) for group in drawn}
+    nulls = {group: against(table, group, measured, common[group], possible[group]) for group in drawn}
     random, lost, p_value = (nulls["matched"][name] for name in ("each item", "lost", "p"))
-    targeted = float((measured["full"] - measured["targeted"]).loc[common].mean())
+    targeted = float((measured["full"] - measured["targeted"]).loc[common["matched"]].mean())
     evidence.table("random-heads.csv", pd.DataFrame([{"task": task, "heads": group, **null["row"]} for group, null in nulls.items()]))
     exhibits.null_draws(evidence, task, lost, targeted, p_value)
     as_much = placebo(task, "margin")
@@ -119,14 +120,14 @@ def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blind
         clusters=measured["cluster"],
         baseline=floors.of(task),
         controls=[
-            floors.grounded(task, SPECIFICITY.test.threshold), prediction_of_unseen_masks(ranked), stands_out(p_value, lost, len(common)),
+            floors.grounded(task, SPECIFICITY.test.threshold), prediction_of_unseen_masks(ranked), stands_out(p_value, lost, len(common["matched"])),
             more_than_any_disturbance(as_much),
-            stands_out(nulls["anywhere"]["p"], nulls["anywhere"]["lost"], len(common), "any layer", "info"),
+            stands_out(nulls["anywhere"]["p"], nulls["anywhere"]["lost"], len(common["anywhere"]), "any layer", "info"),
         ],
         details={
             "heads": [list(h) for h in heads],
             "draws": len(lost),
-            "items of every draw": len(common),
+            "items of every draw": len(common["matched"]),
             "monte_carlo_p": p_value,
             "accuracy_lost": {
                 "targeted": float((measured["full"] - measured["targeted"]).mean()),
