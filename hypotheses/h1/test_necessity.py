@@ -8,7 +8,7 @@ Specificity is a matter of items and of heads. The interval speaks for items: ea
 The Monte-Carlo p speaks for heads: how many random sets cost as much as the targeted one, all of them run on the same items as it, so that
 nothing but their heads tells them apart (`vlm_core.heads.draws.assign_shared`). The interval holds the error rate of the whole family; the
 p-value is a condition of each task's claim, at the declared alpha. A second null, sets of as many heads from any layer, is measured in the same
-way on the same items; it is told beside and decides nothing.
+way on a third of these items; it is told beside and decides nothing.
 
 It is a matter of the image, too. In a subject where any disturbance of the top heads costs as much as removing the image from them, random heads
 may cost little and the claim would hold, although nothing about the image was shown. There the placebo costs as much as the removal: the same
