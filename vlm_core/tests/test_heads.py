@@ -77,7 +77,7 @@ class SimulatedSweep:
 
 def simulate(monkeypatch, answer, *, n_layers=3, n_heads=4, n_items=6, items=None, masks_per_item=20, sweep=None, **options):
     heads = [HeadId(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    subject = SimpleNamespace(heads=heads, anatomy=SimpleNamespace(n_layers=n_layers, n_heads=n_heads))
+    subject = SimpleNamespace(image_heads=heads, anatomy=SimpleNamespace(n_layers=n_layers, n_heads=n_heads, image_layers=tuple(range(n_layers))))
     swept = SimulatedSweep(answer, heads)
     monkeypatch.setattr(vlm_core.heads.attribution, "sweep", sweep or swept)
     means = ImageKVMeans(torch.zeros(n_layers, n_heads, 2), torch.zeros(n_layers, n_heads, 2))
@@ -282,7 +282,7 @@ def test_scores_that_cannot_be_ranked_are_refused(scores, most, says):
 def grid():
     """A subject of 4 layers and 5 heads, as far as drawing heads needs one."""
     heads = tuple(HeadId(layer, head) for layer in range(4) for head in range(5))
-    return SimpleNamespace(heads=heads, anatomy=SimpleNamespace(n_layers=4, n_heads=5))
+    return SimpleNamespace(heads=heads, image_heads=heads, anatomy=SimpleNamespace(n_layers=4, n_heads=5))
 
 
 TARGETED = (HeadId(1, 0), HeadId(1, 4), HeadId(3, 2))
