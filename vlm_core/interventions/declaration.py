@@ -147,7 +147,7 @@ class Declared:
         content: dict = {"kind": type(self).__name__}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, Source):
+            if isinstance(value, Source | Declared):
                 value = value.to_dict()
             elif isinstance(value, tuple):
                 value = [list(one) if isinstance(one, tuple) else one for one in value]

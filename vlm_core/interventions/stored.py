@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import vlm_core.interventions as interventions
 from vlm_core.interventions import Row, parts, require_row
+from vlm_core.interventions.policy import Policy, policy_kinds
 from vlm_core.interventions.sources import Activations, GaussianNoise, HeadDirections, HeadMeans, ImageKV, ImageKVMeans, Source, Vector
 
 __all__ = ["from_dict", "load_interventions", "save_interventions", "tensors_of", "to_dict"]
@@ -61,7 +62,8 @@ def tensors_of(row: Row) -> dict[str, torch.Tensor]:
     """The tensors behind one row, named by kind, digest and field."""
     tensors = {}
     for part in parts(row):
-        for source in vars(part).values():
+        policies = [value for value in vars(part).values() if isinstance(value, Policy)]
+        for source in (value for declared in (part, *policies) for value in vars(declared).values()):
             if isinstance(source, Source) and not isinstance(source, GaussianNoise):
                 tensors.update(_tensors(source))
     return tensors
@@ -93,15 +95,27 @@ def from_dict(content: Any, tensors: Mapping[str, torch.Tensor] | None = None) -
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"'{kind}' is not an intervention: the known ones are {', '.join(_KINDS)}")
+    return _made(getattr(interventions, kind), fields, tensors or {})
+
+
+def _made(kind: type, fields: dict, tensors: Mapping[str, torch.Tensor]):
     for name, value in fields.items():
         if isinstance(value, dict):
-            fields[name] = _source(value, tensors or {})
+            fields[name] = _policy(value, tensors) if name == "policy" else _source(value, tensors)
         elif isinstance(value, list):
             fields[name] = tuple(tuple(one) if isinstance(one, list) else one for one in value)
     try:
-        return getattr(interventions, kind)(**fields)
+        return kind(**fields)
     except TypeError as error:
-        raise ValueError(f"the stored {kind} has fields {', '.join(sorted(fields))}, which it does not take: {error}") from error
+        raise ValueError(f"the stored {kind.__name__} has fields {', '.join(sorted(fields))}, which it does not take: {error}") from error
+
+
+def _policy(content: Mapping, tensors: Mapping[str, torch.Tensor]) -> Policy:
+    fields, known = dict(content), policy_kinds()
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"'{kind}' is no policy: the known ones are {', '.join(sorted(known))}")
+    return _made(known[kind], fields, tensors)
 
 
 def save_interventions(path: str | Path, rows: Mapping[str, Row] | Row) -> None:

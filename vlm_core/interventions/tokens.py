@@ -13,6 +13,7 @@ import numpy as np
 
 from vlm_core.interventions.declaration import Declared, Positions, Touch, as_positions, label
 from vlm_core.interventions.numeric import integer, real, shown
+from vlm_core.interventions.policy import Policy
 
 __all__ = ["DROP_POLICIES", "SIMILARITIES", "DropTokens", "MergeTokens"]
 
@@ -43,10 +44,11 @@ class DropTokens(Declared):
     keep : float
         Fraction of the *original* image tokens that stays, in [0, 1]. ``round(keep * n)`` tokens stay, at least one
         where ``keep > 0``. 1 is the identity; 0 removes every image token.
-    policy : {"random", "stride", "attention"}
+    policy : {"random", "stride", "attention"} or Policy
         ``random``: a uniform subset, drawn from ``seed`` and the item, so an item loses the same tokens in every batch.
         ``stride``: evenly spaced tokens in sequence order. ``attention``: the tokens with the highest attention in
-        the layer before, averaged over heads, from the last query (FastV, Chen et al. 2024, code reading).
+        the layer before, averaged over heads, from the last query (FastV, Chen et al. 2024, code reading). Every other policy is a
+        declaration of its own (``vlm_core.reduction``); it may also say what the tokens that stay carry of the others.
     seed : int
         For ``random`` only.
     tokens : group name or positions
@@ -60,18 +62,38 @@ class DropTokens(Declared):
 
     layer: int
     keep: float
-    policy: str = "random"
+    policy: str | Policy = "random"
     seed: int = 0
     tokens: Positions = "image"
     capability: ClassVar[str] = "drop"
 
     def __post_init__(self) -> None:
         numbers = _checked(self.keep, self.layer) | {"seed": integer(self.seed, "seed", least=0)}
-        if self.policy not in DROP_POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(DROP_POLICIES)}, got '{self.policy}'")
-        if self.policy == "attention" and self.layer == 0 and 0.0 < self.keep < 1.0:
-            raise ValueError("policy 'attention' needs a layer before the drop to read attention from: use layer >= 1")
+        if not isinstance(self.policy, Policy) and self.policy not in DROP_POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(DROP_POLICIES)}, or a Policy, got {self.policy!r}")
+        if self.looks_back and self.layer == 0:
+            raise ValueError(f"policy '{self.policy_name}' needs a layer before the drop to read attention from: use layer >= 1")
         self._seal(**numbers, tokens=as_positions(self.tokens, "tokens"))
+
+    @property
+    def policy_name(self) -> str:
+        """The policy in one word."""
+        return self.policy if isinstance(self.policy, str) else self.policy.name
+
+    @property
+    def decides(self) -> bool:
+        """Whether there is anything to choose."""
+        return 0.0 < self.keep < 1.0
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the layer before is read."""
+        return self.decides and (self.policy == "attention" if isinstance(self.policy, str) else self.policy.looks_back)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What its policy reads beside the residual stream; nothing where there is nothing to choose."""
+        return self.policy.reads if self.decides and isinstance(self.policy, Policy) else frozenset()
 
     def count(self, n_image: int) -> int:
         """How many of ``n_image`` tokens stay."""
@@ -80,7 +102,8 @@ class DropTokens(Declared):
     def describe(self) -> str:
         """A short unique label."""
         seed = (f"seed {self.seed}",) if self.policy == "random" and 0.0 < self.keep < 1.0 else ()
-        return label("drop", f"layer {self.layer}", f"keep {shown(self.keep)}", self.policy, *seed, tokens=self.tokens)
+        policy = self.policy if isinstance(self.policy, str) else self.policy.describe()
+        return label("drop", f"layer {self.layer}", f"keep {shown(self.keep)}", policy, *seed, tokens=self.tokens)
 
     def touches(self, n_layers: int, contiguous: bool = True) -> Touch:
         """First layer touched, and whether tokens up to the last image token are."""
@@ -133,6 +156,11 @@ class MergeTokens(Declared):
         if not isinstance(self.proportional, bool | np.bool_):
             raise ValueError(f"proportional must be True or False, got {self.proportional!r}")
         self._seal(**numbers, proportional=bool(self.proportional), tokens=as_positions(self.tokens, "tokens"))
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the layer before is read."""
+        return self.similarity == "keys" and self.keep < 1.0
 
     def count(self, n_image: int) -> int:
         """How many of ``n_image`` tokens are left."""

@@ -31,6 +31,7 @@ from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.groups import Groups, grouped
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject, require_subject
+from vlm_core.subjects.visual import asked_outside
 
 __all__ = ["Observed", "attention_heatmap", "attention_map", "observe", "observe_encoded", "observed", "prepare"]
 
@@ -149,11 +150,12 @@ def observed(
     if groups is not None and not callable(groups):
         raise TypeError(f"groups must be a callable of (item, prompt) or None, got {groups!r:.60} ({type(groups).__name__})")
     batch_rows = integer(subject.batch_rows if batch_rows is None else batch_rows, "batch_rows", least=1)
+    reads = asked_outside([intervention])
     for start in range(0, len(items), batch_rows):
         chunk = take(items, range(start, min(start + batch_rows, len(items))))
         for item in chunk:
             require_item(item)
-        encoded = grouped(encode_items(subject, chunk, batch=batch_rows), chunk, groups)
+        encoded = grouped(encode_items(subject, chunk, batch=batch_rows, reads=reads), chunk, groups)
         for lower, upper in _fitting(encoded):
             yield observe_encoded(subject, chunk[lower:upper], encoded[lower:upper], observers, intervention)
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from vlm_core.families.anatomy import Anatomy
+from vlm_core.interventions.policy import Visual
 from vlm_core.seam.attending import AttentionEdits, Axes
 from vlm_core.seam.branching import Branches
 from vlm_core.seam.dropping import branched
@@ -59,6 +60,8 @@ class Run:
         unless the batch is padded on the right.
     groups : mapping of str to BoolTensor ``[sequence, token]``, optional
         Named token groups, for interventions and observers.
+    visual : sequence of Visual or None, one per sequence, optional
+        What is known of their image tokens outside the decoder, for policies that ask.
     tokens : Tokens, optional
         Those of the incoming batch, where they are at hand: what they keep serves every run on it. Taken where there are no
         named groups and nothing is dropped.
@@ -84,6 +87,7 @@ class Run:
         left: bool | None = None,
         groups: Mapping[str, torch.Tensor] | None = None,
         tokens: Tokens | None = None,
+        visual: Sequence[Visual | None] | None = None,
     ) -> None:
         n_sequences = image.shape[0]
         self.anatomy = anatomy
@@ -95,6 +99,7 @@ class Run:
             raise ValueError(f"{program.n_rows} interventions for {len(self.trunk)} rows: give one per row")
         self.items = list(range(n_sequences) if items is None else items)
         self.observers = tuple(observers)
+        self._visual = visual
         # The first layer whose keys are the sequence's: its cache counts tokens.
         self._own = anatomy.first_own_layer
         self._branches = alone if trunk is None else Branches.plan(program.first, self.trunk, program.n_layers)
@@ -142,7 +147,7 @@ class Run:
         self._stream = StreamEdits(program, self._where, self.trunk, self.items, widths)
         self._attention = AttentionEdits(program, anatomy.n_heads)
         self._inputs = LayerInputs(anatomy)
-        self._shortening = Shortening(program, self._where, self.trunk, self.items)
+        self._shortening = Shortening(program, self._where, self.trunk, self.items, self._visual)
         self._check_image_tokens()
 
     @cached_property
@@ -371,7 +376,7 @@ class Run:
             return output, maps
         weighed = self._weighed_at.get(layer)
         edited = layer in self._attention.layers or ("head", layer) in self._stream or weighed is not None
-        seen = not self.decoding and (self._attends or layer in self._shortening.scored or layer in self._shortening.keyed)
+        seen = not self.decoding and (self._attends or layer in self._shortening.reading)
         if not (edited or seen):
             return original(module, query, key, value, mask, *args, **kwargs)
         axes = self._axes(layer, query, key)
@@ -391,6 +396,8 @@ class Run:
                 self._shortening.read(scores=view.probabilities(view.tokens.last[:, None])[:, :, 0].mean(1))
             if layer in self._shortening.keyed:
                 self._shortening.read(keys=own_key.float().mean(1))
+            if layer in self._shortening.viewed:
+                self._shortening.look(view)
             self._observe(view)
         return output, maps
 

@@ -37,6 +37,8 @@ class Batch:
         With ``answers``: answer tokens, -100 elsewhere.
     items : tuple of int or None
         One number per prompt that names its item, where it was made of items.
+    sizes : tuple of tuples of (height, width)
+        The images of each prompt; empty where the batch was not made of images.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -44,6 +46,7 @@ class Batch:
     valid: torch.Tensor
     labels: torch.Tensor | None = None
     items: tuple[int, ...] | None = None
+    sizes: tuple[tuple[tuple[int, int], ...], ...] = ()
     _tokens: tuple[tuple, Tokens] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -132,7 +135,8 @@ def encode(subject: Subject, images: Sequence, prompts: Sequence[str], answers: 
         )
     valid = inputs["attention_mask"].bool()
     labels = None if answers is None else _labels(subject, inputs["input_ids"], valid, answers)
-    return Batch(inputs, image, valid, labels).lay_out()
+    sizes = tuple(tuple((picture.height, picture.width) for picture in shown) for shown in pictures)
+    return Batch(inputs, image, valid, labels, sizes=sizes).lay_out()
 
 
 def _pictures(subject: Subject, images: Sequence, prompts: Sequence[str]) -> list[list]:

@@ -12,7 +12,7 @@ keeps its fast causal path. Where the image stays outside the sequence (Mllama),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_core.errors import SubjectError
+from vlm_core.interventions.policy import Visual
 from vlm_core.items import item_field
 from vlm_core.seam.seam import Captured, active, capturing, current_run
+from vlm_core.subjects.visual import visuals
 
 if TYPE_CHECKING:
     from vlm_core.subjects.subject import Subject
@@ -66,6 +68,8 @@ class Encoded:
         Token groups of this prompt beyond the usual ones ("object", "background").
     cross : CrossStates or None
         The image, where cross-attention layers read it (Mllama).
+    visual : Visual or None
+        What is known of the image tokens outside the decoder, where it was asked for.
     """
 
     ids: torch.Tensor
@@ -77,6 +81,7 @@ class Encoded:
     n_prompt: int
     groups: dict[str, torch.Tensor] = field(default_factory=dict)
     cross: CrossStates | None = None
+    visual: Visual | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -185,8 +190,15 @@ def _crossed(received: dict, row: int, n_images: list[int], n: int) -> CrossStat
     )
 
 
-def encode_items(subject: Subject, items: Sequence, images: Sequence | None = None, batch: int = 32) -> list[Encoded]:
+def encode_items(
+    subject: Subject, items: Sequence, images: Sequence | None = None, batch: int = 32, reads: Collection[str] = ()
+) -> list[Encoded]:
     """Encode items (or the items' prompts with other ``images``) in batches of ``batch`` images.
+
+    Parameters
+    ----------
+    reads : collection of str
+        What must be known of image tokens outside the decoder (``vlm_core.subjects.visual.asked_outside``); default nothing.
 
     Raises
     ------
@@ -199,7 +211,11 @@ def encode_items(subject: Subject, items: Sequence, images: Sequence | None = No
         pictures = [item_field(item, "image") for item in chunk] if images is None else images[start : start + batch]
         prepared = subject.encode(pictures, [item_field(item, "prompt") for item in chunk], padding_side="right")
         with torch.inference_mode(), active(None):
-            encoded.extend(capture(subject, prepared.inputs))
+            found = capture(subject, prepared.inputs)
+            if reads:
+                outside = visuals(subject, prepared.inputs, prepared.sizes, reads)
+                found = [replace(one, visual=visual) for one, visual in zip(found, outside, strict=True)]
+        encoded.extend(found)
     return encoded
 
 

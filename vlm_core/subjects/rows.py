@@ -66,7 +66,8 @@ def forward_rows(
             f"this family adds visual features after its first {len(sequences[0].deepstack)} layers: drop tokens "
             f"from layer {len(sequences[0].deepstack)} on"
         )
-    run = Run(anatomy, program, image, valid, trunk, items, observers, left=False, groups=batch_groups(sequences))
+    visual = [sequence.visual for sequence in sequences]
+    run = Run(anatomy, program, image, valid, trunk, items, observers, left=False, groups=batch_groups(sequences), visual=visual)
     module = anatomy.language_model if anatomy.family.enter == "language_model" else anatomy.base
     with torch.inference_mode(), active(run):
         hidden = module(**inputs).last_hidden_state

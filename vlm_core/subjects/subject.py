@@ -29,6 +29,7 @@ from vlm_core.seam.seam import active, install
 from vlm_core.subjects.batch import Batch, encode
 from vlm_core.subjects.checkpoint import Checkpoint
 from vlm_core.subjects.fingerprint import settings_digest, weights_digest, weights_state
+from vlm_core.subjects.visual import asked_outside, visuals
 from vlm_core.subjects.wording import Wording
 
 __all__ = ["Subject", "require_subject"]
@@ -283,7 +284,11 @@ class Subject:
         where = () if interventions is None else (self.device, anatomy.embedding.weight.dtype)
         program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, *where)
         tokens = None if groups else batch.tokens
-        run = Run(anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups, tokens=tokens)
+        reads = asked_outside(set(rows))
+        visual = visuals(self, batch.inputs, batch.sizes, reads) if reads else None
+        run = Run(
+            anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups, tokens=tokens, visual=visual
+        )
         with active(run):
             yield run
 

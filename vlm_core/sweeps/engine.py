@@ -80,10 +80,8 @@ def _resume_layer(intervention: Row, n_layers: int, contiguous: bool) -> int:
     layers = [n_layers]
     for part in parts(intervention):
         layer = part.touches(n_layers, contiguous).layer
-        reads_before = (isinstance(part, DropTokens) and part.policy == "attention") or (
-            isinstance(part, MergeTokens) and part.similarity == "keys"
-        )
-        layers.append(max(0, layer - 1) if reads_before and layer < n_layers else layer)
+        looks_back = isinstance(part, DropTokens | MergeTokens) and part.looks_back
+        layers.append(max(0, layer - 1) if looks_back and layer < n_layers else layer)
     return min(layers)
 
 

@@ -18,7 +18,7 @@ import hashlib
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,9 @@ _SHARE_OF_MEMORY = 0.1
 _ENCODING = threading.Lock()
 
 
-def encode_distinct(subject: Subject, items: Sequence, known: KnownFeatures | None = None, batch: int = 32) -> list[Encoded]:
+def encode_distinct(
+    subject: Subject, items: Sequence, known: KnownFeatures | None = None, batch: int = 32, reads: Collection[str] = ()
+) -> list[Encoded]:
     """Encode items, every image once.
 
     Parameters
@@ -49,9 +51,11 @@ def encode_distinct(subject: Subject, items: Sequence, known: KnownFeatures | No
         Of this subject: images encoded before. Default: none, and nothing is kept beyond this call.
     batch : int
         Prompts per call of the model.
+    reads : collection of str
+        As in ``vlm_core.subjects.embed.encode_items``.
     """
     with recalling(subject, KnownFeatures.of(subject) if known is None else known):
-        return encode_items(subject, items, batch=batch)
+        return encode_items(subject, items, batch=batch, reads=reads)
 
 
 @dataclass(frozen=True, eq=False)

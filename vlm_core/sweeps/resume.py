@@ -51,7 +51,8 @@ def forward_resumed(
     hidden = pad_sequence([stem.hidden(start) for stem in stems], batch_first=True)
     program = Program.compile(interventions, anatomy.n_layers, anatomy.n_heads, hidden.device, hidden.dtype)
     groups = batch_groups([stem.sequence for stem in stems])
-    run = Run(anatomy, program, image, valid, np.asarray(trunk), [stem.item for stem in stems], left=False, groups=groups)
+    visual = [stem.sequence.visual for stem in stems]
+    run = Run(anatomy, program, image, valid, np.asarray(trunk), [stem.item for stem in stems], left=False, groups=groups, visual=visual)
     numbers = np.array([stem.trunk.number for stem in stems])
     chosen: dict = {}
     last = anatomy.n_layers - 1

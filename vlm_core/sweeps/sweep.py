@@ -34,6 +34,7 @@ from vlm_core.seam.seam import require_asleep
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups, grouped, with_groups
 from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.visual import asked_outside
 from vlm_core.sweeps.asked import require_asked
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
@@ -353,7 +354,8 @@ def _let_go(sweep: str) -> None:
 
 
 def _encode(subject: Subject, block: _Block, prompts: list[Prompt] | None) -> list[Encoded]:
-    encoded = encode_distinct(subject, block.items, _known(subject, block.plan.sweep))
+    reads = asked_outside({block.plan.table[label] for _, label in block.rows})
+    encoded = encode_distinct(subject, block.items, _known(subject, block.plan.sweep), reads=reads)
     if block.plan.groups is None:
         return encoded
     if prompts is None:

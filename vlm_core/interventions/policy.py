@@ -1,0 +1,306 @@
+"""Which image tokens go on: what a policy sees of a prompt, and what it answers.
+
+``Policy``        base of the declarations of policies: frozen, compares and hashes by content
+``Ranked``        base of those that score tokens and keep the best
+``Seen``          the candidates of one prompt before a layer, with what may be asked about them
+``Choice``        the tokens that stay, and what they carry
+``Visual``        what lies outside the decoder: places of image tokens on the image, what the vision tower attended to
+``TowerLayer``    one layer of the vision tower
+
+A policy is a definition and nothing else: it gets tensors and gives indices. The seam asks it before a layer and does what it says
+(``vlm_core.seam.shortening``), so one definition serves plain forward passes, ``generate`` and sweeps. The definitions live in
+``vlm_core.reduction``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from vlm_core.errors import NotMeasurable
+from vlm_core.interventions.declaration import Declared
+from vlm_core.interventions.numeric import shown
+
+if TYPE_CHECKING:
+    from vlm_core.seam.views import AttentionView
+
+__all__ = ["READS", "Choice", "Policy", "Ranked", "Seen", "TowerLayer", "Visual", "policy_kinds"]
+
+READS = {
+    "attention": "queries and keys of the layer before",
+    "unrotated": "the same without rotary positions",
+    "grid": "places of image tokens in rows and columns",
+    "tower": "attention and keys of the vision tower",
+}
+"""What a policy may read beside the residual stream (``Policy.reads``)."""
+
+_KINDS: dict[str, type[Policy]] = {}
+_QUERIES = 64
+"""Queries whose attention is looked at together: the whole map is never built."""
+
+
+@dataclass(frozen=True, eq=False)
+class TowerLayer:
+    """One layer of the vision tower, per image token.
+
+    Where a token stands for several patches of the tower, ``received`` is their sum and ``keys`` their mean.
+
+    Parameters
+    ----------
+    received : Tensor ``[image token]``
+        Attention that the token's patches receive, averaged over heads: from the tower's class token where it has one, else averaged
+        over all patches of the view.
+    keys : Tensor ``[image token, size]``
+        Keys of all heads side by side.
+    """
+
+    received: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """What is known of a prompt's image tokens outside the decoder.
+
+    Parameters
+    ----------
+    grid, row, column : LongTensor ``[image token]``
+        As in ``vlm_core.families.layout.Layout``: -1 for tokens of no grid.
+    tower : tuple of TowerLayer
+        Of every layer of the vision tower, first to last; empty where it was not asked for.
+    """
+
+    grid: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    tower: tuple[TowerLayer, ...] = ()
+
+    def neighbours(self) -> torch.Tensor:
+        """Which tokens touch which in their grid, up, down, left or right: BoolTensor ``[image token, image token]``."""
+        same = (self.grid[:, None] == self.grid) & (self.grid >= 0)
+        return same & ((self.row[:, None] - self.row).abs() + (self.column[:, None] - self.column).abs() == 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a policy answers.
+
+    Parameters
+    ----------
+    kept : LongTensor ``[kept]``
+        Candidates that stay, ascending.
+    mix : Tensor ``[kept, candidate]``, optional
+        What each of them carries from here on: weights over the residual streams of all candidates. Default: its own.
+    sizes : Tensor ``[kept]``, optional
+        How many tokens each stands for in the attention of later layers (``log(size)`` is added to its score). Default: one.
+    """
+
+    kept: torch.Tensor
+    mix: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+    def require_fit(self, policy: Policy, n: int) -> None:
+        """Refuse indices that are none of ``n`` candidates, and weights of another shape.
+
+        Raises
+        ------
+        ValueError
+        """
+        kept = self.kept.tolist()
+        if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < n):
+            raise ValueError(f"policy {policy.describe()} must keep some of {n} candidates in ascending order, each once, got {kept[:8]}")
+        for name, shape in (("mix", (len(kept), n)), ("sizes", (len(kept),))):
+            found = getattr(self, name)
+            if found is not None and tuple(found.shape) != shape:
+                raise ValueError(f"policy {policy.describe()} gave {name} of shape {tuple(found.shape)} for {shape}")
+
+
+@dataclass(eq=False)
+class Seen:
+    """The candidates of one prompt before a layer.
+
+    Parameters
+    ----------
+    layer : int
+        The layer that they are about to enter.
+    stream : Tensor ``[token, hidden]``
+        The residual stream of all tokens that are left; before layer 0, embeddings and projected features.
+    candidates : LongTensor ``[candidate]``
+        Which of them may be dropped, ascending.
+    question : LongTensor ``[token of the question]``
+        Which of them are text after the image.
+    ordinals : LongTensor ``[candidate]``
+        Which of the prompt's image tokens each candidate is.
+    n_started : int
+        Candidates that the prompt started with, before any layer.
+    item : int
+        Number of the item, for what is drawn at random.
+    before, unrotated : AttentionView, optional
+        The attention of the layer before, of this prompt alone; and without rotary positions.
+    visual : Visual, optional
+        What is known outside the decoder, of all of the prompt's image tokens.
+    """
+
+    layer: int
+    stream: torch.Tensor
+    candidates: torch.Tensor
+    question: torch.Tensor
+    ordinals: torch.Tensor
+    n_started: int
+    item: int = 0
+    before: AttentionView | None = None
+    unrotated: AttentionView | None = None
+    visual: Visual | None = None
+    _kept: dict = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def once(self, key: tuple, compute: Callable):
+        """``compute()`` on the first call with ``key``, the same afterwards: several fractions ask the same."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The candidates' residual stream in float32, ``[candidate, hidden]``."""
+        return self.once(("hidden",), lambda: self.stream[self.candidates].float())
+
+    @property
+    def asked(self) -> torch.Tensor:
+        """The question's residual stream in float32, ``[token of the question, hidden]``."""
+        return self.once(("asked",), lambda: self.stream[self.question].float())
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """The candidates' keys in the layer before, all key heads side by side, ``[candidate, size]``."""
+
+        def compute() -> torch.Tensor:
+            keys = self._view(True).key[0].float()
+            return keys[:, self.candidates.to(keys.device)].transpose(0, 1).flatten(1).to(self.stream.device)
+
+        return self.once(("keys",), compute)
+
+    def attention(self, queries: str = "last", heads: Sequence[int] | None = None, rotary: bool = True) -> torch.Tensor:
+        """Attention of some queries on the candidates in the layer before, averaged over heads, ``[query, candidate]``.
+
+        Parameters
+        ----------
+        queries : str
+            A token group.
+        heads : sequence of int, optional
+            Default: all of the layer.
+        rotary : bool
+            Without, every token stands at one position.
+        """
+
+        def compute() -> torch.Tensor:
+            view = self._view(rotary)
+            view = view if heads is None else view.narrowed(list(heads))
+            # An answer that is scored is no part of what is asked.
+            members = (view.tokens.group(queries) & view.tokens.prompt)[0]
+            columns = self.candidates.to(view.query.device)
+            blocks = members.nonzero().T.split(_QUERIES, dim=1)
+            found = [view.probabilities(block)[0][:, :, columns].mean(0) for block in blocks]
+            return torch.cat(found).to(self.stream.device)
+
+        return self.once(("attention", queries, None if heads is None else tuple(heads), rotary), compute)
+
+    def _view(self, rotary: bool) -> AttentionView:
+        view = self.before if rotary else self.unrotated
+        if view is None:
+            what = READS["attention" if rotary else "unrotated"]
+            raise ValueError(f"there is nothing to read {what} from before layer {self.layer}: a policy says in 'reads' what it asks for")
+        return view
+
+    def outside(self) -> Visual:
+        """What is known of the candidates outside the decoder.
+
+        Raises
+        ------
+        NotMeasurable
+            Where that is not known of this prompt.
+        """
+        if self.visual is None:
+            raise NotMeasurable("nothing is known of the places of this prompt's image tokens, or of what the vision tower saw")
+
+        def compute() -> Visual:
+            visual, at = self.visual, self.ordinals.to(self.visual.grid.device)
+            tower = tuple(TowerLayer(one.received[at], one.keys[at]) for one in visual.tower)
+            return Visual(visual.grid[at], visual.row[at], visual.column[at], tower)
+
+        return self.once(("outside",), compute)
+
+
+class Policy(Declared):
+    """Which image tokens stay. Subclasses are frozen dataclasses whose fields are the policy's settings.
+
+    Attributes
+    ----------
+    name : str
+        In tables and labels.
+    reads : frozenset of str
+        Of ``READS``: what must be there beside the residual stream.
+    exact : bool
+        Whether as many tokens stay as are asked for, in every prompt.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            _KINDS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        self._seal()
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the layer before is read, so that there must be one."""
+        return bool(self.reads & {"attention", "unrotated"})
+
+    @abstractmethod
+    def choose(self, seen: Seen, keep: int) -> Choice:
+        """Which of ``len(seen)`` candidates stay, ``0 < keep < len(seen)`` of them."""
+
+    def describe(self) -> str:
+        """A short unique label: the name, and settings that are not the usual ones."""
+        settings = []
+        for one in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, one.name)
+            if value != one.default:
+                settings.append(f"{one.name} {shown(value) if isinstance(value, float) else _short(value)}")
+        return f"{self.name}({', '.join(settings)})" if settings else self.name
+
+
+class Ranked(Policy):
+    """A policy that scores tokens, and keeps those with the highest scores (the earlier of two alike)."""
+
+    @abstractmethod
+    def scores(self, seen: Seen) -> torch.Tensor:
+        """One number per candidate, ``[candidate]``."""
+
+    def choose(self, seen: Seen, keep: int) -> Choice:
+        """The ``keep`` candidates with the highest scores."""
+        order = seen.once(("order", self.digest), lambda: self.scores(seen).argsort(descending=True, stable=True))
+        return Choice(order[:keep].sort().values)
+
+
+def policy_kinds() -> Mapping[str, type[Policy]]:
+    """Every kind of policy that has been declared, by the name of its class."""
+    import vlm_core.reduction  # noqa: F401 (declares those that come with the library)
+
+    return _KINDS
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
