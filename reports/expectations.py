@@ -7,9 +7,10 @@ A claim that a subject is known to refute is a result, not a broken build. The f
     params = { task = "count" }      # optional: without it every instance is meant
     verdict = "refuted"              # or "inconclusive", "invalid"
     reason = "counts by texture; see the card"
+    profiles = ["default"]           # optional: without it every profile is meant
 
 JSON takes the same entries as a list. Each becomes ``xfail(raises=..., strict=True)``: a crash is never
-swallowed, an unexpected support fails.
+swallowed, an unexpected support fails. In a profile that an entry does not name nothing is expected: the verdict counts as it comes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from reports.evidence import RAISED_BY
+from reports.options import PROFILES
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Expectation:
     verdict: str
     reason: str
     params: dict = field(default_factory=dict, hash=False)
+    profiles: tuple = PROFILES
 
     def matches(self, instance):
         return instance.claim.id == self.claim and self.params.items() <= instance.params.items()
@@ -59,7 +62,7 @@ def _entry(path, number, entry):
     where = f"expectations file {path}, entry {number}"
     if not isinstance(entry, dict):
         raise pytest.UsageError(f"{where} is not a table of claim, params, verdict and reason")
-    unknown = entry.keys() - {"claim", "params", "verdict", "reason"}
+    unknown = entry.keys() - {"claim", "params", "verdict", "reason", "profiles"}
     if unknown:
         raise pytest.UsageError(f"{where} has unknown key {sorted(unknown)[0]!r}")
     for name in ("claim", "reason"):
@@ -71,11 +74,17 @@ def _entry(path, number, entry):
     params = entry.get("params", {})
     if not isinstance(params, dict):
         raise pytest.UsageError(f"{where} has params that are not a table")
-    return Expectation(entry["claim"], verdict, entry["reason"], params)
+    profiles = entry.get("profiles", list(PROFILES))
+    if not isinstance(profiles, list) or not profiles:
+        raise pytest.UsageError(f"{where} has profiles that are not a list of one or more: expected some of {', '.join(PROFILES)}")
+    for name in profiles:
+        if name not in PROFILES:
+            raise pytest.UsageError(f"{where} has profile {name!r}, expected one of {', '.join(PROFILES)}")
+    return Expectation(entry["claim"], verdict, entry["reason"], params, tuple(profiles))
 
 
-def apply(expected, found, *, whole_suite):
-    """Turn expectations into strict xfails on the matching items.
+def apply(expected, found, *, profile, whole_suite):
+    """Turn the expectations of a profile into strict xfails on the matching items.
 
     Warns about an entry that matches nothing, or names an exploratory claim (those never gate).
 
@@ -83,6 +92,8 @@ def apply(expected, found, *, whole_suite):
     ----------
     expected : list of Expectation
     found : dict of item to ClaimInstance
+    profile : str
+        Of the run; entries that do not name it only have to match something.
     whole_suite : bool
         Whether an entry without a match is worth a warning.
     """
@@ -90,6 +101,8 @@ def apply(expected, found, *, whole_suite):
         matching = {item: instance for item, instance in found.items() if entry.matches(instance)}
         if not matching and whole_suite:
             warnings.warn(pytest.PytestWarning(f"expectation for {entry.claim} {entry.params} matches no claim"), stacklevel=1)
+        if profile not in entry.profiles:
+            continue
         for item, instance in matching.items():
             if instance.claim.tier != "confirmatory":
                 warnings.warn(pytest.PytestWarning(f"{instance.title} is exploratory: it needs no expectation"), stacklevel=1)

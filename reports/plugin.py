@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(config, items):
     chosen = config.stash[_OPTIONS]
     if found and chosen.expectations:
         entries = expectations.load(chosen.expectations)
-        expectations.apply(entries, found, whole_suite=not claims.is_partial(config))
+        expectations.apply(entries, found, profile=chosen.profile, whole_suite=not claims.is_partial(config))
     if config.stash.get(_WANTED, None):
         items[:], others = claims.select(items, config.stash[_WANTED])
         config.hook.pytest_deselected(items=others)

@@ -53,6 +53,21 @@ def test_an_expected_refutation_passes_and_says_so(suite):
     assert [entry["outcome"] for entry in records] == ["decided", "expected"]
 
 
+def test_an_expectation_holds_in_the_profiles_it_names(suite):
+    suite.write(SUPPORTED, REFUTED)
+    entries = '[[expected]]\nclaim = "H1.{}"\nprofiles = ["default", "nightly"]\nreason = "small"\n'
+    (suite.pytester.path / "known.toml").write_text(entries.format("two"))
+    outcomes = {}
+    for profile in ("smoke", "default", "nightly"):
+        result = suite.run("--claims-expectations=known.toml", f"--claims-profile={profile}")
+        outcomes[profile] = result.ret, [entry["outcome"] for entry in suite.latest()[1]]
+        result.stdout.no_fnmatch_line("*matches no claim*")
+    assert outcomes == {"smoke": (1, ["decided", "decided"]), **dict.fromkeys(("default", "nightly"), (0, ["decided", "expected"]))}
+    suite.write(SUPPORTED)
+    (suite.pytester.path / "known.toml").write_text(entries.format("one"))
+    assert [suite.run("--claims-expectations=known.toml", f"--claims-profile={profile}").ret for profile in ("smoke", "default")] == [0, 1]
+
+
 def test_expectations_beside_the_subject_are_found(suite):
     suite.write(REFUTED)
     suite.pytester.mkdir("model")
@@ -95,6 +110,8 @@ def test_expectations_that_match_nothing_are_pointed_out(suite):
         ('[[expected]]\nclaim = "H1.one"\n', "entry 1 needs a reason"),
         ('[[expected]]\nclaim = "H1.one"\nreason = "x"\nverdict = "supported"\n', "has verdict 'supported'"),
         ('[[expected]]\nclaim = "H1.one"\nreason = "x"\nwhen = "always"\n', "unknown key 'when'"),
+        ('[[expected]]\nclaim = "H1.one"\nreason = "x"\nprofiles = ["quick"]\n', "has profile 'quick', expected one of smoke, default, nightly"),
+        ('[[expected]]\nclaim = "H1.one"\nreason = "x"\nprofiles = "smoke"\n', "entry 1 has profiles that are not a list"),
     ],
 )
 def test_a_broken_expectations_file_is_one_sentence(suite, content, sentence):
