@@ -60,6 +60,13 @@ def head_ablation(evidence, task: str, conditions: dict[str, tuple[str, pd.Serie
     )
 
 
+def heads_seeing(values) -> str:
+    """For the caption of a head map: how many heads see the image, where not all do. ``values``: NaN or None for those that do not."""
+    values = np.asarray(values, dtype=float)
+    seeing = int(np.isfinite(values).sum())
+    return f" {seeing} of {values.size} heads see the image." if seeing < values.size else ""
+
+
 def head_map(evidence, task: str, coefficients, heads, r2: float) -> None:
     """The layers × heads map of attribution, targeted heads marked."""
     coefficients = np.asarray(coefficients)
@@ -73,7 +80,8 @@ def head_map(evidence, task: str, coefficients, heads, r2: float) -> None:
             "value_label": "attribution (logits)",
         },
         title=f"{task}: which heads carry the image",
-        caption=f"Attribution on discovery items: logits of the right answer gained when a head sees the image. R² on unseen masks {r2:.2f}.",
+        caption=f"Attribution on discovery items: logits of the right answer gained when a head sees the image. R² on unseen masks {r2:.2f}."
+        + heads_seeing(coefficients),
         alt=f"Map of {layers} layers by {width} heads; highest attribution at {', '.join(f'{a}.{b}' for a, b in sorted(chosen))}.",
     )
 

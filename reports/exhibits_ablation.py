@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from reports.exhibits import heads_seeing
 from vlm_core.heads.curves import curves
 from vlm_core.heads.grid import grid_table
 
@@ -121,7 +122,7 @@ def single_head_costs(evidence, task: str, measured, tolerance: float) -> None:
         {"values": changed.tolist(), "value_label": "share of items changed"},
         title=f"{task}: what one head alone changes",
         caption=f"Share of {len(measured.items)} confirmation items whose answer logit changes by {100 * tolerance:g} % of its size or more when "
-        "one head loses the image.",
+        "one head loses the image." + heads_seeing(changed),
         alt=f"Map of layers by heads; the largest share is {np.nanmax(changed):.2f}, of head {layer}.{head}.",
     )
 

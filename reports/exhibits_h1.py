@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from reports.exhibits import heads_seeing
+
 LETTERS = {"cross-modal grounding": "G", "vision summarisation": "V", "instruction following": "I", "routing": "R"}
 
 
@@ -56,8 +58,9 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, fea
         },
     )
     shape = tuple(1 + max(one[axis] for one in heads.values()) for axis in ("layer", "head"))
-    costliest, marks = np.zeros(shape), []
+    costliest, grounding, marks = np.zeros(shape), np.full(shape, np.nan), []
     for one in heads.values():
+        grounding[one["layer"], one["head"]] = one["drops"]["cross-modal grounding"]["drop"]
         costliest[one["layer"], one["head"]] = max(path["drop"] for path in one["drops"].values() if path["drop"] is not None)
         if one["category"] in LETTERS:
             marks.append({"layer": one["layer"], "head": one["head"], "label": LETTERS[one["category"]]})
@@ -69,7 +72,7 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, fea
         title="What heads are for: the path of each whose cutting costs most",
         caption=f"Discovery items of all tasks. {said}; the others cost less than {least:g} of the margin whatever path is cut. "
         f"Two halves of the scenes give {_percent(same.share)} of heads the same category ({_percent(same.by_chance)} by chance); features of "
-        f"heads correlate between halves by {_range(features.values())} (Spearman, over heads).",
+        f"heads correlate between halves by {_range(features.values())} (Spearman, over heads)." + heads_seeing(grounding),
         alt=f"Map of {shape[0]} layers by {shape[1]} heads by category: {said}.",
     )
 

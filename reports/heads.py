@@ -20,6 +20,13 @@ from reports.wording import interval_numbers, number
 ARTIFACT = "head-report.json"
 PICTURE_PIXELS = 64  # of a picture's longer side: what the embedded subject sees, a thumbnail of anything larger
 
+# What the page asks of a report; one that another version wrote may lack some of it.
+_ENTRY = (
+    "name", "layer", "head", "category", "confidence", "effect", "by_task", "features", "attends", "kinds", "heat", "evidence", "sentence",
+)  # fmt: skip
+_ABOUT = (
+    "layers", "heads_per_layer", "items", "clusters", "interval", "attribution_r2", "choice", "example_choice", "places", "both", "shortfall",
+)  # fmt: skip
 _HEAT = (214, 95, 0)  # the colour of attention in every figure that lies on a picture
 _PARTS = ("the asked object", "the rest of the image", "the image", "words", "special tokens and delimiters")
 _METRICS = {"margin": "margin of the answer (nats lost)", "accuracy": "accuracy lost"}
@@ -62,7 +69,13 @@ def load(folder):
 
 def links(described):
     """``{"layer.head": "#id of its card"}``."""
-    return {entry["name"]: f"#{_anchor(entry)}" for entry in described["heads"]} if described else {}
+    return {entry["name"]: f"#{_anchor(entry)}" for entry in described["heads"]} if described and not _lacks(described) else {}
+
+
+def _lacks(described):
+    """What the page needs and a report does not have; empty where it has all."""
+    about = [f"{name!r} in 'about'" for name in _ABOUT if name not in described["about"]]
+    return next(iter(about + [f"{name!r} in an entry of 'heads'" for name in _ENTRY for entry in described["heads"] if name not in entry]), "")
 
 
 def _anchor(entry):
@@ -70,14 +83,17 @@ def _anchor(entry):
 
 
 def section(described):
-    """What the template shows; None without a report or without heads in it."""
+    """What the template shows; None without a report or without heads in it, and one sentence for a report of another version."""
     if not described or not described["heads"]:
         return None
+    if lacking := _lacks(described):
+        return {"unreadable": f"Its {ARTIFACT} lacks {lacking}: another version of the suite wrote it. Run the suite again to see the heads."}
     entries, about = described["heads"], described["about"]
     scales = {metric: _scale([entry["effect"][metric] for entry in entries]) for metric in _METRICS}
     task_scale = _scale([one["margin"] for entry in entries for one in entry["by_task"].values()])
     examples = {one["id"]: {**one, "symbol": f"picture-{place}", "path": _path(one)} for place, one in enumerate(described["examples"], 1)}
     return {
+        "unreadable": "",
         "title": f"The {len(entries)} heads of highest attribution" if len(entries) > 1 else "The head of highest attribution",
         "about": about,
         "percent": f"{100 * about['interval']:.0f} %",

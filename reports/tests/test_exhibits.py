@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import drawings, exhibits, exhibits_h1, exhibits_masks, figures
+from reports import drawings, exhibits, exhibits_ablation, exhibits_h1, exhibits_masks, figures
 from reports.evidence import Evidence
 from vlm_core import HeadId
+from vlm_core.heads.rankings import SingleHeads
 from vlm_core.stats import interval
 
 
@@ -77,6 +80,24 @@ def test_head_map_marks_the_targeted_heads(evidence):
     assert figure["data"]["values"] == coefficients.tolist()
     assert [(mark["layer"], mark["head"]) for mark in figure["data"]["marks"]] == [(0, 2), (1, 1)]
     assert "R² on unseen masks 0.83" in figure["caption"] and "0.2, 1.1" in figure["alt"]
+    assert "see the image." not in figure["caption"]
+
+
+def test_head_maps_say_how_many_heads_see_the_image_where_not_all_do(evidence):
+    coefficients = np.array([[np.nan] * 3, [0.0, 0.9, 0.3]])
+    exhibits.head_map(evidence, "count", coefficients, [HeadId(1, 1)], 0.834)
+    drop = {name: {"drop": 0.1} for name in exhibits_h1.LETTERS}
+    heads = {
+        f"{layer}.0": {"layer": layer, "head": 0, "category": "routing", "drops": drop | {"cross-modal grounding": {"drop": seen}}}
+        for layer, seen in enumerate((None, None, 0.2))
+    }
+    clusters = SimpleNamespace(labels=[0, 1, 1], k=2, silhouette=0.5, by_k={2: 0.5}, permuted=np.zeros(2), p_value=0.1)
+    exhibits_h1.taxonomy(evidence, heads, clusters, 0.01, SimpleNamespace(share=0.9, by_chance=0.4), {})
+    one = SingleHeads(np.ones(2), np.zeros(2), np.full((2, 2, 2), [[np.nan] * 2, [0.5] * 2]), ("a", "b"), ("s", "t"), "logit")
+    exhibits_ablation.single_head_costs(evidence, "count", one, 0.05)
+    captions = [figure["caption"] for figure in left(evidence)[1]]
+    said = [re.search(r"\d+ of \d+(?= heads see the image)", caption)[0] for caption in captions]
+    assert said == ["3 of 6", "1 of 3", "2 of 4"]
 
 
 def test_null_draws_keep_every_draw(evidence):

@@ -116,6 +116,18 @@ def test_without_the_report_there_is_no_trace_of_it(tmp_path):
     assert 'id="heads"' not in text_of(tmp_path / "empty", heads=empty)
 
 
+@pytest.mark.parametrize(("part", "name", "said"), [("heads", "evidence", "in an entry of &#39;heads&#39;"), ("about", "both", "in &#39;about&#39;")])
+def test_a_report_of_another_version_is_one_sentence_on_the_page(tmp_path, part, name, said):
+    older = sample_run.described()
+    for entry in older["heads"] if part == "heads" else [older["about"]]:
+        del entry[name]
+    text = text_of(tmp_path, heads=older)
+    assert f"Its head-report.json lacks &#39;{name}&#39; {said}: another version of the suite wrote it." in text
+    assert not cards(text) and "one by one" not in text and 'href="#head' not in text
+    read = Reader(text)
+    assert read.badly_nested == [] and set(read.links) <= set(read.ids)
+
+
 def test_cells_of_head_maps_lead_to_the_cards_of_their_heads(text):
     svg = re.search(r"<svg[^>]*aria-label=\"Few heads carry the image.*?</svg>", text, flags=re.DOTALL)[0]
     assert re.findall(r'<a href="#(head-[\d.]+)" tabindex="-1"', svg) == ["head-3.2", "head-4.1", "head-4.5"]
