@@ -16,20 +16,30 @@ from vlm_core.heads.probing import tell_categories, tell_grounded
 from vlm_core.heads.taxonomy import category_agreement, cluster_heads
 from vlm_core.stats import Claim, Superiority
 
+SOURCE = "Kim et al. 2025, arXiv:2509.17588; control as in Hewitt & Liang 2019, arXiv:1909.03368"
 TAXONOMY = Claim(
     id="H1.taxonomy",
-    sentence="A linear probe tells head categories apart, and groundedness from head features, above label-shuffled controls by 0.2.",
-    effect="balanced accuracy on what the probe was not fitted to - that of probes fitted to shuffled labels; categories: on heads of layers left "
-    "out, features around their layer's mean, labels shuffled among the heads of each layer, so that the gain is what tells heads of one layer "
-    "apart; groundedness: on answers of other scenes, which of an item's two images is called its own exchanged at random",
+    sentence="A linear probe tells head categories apart from head features, above label-shuffled controls by 0.2.",
+    effect="balanced accuracy on heads of layers that the probe was not fitted to, features around their layer's mean - that of probes "
+    "fitted to labels shuffled among the heads of each layer, so that the gain is what tells heads of one layer apart",
     test=Superiority(0.2),
-    source="Kim et al. 2025, arXiv:2509.17588; control as in Hewitt & Liang 2019, arXiv:1909.03368",
+    source=SOURCE,
     tier="exploratory",
-    unit="scene, or layer where heads are told apart",
+    unit="layer",
+    min_clusters=12,  # models have 24 to 80 layers, and few have kinds of heads in all of them: t on the layers' means is made for so few
+)
+GROUNDEDNESS = Claim(
+    id="H1.taxonomy_groundedness",
+    sentence="A linear probe tells groundedness from head features, above label-shuffled controls by 0.2.",
+    effect="balanced accuracy on answers of other scenes than the probe was fitted to - that of probes fitted to answers of which it is drawn "
+    "at random which of an item's two images is called its own",
+    test=Superiority(0.2),
+    source=SOURCE,
+    tier="exploratory",
 )
 
 
-@pytest.mark.claim(TAXONOMY, told="category")
+@pytest.mark.claim(TAXONOMY)
 def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, evidence):
     seen = seen_features("discovery")
     clusters = cluster_heads(seen.matrix(), seed=seed)
@@ -60,18 +70,18 @@ def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, a
     )
 
 
-@pytest.mark.claim(TAXONOMY, told="groundedness")
+@pytest.mark.claim(GROUNDEDNESS)
 def test_features_tell_whether_an_answer_is_grounded(floors, seed, grounded_answers, evidence):
     learnt, asked = grounded_answers("discovery"), grounded_answers("confirmation")
     told = tell_grounded(learnt, asked, seed=seed)
     exhibits_h1.probe(evidence, "groundedness of an answer", told, "Confirmation answers, the probe fitted to discovery answers")
     evidence.decide(
-        TAXONOMY,
+        GROUNDEDNESS,
         told.gain,
         clusters=asked.clusters,
         bounds=None,
         p_value=told.p_value,
-        controls=[grounded_overall(floors, TAXONOMY.test.threshold)],
+        controls=[grounded_overall(floors, GROUNDEDNESS.test.threshold)],
         details={
             "accuracy": told.accuracy,
             "control_accuracy": told.control_accuracy,

@@ -129,15 +129,16 @@ def layered(seed, by, layers=32, heads=8):
     return np.concatenate([seen, place], axis=2).reshape(-1, 4), np.array(["grounding", "routing", NO_EFFECT])[kinds]
 
 
-TOLD = Claim("T.told", "s", "e", Superiority(0.2), "s", tier="exploratory")
+TOLD = Claim("T.told", "s", "e", Superiority(0.2), "s", tier="exploratory", min_clusters=12)
 
 
+@pytest.mark.parametrize("layers", [12, 32])
 @pytest.mark.parametrize("by", ["layer", "depth", "mix", "head"])
-def test_categories_that_follow_the_layer_alone_are_not_told_by_features(by):
+def test_categories_that_follow_the_layer_alone_are_not_told_by_features(by, layers):
     for seed in range(3):
-        features, category = layered(seed, by)
+        features, category = layered(seed, by, layers)
         # a probe of heads dealt out over folds, against labels shuffled among all, is fooled
-        assert held_out(features, category.ravel(), np.arange(256) % 5, shuffles=5).gain.mean() > 0.4
+        assert held_out(features, category.ravel(), np.arange(8 * layers) % 5, shuffles=5).gain.mean() > 0.4
         told, heads, missing = tell_categories(features, category, shuffles=30, seed=seed)
         verdict = decide(TOLD, told.gain, clusters=heads // 8, bounds=None, p_value=told.p_value).verdict.value
         assert not missing and (verdict == "supported") == (by == "head"), (seed, verdict)
