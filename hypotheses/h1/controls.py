@@ -19,8 +19,9 @@ def too_few_heads(subject, share: float) -> str:
 def prediction_of_unseen_masks(ranked) -> Control:
     """The linear models behind a ranking must predict masks they never saw; a ranking by a model that does not fit means nothing.
 
-    Decided on a lower bound over scenes, so that a ranking is not used by luck. It is a matter of linearity alone: that heads see anything
-    is for the floors to say. How alike the items are, whose mean ranks the heads, is said beside it and decides nothing.
+    Decided on a lower bound over scenes, so that a ranking is not used by luck. It is a matter of linearity alone, and a blind subject passes: its
+    answers follow masks little, and what they follow is all the more linear. That heads see anything is for the floors to say, so no claim has this
+    control without one beside it (`grounded_overall`, or the task's own ``floors.grounded``). How alike the items are, whose mean ranks the heads, is said beside it and decides nothing.
     """
     lower = ranked.r2_lower()
     found = lower if np.isfinite(lower) else None

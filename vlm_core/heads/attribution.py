@@ -73,8 +73,9 @@ class HeadAttribution:
     def r2(self) -> float:
         """Share of the variance within items that the items' models explain on unseen masks; NaN where no mask is unseen.
 
-        How well linear models describe what removing heads does. It says nothing of the image: models of a subject that cannot see are
-        exact.
+        How well linear models describe what removing heads does. It says nothing of the image: models of a subject that cannot see can be
+        exact. A ranking is to be used where this is high and, besides, the answers depend on which image is shown (accuracy with the scene's
+        own image above that with another's).
         """
         return self._explained(1)
 
