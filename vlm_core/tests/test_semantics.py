@@ -13,7 +13,7 @@ from sklearn.metrics import silhouette_samples, silhouette_score
 from vlm_core import compare_labels
 from vlm_core.errors import NotMeasurable
 from vlm_core.heads import semantics
-from vlm_core.heads.semantics import appearance, flat_map, usage
+from vlm_core.heads.semantics import appearance, appearance_within, flat_map, usage
 
 
 def test_usage_is_a_direction():
@@ -48,6 +48,20 @@ def test_looks_are_read_from_pixels():
     assert set(appearance(images, 4)) == {"brightness", "texture", "colours"}
     with pytest.raises(ValueError, match="24 images cannot be put into 25 groups"):
         appearance(images, 25)
+
+
+def test_looks_of_a_stratum_are_those_of_its_own_images():
+    shades = [(10 * k, 10 * k, 10 * k) for k in range(12)]
+    images, within = [Image.new("RGB", (8, 8), shade) for shade in shades], np.array(["dark"] * 6 + ["light"] * 6)
+    answers = ["a", "b", "c"] * 2 + ["a", "b"] * 3
+    order = np.random.default_rng(0).permutation(12)
+    found = appearance_within([images[k] for k in order], np.array(answers)[order], within[order])["brightness"]
+    again = np.empty(12, dtype=int)
+    again[order] = found
+    for rows, groups in ((slice(0, 6), 3), (slice(6, 12), 2)):
+        alone = appearance(images[rows], groups)["brightness"]
+        np.testing.assert_array_equal(again[rows][:, None] == again[rows], alone[:, None] == alone)
+    assert not set(again[:6]) & set(again[6:])
 
 
 def test_colour_groups_follow_colours():
@@ -143,12 +157,78 @@ def test_semantic_labels_that_are_no_better_are_rarely_called_so(by, questions):
     assert lower < 0 and np.mean([one.gain.value for one in found]) < 0.01  # the null is what it is said to be
 
 
+def shown(by, seed=0, tasks=3, items=24, strength=0.8):
+    """Tasks whose items, each of another scene, use the heads of their task, and of their answer, their look or both."""
+    rng = np.random.default_rng([seed, 5])
+    centres = strength * np.random.default_rng(2).normal(size=(2, tasks, 4, 12))
+    of_task = 2 * np.random.default_rng(3).normal(size=(tasks, 24))
+    rows, task, answers, clusters, looks = [], [], [], [], {"look": [], "other look": []}
+    for one in range(tasks):
+        answer, look, other = (rng.permutation(items) % 4 for _ in range(3))
+        rows += [
+            of_task[one] + np.concatenate([centres[0, one, a] * ("answer" in by), centres[1, one, b] * ("look" in by)])
+            for a, b in zip(answer, look, strict=True)
+        ]
+        task += [f"t{one}"] * items
+        answers += [f"{'abcd'[k]}" for k in answer]
+        looks["look"] += look.tolist()
+        looks["other look"] += other.tolist()
+        clusters += [f"s{k}" for k in rng.permutation(2 * items)[:items]]
+    rows = np.array(rows) + rng.normal(size=(len(rows), 24))
+    return {"vectors": usage(rows)[0], "semantic": answers, "looks": looks, "clusters": clusters, "within": task}
+
+
+def test_within_strata_silhouettes_are_those_of_each_stratum_alone():
+    made = shown(["answer"])
+    found, task = compare_labels(**made, permutations=99), np.array(made["within"])
+    for name, labels in {"semantic": made["semantic"], **made["looks"]}.items():
+        alone = [
+            silhouette_samples(np.clip(1 - vectors @ vectors.T, 0, None) * (1 - np.eye(len(vectors))), np.array(labels)[task == one], metric="precomputed")
+            for one in np.unique(task)
+            for vectors in [made["vectors"][task == one]]
+        ]
+        assert found.agreement[name] == pytest.approx(np.concatenate(alone).mean())
+    assert found.shuffled.shape == (99,) and found.p_value == max(found.p_shuffled, *found.by_look.values())
+    whole = compare_labels(**{**made, "within": None}, permutations=99)  # the task, which every item uses most, is in the way
+    assert whole.agreement["semantic"] < found.agreement["semantic"] - 0.05 and whole.p_shuffled is None and not whole.shuffled.size
+
+
+def test_what_is_shown_wins_within_tasks_and_what_tasks_have_in_common_does_not_count():
+    found = compare_labels(**shown(["answer"]), permutations=199)
+    assert found.gain.value > 0.05 and found.gain.bounds(0.01)[0] > 0 and found.p_value == 1 / 200 == found.p_shuffled
+    looks = compare_labels(**shown(["look"]), permutations=199)
+    assert looks.gain.bounds(0.01)[1] < 0 and looks.p_value > 0.05 and looks.strongest == "look"
+    both = compare_labels(**shown(["answer", "look"]), permutations=199)
+    assert both.p_shuffled < 0.01 < both.p_value  # answers matter, and no more than looks do
+    made = shown([])
+    made["semantic"] = made["within"]  # the task itself: nothing within a task
+    with pytest.raises(ValueError, match="all items of 't0' have the same label 'semantic'"):
+        compare_labels(**made)
+
+
+def test_answers_that_heads_do_not_follow_are_rarely_said_to_matter():
+    runs = 200
+    found = [compare_labels(**shown([], seed), permutations=99, seed=seed) for seed in range(runs)]
+    assert all(one.p_value == max(one.p_shuffled, *one.by_look.values()) for one in found)
+    for name in ("p_shuffled", "look"):
+        p_values = np.array([one.p_shuffled if name == "p_shuffled" else one.by_look[name] for one in found])
+        steps = np.random.default_rng(0).uniform(-0.005, 0.005, runs)  # p-values are whole numbers of hundredths
+        assert stats.kstest(p_values - 0.005 + steps, "uniform").pvalue > 1e-3, name
+    for alpha in (0.05, 0.2):
+        for hits in (sum(one.p_value <= alpha for one in found), sum(one.gain.bounds(alpha)[0] > 0 for one in found)):
+            assert stats.binomtest(hits, runs, alpha, alternative="greater").pvalue > 1e-3, (alpha, hits)
+
+
 def test_labels_that_do_not_fit_are_refused():
     vectors, semantic, looks, clusters = planted(())
     with pytest.raises(ValueError, match="same label 'look'"):
         compare_labels(vectors, semantic, {"look": np.zeros(len(semantic))}, clusters)
     with pytest.raises(ValueError, match="items and [0-9]+ labels 'semantic'"):
         compare_labels(vectors, semantic[1:], looks, clusters)
+    with pytest.raises(ValueError, match="items and [0-9]+ strata"):
+        compare_labels(vectors, semantic, looks, clusters, within=semantic[1:])
+    with pytest.raises(ValueError, match="two items of 'all' are of one scene"):
+        compare_labels(vectors, semantic, looks, clusters, within=["all"] * len(semantic))
 
 
 def test_the_flat_map_keeps_groups_together_and_repeats():
