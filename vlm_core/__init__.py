@@ -17,6 +17,8 @@ _HOMES = {
     "subjects.checkpoint": ("Checkpoint", "inspect_checkpoint", "precheck_subject"),
     "errors": ("NotMeasurable", "SubjectError"),
     "evaluation": ("accuracy_table", "evaluate"),
+    "reduction.keeping": ("keep_tokens",),
+    "reduction.recipe": ("Recipe",),
     "heads.attribution": ("HeadAttribution", "head_attribution"),
     "heads.curves": ("recovery",),
     "heads.features": ("HeadFeatures", "head_features"),

@@ -122,6 +122,11 @@ class Anatomy:
         return tuple(range(self.n_layers)) if self.family.image_in_sequence else tuple(sorted(self.cross_layers))
 
     @property
+    def n_deepstack(self) -> int:
+        """After how many of the first layers visual features are added again, to a sequence of full length (Qwen3-VL)."""
+        return len(self.base.config.vision_config.deepstack_visual_indexes) if self.family.deepstack else 0
+
+    @property
     def image_heads(self) -> tuple[HeadId, ...]:
         """Every head that can see the image, layer by layer: those of ``image_layers``."""
         return tuple(head for head in self.heads if head.layer in self.image_layers)

@@ -3,7 +3,9 @@
 Every policy is a frozen declaration (`vlm_core.interventions.policy.Policy`): ``DropTokens(layer, keep, policy)`` applies it in any
 forward pass, under ``generate`` and in sweeps.
 
-``declared()``    every policy with its usual settings, by name
+``declared()``                  every policy with its usual settings, by name
+``keep_tokens(vlm, recipe)``    a model that keeps fewer tokens in every call (`vlm_core.reduction.keeping`)
+``Recipe``                      what a measured reduction comes to (`vlm_core.reduction.recipe`)
 """
 
 from vlm_core.interventions.policy import Policy

@@ -62,6 +62,8 @@ class Run:
         Named token groups, for interventions and observers.
     visual : sequence of Visual or None, one per sequence, optional
         What is known of their image tokens outside the decoder, for policies that ask.
+    restores : bool
+        Whether sequences that got shorter have their length again when they enter the final norm, zero where tokens are gone.
     tokens : Tokens, optional
         Those of the incoming batch, where they are at hand: what they keep serves every run on it. Taken where there are no
         named groups and nothing is dropped.
@@ -88,6 +90,7 @@ class Run:
         groups: Mapping[str, torch.Tensor] | None = None,
         tokens: Tokens | None = None,
         visual: Sequence[Visual | None] | None = None,
+        restores: bool = False,
     ) -> None:
         n_sequences = image.shape[0]
         self.anatomy = anatomy
@@ -100,6 +103,7 @@ class Run:
         self.items = list(range(n_sequences) if items is None else items)
         self.observers = tuple(observers)
         self._visual = visual
+        self._restores = restores
         # The first layer whose keys are the sequence's: its cache counts tokens.
         self._own = anatomy.first_own_layer
         self._branches = alone if trunk is None else Branches.plan(program.first, self.trunk, program.n_layers)
@@ -264,7 +268,15 @@ class Run:
             return None
         if layer < self.anatomy.n_layers:
             kwargs = self._inputs.select(kwargs, self.tokens)
+        elif self._restores and self.tokens.index is not None:
+            hidden = self._at_full_length(hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _at_full_length(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = self.tokens.on(hidden.device)
+        element, place = tokens.valid.nonzero(as_tuple=True)
+        whole = hidden.new_zeros(hidden.shape[0], self._start.valid.shape[1], hidden.shape[2])
+        return whole.index_put((element, tokens.index[element, place]), hidden[element, place])
 
     def _look(self, layer: int, hidden: torch.Tensor) -> None:
         self._entered = hidden

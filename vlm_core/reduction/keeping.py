@@ -1,0 +1,174 @@
+"""A model that keeps fewer visual tokens, whoever calls it: plain forward passes, ``generate``, trainers.
+
+``keep_tokens(vlm, recipe)``    from here on (or in a ``with`` block) the model drops or merges image tokens as the recipe says
+``KeptTokens``                  what that gives back: ``remove()`` makes the model what it was
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from vlm_core.errors import SubjectError
+from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, require_row
+from vlm_core.seam.plan import Program, require_possible
+from vlm_core.seam.run import Run
+from vlm_core.seam.seam import active, current_run
+from vlm_core.subjects.visual import asked_outside, visuals
+
+if TYPE_CHECKING:
+    from vlm_core.reduction.recipe import Recipe
+    from vlm_core.subjects.subject import Subject
+
+__all__ = ["KeptTokens", "keep_tokens"]
+
+
+class KeptTokens:
+    """A model under a recipe. Ends with ``remove()``, or with the ``with`` block that it was made for.
+
+    Attributes
+    ----------
+    row : Row
+        What is done to every prompt.
+    image_tokens : tuple of int
+        Image tokens of the prompts of the last pass that are left in the last layer.
+    """
+
+    def __init__(self, subject: Subject, row: Row) -> None:
+        self.row = row
+        self.image_tokens: tuple[int, ...] = ()
+        self._subject = subject
+        self._reads = asked_outside([row])
+        self._caches: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
+        self._local = threading.local()
+        model = subject.model
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """The model keeps all its tokens again; a second time does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> KeptTokens:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.remove()
+
+    def _before(self, module, args: tuple, kwargs: dict) -> None:
+        contexts = self._local.__dict__.setdefault("contexts", [])
+        run = None if current_run() is not None else self._run(args, kwargs)
+        context = None if run is None else active(run)
+        contexts.append((run, context))
+        if context is not None:
+            try:
+                context.__enter__()
+            except BaseException:
+                contexts[-1] = (None, None)
+                raise
+
+    def _after(self, module, args: tuple, kwargs: dict, output):
+        contexts = self._local.__dict__.get("contexts")
+        if not contexts:
+            return  # a pass that was refused before it began
+        run, context = contexts.pop()
+        if context is None:
+            return
+        context.__exit__(None, None, None)
+        if not run.decoding:
+            left = run.tokens.image & run.tokens.valid
+            self.image_tokens = tuple(left.sum(1).tolist())
+        cache = kwargs.get("past_key_values")
+        if cache is None and isinstance(output, Mapping):
+            cache = output.get("past_key_values")
+        if cache is not None:
+            self._caches[cache] = run
+
+    def _run(self, args: tuple, kwargs: dict) -> Run | None:
+        """The run of this pass: a new one for new prompts, the one that a cache was begun with; None for prompts without an image."""
+        subject, cache = self._subject, kwargs.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()):
+            return self._caches.get(cache)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise SubjectError(
+                f"subject '{subject.name}' keeps tokens by its recipe, which needs to know the image tokens: call it with input_ids, not "
+                f"with inputs_embeds alone"
+            )
+        image = ids == subject.anatomy.image_token_id
+        if not bool(image.any()):
+            return None
+        mask = kwargs.get("attention_mask")
+        valid = torch.ones_like(image) if mask is None else mask.bool()
+        if subject.model.training and any(getattr(one, "gradient_checkpointing", False) for one in subject.anatomy.layers):
+            raise SubjectError(
+                f"subject '{subject.name}' would compute its layers again with all tokens when gradients are checkpointed: switch gradient "
+                f"checkpointing off, or train without the recipe"
+            )
+        anatomy = subject.anatomy
+        outside = visuals(subject, kwargs, _sizes(kwargs, image), self._reads) if self._reads else None
+        rows = [self.row] * len(ids)
+        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, subject.device, anatomy.embedding.weight.dtype)
+        with torch.inference_mode(False):
+            return Run(
+                anatomy, program, image & valid, valid, items=_numbers(ids, valid), visual=outside, restores=True,
+                groups=_answers(kwargs.get("labels")),
+            )  # fmt: skip
+
+
+def keep_tokens(subject: Subject, recipe: Recipe | Row) -> KeptTokens:
+    """From here on the model keeps only the image tokens that a recipe leaves, in every call.
+
+    ``kept = keep_tokens(vlm, recipe)`` lasts until ``kept.remove()``; ``with keep_tokens(vlm, recipe): ...`` for the block. Sequences and
+    caches are really shorter from the recipe's layer on. Logits have the length that came in (zero where tokens are gone), so that
+    labels, ``generate`` and trainers fit. A run of ``subject.intervene`` within is left alone.
+
+    Parameters
+    ----------
+    subject : Subject
+    recipe : Recipe, or interventions that drop or merge tokens
+        A `vlm_core.reduction.recipe.Recipe` is fitted to the subject's depth.
+
+    Raises
+    ------
+    TypeError
+        For what is neither, or an intervention that is no reduction.
+    ValueError
+        One sentence: a layer that the subject does not have, a capability that its family lacks.
+    """
+    row = recipe.row(subject.anatomy) if hasattr(recipe, "row") else recipe
+    require_row(row, "the recipe")
+    wrong = [part.describe() for part in parts(row) if not isinstance(part, DropTokens | MergeTokens)]
+    if wrong or row is None:
+        raise TypeError(f"a recipe drops or merges image tokens, got {wrong[0] if wrong else None}: pass DropTokens or MergeTokens, or a Recipe")
+    require_possible(row, subject.anatomy)
+    return KeptTokens(subject, row)
+
+
+def _numbers(ids: torch.Tensor, valid: torch.Tensor) -> list[int]:
+    """A number per prompt that its tokens name, whatever the padding: the same prompt loses the same tokens in every batch."""
+    rows = zip(ids.tolist(), valid.tolist(), strict=True)
+    texts = [repr([token for token, real in zip(row, there, strict=True) if real]) for row, there in rows]
+    return [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
+
+
+def _answers(labels: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
+    """An answer that is trained on is no part of what is asked."""
+    return None if labels is None else {"answer": labels != -100}
+
+
+def _sizes(inputs: Mapping[str, Any], image: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """(height, width) of each prompt's images, where the processor says so; else one square image a prompt, whose grid is the same."""
+    named = inputs.get("image_sizes")
+    if named is None or len(named) != len(image):
+        return [[(1, 1)] for _ in range(len(image))]
+    return [[(int(height), int(width))] for height, width in named]
