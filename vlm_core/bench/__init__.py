@@ -6,7 +6,6 @@
 ``own``          the same work done with vlm_core
 ``works``        which work is compared with what, and the bars
 ``timing``       paired, interleaved rounds; medians with spread
-``memory``       peak of the allocator's own account
 ``flops``        arithmetic by formula, and what a matrix product of the same shape reaches
 ``report``       rows, bars and the machine; JSON
 ``markdown``     the table

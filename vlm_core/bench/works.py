@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from vlm_core import HeadId
+from vlm_core.allocation import peak_bytes
 from vlm_core.bench.flops import Products, sweep_flops, typical_width
-from vlm_core.bench.memory import peak_bytes
 from vlm_core.bench.own import Own
 from vlm_core.bench.peers import open_peers
 from vlm_core.bench.plain import HOOKS, OutputAttentions, PlainHooks

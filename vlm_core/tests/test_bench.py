@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from vlm_core import HeadId, ReplaceImageKV, ZeroHeads
+from vlm_core.allocation import peak_bytes
 from vlm_core.bench import __main__ as command
 from vlm_core.bench import works
 from vlm_core.bench.flops import sweep_flops, typical_width
 from vlm_core.bench.markdown import render
-from vlm_core.bench.memory import peak_bytes
 from vlm_core.bench.peers import PEERS, open_peers
 from vlm_core.bench.plain import OutputAttentions, PlainHooks
 from vlm_core.bench.report import Report, Row, machine

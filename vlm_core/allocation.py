@@ -21,6 +21,10 @@ __all__ = ["peak_bytes"]
 def peak_bytes(work: Callable[[], object]) -> int:
     """Highest total of the blocks allocated since the start of ``work``.
 
+    Parameters
+    ----------
+    work : callable
+
     Raises
     ------
     RuntimeError

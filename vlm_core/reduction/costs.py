@@ -1,0 +1,217 @@
+"""What fewer visual tokens save: arithmetic by formula, time and memory as measured.
+
+``layer_lengths(...)``    tokens in every layer under a reduction
+``prefill_flops(...)``    operations of the language model on one prompt, by formula
+``saved_flops(...)``      the share that a reduction saves
+``prefill_pairs(...)``    prefill time with and without, paired and interleaved
+``decode_pairs(...)``     the same for one generated token
+``cache_bytes(...)``      keys and values that a prompt leaves
+``peak_pairs(...)``       peak memory of a prefill with and without
+
+Time and arithmetic are those of the language model: the vision tower sees every patch whatever happens later.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from vlm_core.allocation import peak_bytes
+from vlm_core.families.anatomy import Anatomy
+from vlm_core.interventions import Row, parts
+from vlm_core.interventions.numeric import integer
+from vlm_core.items import item_number, require_items
+from vlm_core.subjects.embed import Encoded
+from vlm_core.subjects.rows import forward_rows, read_logits
+from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.visual import asked_outside
+from vlm_core.sweeps.features import encode_distinct
+
+__all__ = ["cache_bytes", "decode_pairs", "layer_lengths", "peak_pairs", "prefill_flops", "prefill_pairs", "saved_flops"]
+
+
+def layer_lengths(row: Row, n_tokens: int, n_image: int, n_layers: int) -> tuple[int, ...]:
+    """Tokens of one prompt in every layer.
+
+    Parameters
+    ----------
+    row : Row
+        Parts that drop or merge count, each for all image tokens; a policy that chooses its own number counts with the number asked for.
+    n_tokens, n_image : int
+        Of the whole prompt, and image tokens among them.
+    """
+    left, lengths = n_image, []
+    shorter = {part.layer: part for part in parts(row) if hasattr(part, "keep")}
+    for layer in range(n_layers):
+        if layer in shorter:
+            left = min(left, shorter[layer].count(n_image))
+        lengths.append(n_tokens - n_image + left)
+    return tuple(lengths)
+
+
+def prefill_flops(anatomy: Anatomy, lengths: Sequence[int], read: int = 1) -> int:
+    """Floating-point operations (two a multiply-add) of the language model on one prompt.
+
+    ``2`` per weight of a layer's linear maps and token, ``4 x`` the width of all heads per query and key (a kernel multiplies
+    all pairs, also those that a causal order hides), and the unembedding of ``read`` tokens. Norms, rotation and softmax are not counted.
+
+    Parameters
+    ----------
+    lengths : sequence of int, one per layer
+        Tokens in each (`layer_lengths`).
+    """
+    width = anatomy.n_heads * anatomy.head_dim
+    weights = [sum(one.weight.numel() for one in layer.modules() if isinstance(one, nn.Linear)) for layer in anatomy.layers]
+    layers = sum(2 * n * own + 4 * width * n * n for n, own in zip(lengths, weights, strict=True))
+    return layers + 2 * read * anatomy.head.weight.numel()
+
+
+def saved_flops(subject: Subject, items: Sequence, row: Row) -> np.ndarray:
+    """Share of each prompt's prefill operations that a reduction saves, ``[item]``."""
+    require_items(items)
+    anatomy = subject.anatomy
+    shares = []
+    for one in encode_distinct(subject, items):
+        sizes = len(one), int(one.image.sum()), anatomy.n_layers
+        whole, less = (prefill_flops(anatomy, layer_lengths(each, *sizes)) for each in (None, row))
+        shares.append(1 - less / whole)
+    return np.array(shares)
+
+
+def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8, rounds: int = 40, seed: int = 0) -> pd.DataFrame:
+    """Seconds of the language model on prompts, with a reduction and without, side by side.
+
+    What the policy computes is part of it, the vision tower is not. Each round takes the next ``batch`` prompts, runs both in random order,
+    and gives one ratio, so that what slows the machine down for a while slows both.
+
+    Parameters
+    ----------
+    items : sequence of items
+    batch : int
+        Prompts per pass: how a server runs them; 1 shows what one user waits for.
+    rounds : int
+    seed : int
+        Of the order within rounds.
+
+    Returns
+    -------
+    DataFrame
+        ``round, whole, reduced, saved``: seconds, and ``1 - reduced / whole``.
+    """
+    passes = _passes(subject, items, row, batch)
+
+    def timed(encoded: list[Encoded], numbers: list[int], used: Row) -> float:
+        return _seconds(subject, lambda: _prefill(subject, encoded, numbers, used))
+
+    return _paired(passes, row, timed, rounds, seed)
+
+
+def decode_pairs(
+    subject: Subject, items: Sequence, row: Row, *, batch: int = 8, rounds: int = 10, tokens: int = 8, seed: int = 0
+) -> pd.DataFrame:
+    """Seconds per generated token (of the whole batch) after a reduced prompt and a whole one; see `prefill_pairs`.
+
+    What ``generate`` takes for ``tokens + 1`` new tokens, less what it takes for one, shared among ``tokens``.
+    """
+    require_items(items)
+    integer(tokens, "tokens", least=1)
+    batches = [subject.encode_items(some) for some in _cycled(items, batch)]
+
+    def timed(prepared, _, used: Row) -> float:
+        def generate(n: int) -> float:
+            options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+            with subject.intervene(used, prepared), torch.inference_mode():
+                return _seconds(subject, lambda: subject.model.generate(**prepared.inputs, **options))
+
+        one = generate(1)
+        return (generate(tokens + 1) - one) / tokens
+
+    return _paired([(prepared, None) for prepared in batches], row, timed, rounds, seed)
+
+
+def cache_bytes(subject: Subject, items: Sequence, row: Row = None) -> np.ndarray:
+    """Bytes of keys and values that each prompt alone leaves in the cache, ``[item]``."""
+    require_items(items)
+    found = []
+    for item in items:
+        prepared = subject.encode_items([item])
+        with subject.intervene(row, prepared), torch.inference_mode():
+            cache = subject.model(**prepared.inputs, use_cache=True).past_key_values
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        found.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    return np.array(found)
+
+
+def peak_pairs(subject: Subject, items: Sequence, row: Row, batch: int = 8) -> tuple[int, int]:
+    """Most bytes that a prefill of ``batch`` prompts holds at once beyond the weights, whole and reduced."""
+    (encoded, numbers), *_ = _passes(subject, items, row, batch)
+
+    def peak(used: Row) -> int:
+        def work():
+            return _prefill(subject, encoded, numbers, used)
+
+        work()
+        if subject.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(subject.device)
+            before = torch.cuda.memory_allocated(subject.device)
+            work()
+            return torch.cuda.max_memory_allocated(subject.device) - before
+        return peak_bytes(work)
+
+    return peak(None), peak(row)
+
+
+def _cycled(items: Sequence, batch: int) -> list[list]:
+    """Batches of ``batch`` items, the last one filled up from the first."""
+    integer(batch, "batch", least=1)
+    n = len(items)
+    return [[items[(start + k) % n] for k in range(batch)] for start in range(0, n, batch)]
+
+
+def _passes(subject: Subject, items: Sequence, row: Row, batch: int) -> list[tuple[list[Encoded], list[int]]]:
+    require_items(items)
+    encoded = encode_distinct(subject, items, reads=asked_outside([row]))
+    pairs = [(one, item_number(item)) for one, item in zip(encoded, items, strict=True)]
+    return [([one for one, _ in some], [number for _, number in some]) for some in _cycled(pairs, batch)]
+
+
+def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], row: Row) -> torch.Tensor:
+    every = np.arange(len(encoded))
+    last = np.array([one.n_prompt - 1 for one in encoded])
+    hidden, _ = forward_rows(subject, encoded, every, [row] * len(encoded), numbers, (every, last))
+    return read_logits(subject, hidden)
+
+
+def _seconds(subject: Subject, work: Callable[[], object]) -> float:
+    wait = torch.cuda.synchronize if subject.device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def _paired(passes: Sequence, row: Row, timed: Callable, rounds: int, seed: int) -> pd.DataFrame:
+    integer(rounds, "rounds", least=1)
+    rng = np.random.default_rng(seed)
+    for used in (None, row):
+        timed(*passes[0], used)  # the first pass of its kind makes what later ones find
+    table = []
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            some = passes[turn % len(passes)]
+            order = [("whole", None), ("reduced", row)]
+            found = {name: timed(*some, used) for name, used in (order if rng.random() < 0.5 else order[::-1])}
+            table.append({"round": turn, **found, "saved": 1 - found["reduced"] / found["whole"]})
+    finally:
+        if enabled:
+            gc.enable()
+    return pd.DataFrame(table)[["round", "whole", "reduced", "saved"]]
