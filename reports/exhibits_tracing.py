@@ -50,31 +50,46 @@ def patching_curves(evidence, corruption: str, patching, meaning: dict[str, str]
         )
 
 
+_HEADS_AT = {
+    "object": "the object's image tokens",
+    "background": "the other image tokens",
+    "image": "all image tokens",
+    "context": "all text but the last token",
+    "last": "the last token",
+    "all": "all tokens",
+}
+
+
 def patching_heads(evidence, corruption: str, patching, meaning: dict[str, str]) -> None:
-    """``patching-heads.csv`` and one map of layers by heads a direction."""
+    """``patching-heads.csv`` and, for each direction, one map of layers by heads a place; each says of how many items it is."""
+    n_items = len(patching.items)
     for direction, said in meaning.items():
         shares = patching.share(direction, "heads")
-        cells = list(np.ndindex(shares.shape))
-        evidence.table(
-            "patching-heads.csv",
-            pd.DataFrame(
-                {
-                    "corruption": corruption,
-                    "direction": direction,
-                    "layer": [layer for layer, _ in cells],
-                    "head": [head for _, head in cells],
-                    "share": [float(shares[cell]) for cell in cells],
-                }
-            ),
-        )
-        top = max(cells, key=lambda cell: shares[cell])
-        evidence.figure(
-            "head_map",
-            {"values": shares.tolist(), "value_label": "share of the logit difference"},
-            title=f"{corruption}: single heads that are {direction}",
-            caption=f"{len(patching.items)} confirmation items, one head's outputs patched at all tokens. {said}",
-            alt=f"Map of {shares.shape[0]} layers by {shares.shape[1]} heads; most at {top[0]}.{top[1]}, {shares[top]:.2f}.",
-        )
+        for k, place in enumerate(patching.head_places):
+            values = shares[..., k]
+            cells = list(np.ndindex(values.shape))
+            evidence.table(
+                "patching-heads.csv",
+                pd.DataFrame(
+                    {
+                        "corruption": corruption,
+                        "direction": direction,
+                        "place": place,
+                        "items": n_items,
+                        "layer": [layer for layer, _ in cells],
+                        "head": [head for _, head in cells],
+                        "share": [float(values[cell]) for cell in cells],
+                    }
+                ),
+            )
+            top = max(cells, key=lambda cell: values[cell])
+            evidence.figure(
+                "head_map",
+                {"values": values.tolist(), "value_label": "share of the logit difference"},
+                title=f"{corruption}: single heads that are {direction} at {_HEADS_AT[place]} (n = {n_items})",
+                caption=f"{n_items} confirmation items, one head's outputs patched at {_HEADS_AT[place]}. {said}",
+                alt=f"Map of {values.shape[0]} layers by {values.shape[1]} heads at {_HEADS_AT[place]}; most at {top[0]}.{top[1]}, {values[top]:.2f}.",
+            )
 
 
 def window_map(evidence, losses, chosen: tuple[str, str]) -> None:

@@ -23,8 +23,8 @@ def patching():
     rng = np.random.default_rng(0)
     clean, corrupted = rng.uniform(3, 5, 8), rng.uniform(-1, 0, 8)
     denoised, noised = (rng.uniform(-1, 5, (8, 2, len(PLACES))) for _ in range(2))
-    heads = [rng.uniform(-1, 5, (8, 3, 2)) for _ in range(2)]
-    return Patching(*ABOUT, (1, 2), PLACES, 3, clean, corrupted, corrupted, denoised, noised, *heads)
+    heads = [rng.uniform(-1, 5, (8, 3, 2, 2)) for _ in range(2)]
+    return Patching(*ABOUT, (1, 2), PLACES, 3, clean, corrupted, corrupted, denoised, noised, ("object", "last"), *heads)
 
 
 def test_patching_curves_are_shares_with_intervals(evidence, patching):  # noqa: F811
@@ -42,11 +42,16 @@ def test_patching_curves_are_shares_with_intervals(evidence, patching):  # noqa:
     assert figures[0]["data"]["in_order"]
 
 
-def test_head_maps_show_every_head(evidence, patching):  # noqa: F811
+def test_head_maps_show_every_head_in_every_place_and_of_how_many_items(evidence, patching):  # noqa: F811
     exhibits_tracing.patching_heads(evidence, "noise", patching, {"sufficient": "Said."})
-    tables, (figure,) = left(evidence)
-    np.testing.assert_allclose(figure["data"]["values"], patching.share("sufficient", "heads"))
-    assert tables["patching-heads.csv"]["share"].tolist() == pytest.approx(patching.share("sufficient", "heads").ravel().tolist())
+    tables, figures = left(evidence)
+    shares = patching.share("sufficient", "heads")
+    for k, (figure, where) in enumerate(zip(figures, ("the object's image tokens", "the last token"), strict=True)):
+        np.testing.assert_allclose(figure["data"]["values"], shares[..., k])
+        assert figure["title"].endswith(f"at {where} (n = 8)")
+    rows = tables["patching-heads.csv"]
+    assert rows["share"].tolist() == pytest.approx(shares[..., 1].ravel().tolist())  # the last table left: the last place's rows
+    assert set(rows["place"]) == {"last"} and set(rows["items"]) == {8}
 
 
 def test_the_window_map_has_costs_with_intervals(evidence):  # noqa: F811

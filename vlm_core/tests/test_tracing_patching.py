@@ -19,6 +19,7 @@ from vlm_core.tracing.patching import DIRECTIONS, PAIRED, PLACES, Patching, acti
 from vlm_core.tracing.places import token_places
 
 NOISE = GaussianNoise(2.0, seed=3)
+HEAD_PLACES = ("all", "object", "background", "context", "last")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def corruption(request):
 
 @pytest.fixture(scope="module")
 def patched(subject, pairs, corruption):
-    return activation_patching(subject, contrasting(subject, pairs), corruption, masks=square, heads=True)
+    return activation_patching(subject, contrasting(subject, pairs), corruption, masks=square, heads=HEAD_PLACES)
 
 
 class Plain:
@@ -107,8 +108,11 @@ def test_every_run_is_that_of_plain_hooks(subject, pairs, corruption, patched):
         for layer, head in ((0, 0), (1, 3), (n_layers - 1, 2)):
             where = torch.zeros(subject.anatomy.n_heads * size, dtype=torch.bool)
             where[head * size : (head + 1) * size] = True
-            for run, found in (("corrupted", patched.heads_denoised), ("clean", patched.heads_noised)):
-                np.testing.assert_allclose(found[number, layer, head], plain.patched(run, "head", layer, where), atol=1e-3)
+            for k, place in enumerate(HEAD_PLACES):
+                there = where & torch.as_tensor(places[place])[None, :, None]
+                for run, found in (("corrupted", patched.heads_denoised), ("clean", patched.heads_noised)):
+                    expected = plain.patched(run, "head", layer, there)
+                    np.testing.assert_allclose(found[number, layer, head, k], expected, atol=1e-3, err_msg=f"{run} {layer} {head} {place}")
 
 
 def test_every_token_moves_all_and_a_run_patched_by_itself_nothing(patched):
@@ -119,7 +123,18 @@ def test_every_token_moves_all_and_a_run_patched_by_itself_nothing(patched):
         assert not np.allclose(patched.share(direction)[1:3, PLACES.index("image")], 1, atol=1e-2)
     np.testing.assert_allclose(patched.itself, patched.corrupted, atol=1e-4)
     np.testing.assert_allclose(patched.moved("sufficient"), patched.denoised - patched.corrupted[:, None, None])
-    np.testing.assert_allclose(patched.moved("necessary", "heads"), patched.clean[:, None, None] - patched.heads_noised)
+    np.testing.assert_allclose(patched.moved("necessary", "heads"), patched.clean[:, None, None, None] - patched.heads_noised)
+
+
+def test_in_the_last_layer_a_head_reaches_the_answer_at_the_last_token_alone(patched):
+    assert patched.head_places == HEAD_PLACES and patched.heads_denoised.shape[1:] == (3, 4, len(HEAD_PLACES))
+    for direction in DIRECTIONS:
+        moved = dict(zip(HEAD_PLACES, np.moveaxis(patched.moved(direction, "heads"), -1, 0), strict=True))
+        for place in ("object", "background", "context"):
+            np.testing.assert_allclose(moved[place][:, -1], 0, atol=1e-4)
+            assert np.abs(moved[place][:, 0]).max() > 1e-3  # felt further down
+        np.testing.assert_allclose(moved["last"][:, -1], moved["all"][:, -1], atol=1e-4)
+        assert np.abs(moved["last"][:, -1]).max() > 1e-3
 
 
 def test_a_moved_object_counts_where_it_was_and_where_it_is(subject, pairs):
@@ -243,6 +258,8 @@ def test_wrong_input_is_said(subject, pairs):
     without = activation_patching(subject, items[:1], masks=square, layers=(1,))
     with pytest.raises(ValueError, match="heads were not patched"):
         without.share("sufficient", "heads")
+    with pytest.raises(ValueError, match="patched in the place 'question': expected some of object, background, image, context, last, all"):
+        activation_patching(subject, items, masks=square, heads=("all", "question"))
     with pytest.raises(ValueError, match="no patching 'useful' of 'places'"):
         without.share("useful")
 
@@ -258,6 +275,6 @@ def test_pictures_of_other_tokens_are_refused():
 
 def test_tiny_layers_only_heads():
     subject = tiny_subject(layers=2, seed=4)
-    found = activation_patching(subject, contrasting(subject, make_pairs(2)), masks=square, layers=(), heads=True)
-    assert found.denoised.shape == (2, 0, len(PLACES)) and found.heads_noised.shape == (2, 2, 4)
+    found = activation_patching(subject, contrasting(subject, make_pairs(2)), masks=square, layers=(), heads="last")
+    assert found.denoised.shape == (2, 0, len(PLACES)) and found.heads_noised.shape == (2, 2, 4, 1) and found.head_places == ("last",)
     assert np.abs(found.moved("sufficient", "heads")).max() > 1e-3

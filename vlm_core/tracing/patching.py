@@ -1,4 +1,4 @@
-"""Activation patching: where the answer's information is, layer by layer, place by place, head by head.
+"""Activation patching: where the answer's information is, layer by layer, place by place, and head by head in each place.
 
 ``activation_patching(subject, items, ...)``   both directions under one corruption of the image
 ``Patching``                                   logit differences, and shares of the clean run's advantage that places hold
@@ -55,8 +55,10 @@ class Patching:
     clean, corrupted, itself : ndarray ``[item]``
         Untouched; with the corrupted image; that with its own activations put into it, which changes nothing where patching is done right.
     denoised, noised : ndarray ``[item, layer, place]``
-    heads_denoised, heads_noised : ndarray ``[item, layer, head]`` or None
-        Outputs of single heads, at all tokens.
+    head_places : tuple of str
+        Where outputs of single heads were patched; empty where none were.
+    heads_denoised, heads_noised : ndarray ``[item, layer, head, place]`` or None
+        Outputs of single heads in these places.
     """
 
     items: tuple[str, ...]
@@ -70,6 +72,7 @@ class Patching:
     itself: np.ndarray
     denoised: np.ndarray
     noised: np.ndarray
+    head_places: tuple[str, ...] = ()
     heads_denoised: np.ndarray | None = None
     heads_noised: np.ndarray | None = None
 
@@ -79,7 +82,7 @@ class Patching:
         return self.clean - self.corrupted
 
     def moved(self, direction: str, what: str = "places") -> np.ndarray:
-        """What a patch moves in nats, ``[item, layer, place]`` or, for ``what="heads"``, ``[item, layer, head]``.
+        """What a patch moves in nats, ``[item, layer, place]`` or, for ``what="heads"``, ``[item, layer, head, place]``.
 
         Back from the corrupted run (``sufficient``) or away from the clean one (``necessary``).
         """
@@ -90,20 +93,20 @@ class Patching:
             ("sufficient", "heads"): self.heads_denoised, ("necessary", "heads"): self.heads_noised,
         }[direction, what]  # fmt: skip
         if patched is None:
-            raise ValueError("heads were not patched: call activation_patching(..., heads=True)")
+            raise ValueError("heads were not patched: call activation_patching(..., heads=('all',))")
         start = self.corrupted if direction == "sufficient" else self.clean
         moved = patched - start.reshape(-1, *[1] * (patched.ndim - 1))
         return moved if direction == "sufficient" else -moved
 
     def share(self, direction: str, what: str = "places") -> np.ndarray:
-        """The normalised logit difference over all items, ``[layer, place or head]``: 1 where a patch moves all of the gap.
+        """The normalised logit difference over all items, ``[layer, place]`` or ``[layer, head, place]``: 1 where a patch moves all of the gap.
 
         Denoising gives the published one (1 = clean, 0 = corrupted); noising gives 1 minus it.
         """
         return pooled_share(self.moved(direction, what), self.gap)
 
     def shares(self, direction: str, what: str = "places") -> Callable[[np.ndarray], np.ndarray]:
-        """``share`` for weights of clusters: ``[draw, cluster] -> [draw, layer, place or head]``."""
+        """``share`` for weights of clusters: ``[draw, cluster]`` to ``share`` of every draw."""
         return pooled_shares(self.moved(direction, what), self.gap, self.clusters)
 
     def lead(self, place: str, over: str, direction: str, half: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -160,11 +163,11 @@ def activation_patching(
     *,
     masks: Masks,
     layers: Iterable[int] | None = None,
-    heads: bool = False,
+    heads: Iterable[str] = (),
     store: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Patching:
-    """Denoising and noising by layer and place, and by head.
+    """Denoising and noising by layer and place, and by head and place.
 
     Parameters
     ----------
@@ -177,8 +180,8 @@ def activation_patching(
         moved is an object in both places. [ours]
     layers : iterable of int, optional
         Default: all that a stream enters, the final norm (``n_layers``) included.
-    heads : bool
-        Also patch the output of every single head, at all tokens.
+    heads : iterable of str
+        Also patch the output of every single head in each of these places (of ``PLACES``).
     store, progress
         See ``vlm_core.sweep``; progress counts rows of runs.
 
@@ -191,7 +194,7 @@ def activation_patching(
     NotMeasurable
         Where there are no items.
     ValueError
-        Where a picture's image tokens are other tokens than its counterfactual's.
+        For a place that there is none of, or where a picture's image tokens are other tokens than its counterfactual's.
 
     References
     ----------
@@ -206,17 +209,21 @@ def activation_patching(
     if paired and corruption != PAIRED:
         raise ValueError(f"corruption is {corruption!r}: expected '{PAIRED}' or GaussianNoise")
     n_layers, n_heads = subject.anatomy.n_layers, subject.anatomy.n_heads
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    for place in heads:
+        if place not in PLACES:
+            raise ValueError(f"heads are to be patched in the place {place!r}: expected some of {', '.join(PLACES)}")
     layers = tuple(range(n_layers + 1)) if layers is None else tuple(sorted({int(layer) for layer in layers}))
     places = token_places(subject, items, _WithDifference(masks) if paired else masks)
     rows = _Rows(subject, corruption, paired, layers, heads, places)
     pieces, total, done = [], rows.per_item * len(items), 0
-    for start, stop in _chunks(subject, places, len(items), heads):
+    for start, stop in _chunks(subject, places, len(items), bool(heads)):
         pieces.append(rows.measure(items[start:stop], store))
         done += rows.per_item * (stop - start)
         if progress is not None:
             progress(done, total)
     found = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    by_place, by_head = (len(items), len(layers), len(PLACES)), (len(items), n_layers, n_heads)
+    by_place, by_head = (len(items), len(layers), len(PLACES)), (len(items), n_layers, n_heads, len(heads))
     return Patching(
         tuple(str(item_field(item, "id")) for item in items),
         tuple(str(item_field(item, "scene_id")) for item in items),
@@ -226,6 +233,7 @@ def activation_patching(
         n_layers,
         **{name: found[name] for name in ("clean", "corrupted", "itself")},
         **{name: found[name].reshape(by_place) if layers else np.zeros(by_place) for name in ("denoised", "noised")},
+        head_places=heads,
         **{name: found[name].reshape(by_head) for name in ("heads_denoised", "heads_noised") if heads},
     )
 
@@ -233,9 +241,9 @@ def activation_patching(
 class _Rows:
     """The runs of one item, and their logit differences."""
 
-    def __init__(self, subject: Subject, corruption, paired: bool, layers: tuple[int, ...], heads: bool, places: Places) -> None:
+    def __init__(self, subject: Subject, corruption, paired: bool, layers: tuple[int, ...], heads: tuple[str, ...], places: Places) -> None:
         self.subject, self.corruption, self.paired, self.layers, self.places = subject, corruption, paired, layers, places
-        self.heads = [HeadId(*head) for head in subject.heads] if heads else []
+        self.heads = [(HeadId(*head), place) for head in subject.heads for place in heads]
         self.per_item = 3 + 2 * (len(layers) * len(PLACES) + len(self.heads))
 
     def measure(self, items: list, store) -> dict[str, np.ndarray]:
@@ -284,7 +292,7 @@ class _Rows:
     def _captured(self, item, groups, intervention=None) -> Activations:
         wanted = {"groups": groups, "intervention": intervention}
         # Under noise, a head's patch starts from the stream that enters its layer.
-        streams = {*self.layers, *(head.layer for head in self.heads if not self.paired)}
+        streams = {*self.layers, *(head.layer for head, _ in self.heads if not self.paired)}
         taken = [capture_activations(self.subject, item, "residual", streams, **wanted)]
         if self.heads:
             taken.append(capture_activations(self.subject, item, "head", **wanted))
@@ -299,7 +307,7 @@ class _Rows:
         return [Patch("residual", (layer,), source, place) for layer in self.layers for place in PLACES]
 
     def _head_patches(self, source: Activations) -> list[Patch]:
-        return [Patch("head", (), source, "all", (head,)) for head in self.heads]
+        return [Patch("head", (), source, place, (head,)) for head, place in self.heads]
 
     def _groups(self, item) -> dict[str, np.ndarray]:
         named = self.places(item)
