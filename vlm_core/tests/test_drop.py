@@ -97,8 +97,9 @@ def step_by_step(subject, items, plan, steps):
         ids, image = batch.inputs["input_ids"], batch.image
         for _ in range(steps):
             inputs = {**batch.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            whole = type(batch)(inputs, image, torch.ones_like(ids, dtype=torch.bool))
-            with subject.intervene(plan, whole, items=[number]), torch.inference_mode():
+            whole = type(batch)(inputs, image, torch.ones_like(ids, dtype=torch.bool), sizes=batch.sizes)
+            answer = torch.arange(ids.shape[1])[None] >= batch.image.shape[1]
+            with subject.intervene(plan, whole, items=[number], groups={"answer": answer}), torch.inference_mode():
                 scores = subject.model(**inputs, use_cache=False).logits[:, -1:].clone()
                 scores[..., subject.anatomy.image_token_id] = -torch.inf
             token = scores.argmax(-1)

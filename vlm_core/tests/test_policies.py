@@ -270,6 +270,6 @@ def test_generating_goes_on_from_the_shorter_cache(subject, name):
     numbers = list(range(len(items)))
     with subject.intervene(row, batch, items=numbers), torch.inference_mode():
         tokens = subject.model.generate(
-            **batch.inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, suppress_tokens=[subject.anatomy.image_token_id]
+            **batch.inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, suppress_tokens=[subject.anatomy.image_token_id]
         )
     assert tokens[:, -4:].tolist() == step_by_step(subject, items, row, 4)
