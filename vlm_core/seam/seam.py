@@ -9,7 +9,8 @@ no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` 
 run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
 layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
 read and edit what they add to it. Every hook makes a forward pass slower and few runs need all of them, so that each kind is there only
-from a run that asks for it (``hears_layers``, ``hears_modules``) to one that does not, ahead of anyone else's hooks.
+from a run that asks for it (``hears_layers``, ``hears_modules``) to one that does not, ahead of anyone else's hooks. What ``torch.compile``
+made leaves later hooks out: while a run is active, the model runs as it was written (``vlm_core.seam.eagerly``).
 
 What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
 has no use for, ``enter_model`` and ``leave`` with ``hears_modules``, may be missing.
@@ -30,6 +31,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy
+from vlm_core.seam.eagerly import eagerly
 from vlm_core.seam.run import Run
 
 __all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "require_asleep"]
@@ -67,7 +69,7 @@ class active:  # noqa: N801 (used as a function)
     Raises
     ------
     SubjectError
-        On entry, where the model has lost its seam: it was removed, or another attention was set.
+        On entry, where the model has lost its seam (it was removed, or another attention was set), and inside a compiled function.
     """
 
     def __init__(self, run: Run | None) -> None:
@@ -110,7 +112,8 @@ def capturing() -> Iterator[None]:
     """In this context, calling a model with the seam raises ``Captured`` instead of running its language model."""
     token = _CAPTURING.set(True)
     try:
-        yield
+        with eagerly:
+            yield
     finally:
         _CAPTURING.reset(token)
 
@@ -220,12 +223,13 @@ class Seam:
         return self._text_config._attn_implementation == ATTENTION_NAMES[self.original]
 
     def begin(self, run: Run) -> None:
-        """``run`` becomes active in some context: from here on there are the hooks that it hears by, ahead of anyone else's."""
+        """``run`` becomes active in some context: from here on it runs as written, with the hooks that the run hears by ahead of anyone else's."""
         if not self.in_place:
             raise SubjectError(
                 f"attention '{self._text_config._attn_implementation}' was set on this model after the seam was put on it, so that nothing "
                 f"could be seen or changed: make a new subject with Subject(model, processor)"
             )
+        eagerly.__enter__()
         with self._lock:
             self._entrance.restore()
             self._layers.begin(getattr(run, "hears_layers", True))
@@ -236,6 +240,7 @@ class Seam:
         with self._lock:
             self._layers.end(getattr(run, "hears_layers", True))
             self._modules.end(getattr(run, "hears_modules", False))
+        eagerly.__exit__()
 
     def remove(self) -> None:
         """Restore the model as it was before ``install``; a second time does nothing."""
