@@ -1,8 +1,9 @@
-"""Numbers of declarations: whole, finite, or refused in one sentence.
+"""Numbers and truth values of declarations: what they say they are, or refused in one sentence.
 
 ``integer(...)``         an int or a NumPy integer as an int
 ``integers(...)``        one or several of them as a tuple, in their order
 ``real(...)``            a finite number as a float
+``boolean(...)``         a bool or a NumPy bool as a bool
 ``shown(...)``           a number as short as it can be without rounding
 ``require_finite(...)``  refuse a tensor with NaN or infinity
 """
@@ -17,7 +18,7 @@ from numbers import Real
 import numpy as np
 import torch
 
-__all__ = ["integer", "integers", "real", "require_finite", "shown"]
+__all__ = ["boolean", "integer", "integers", "real", "require_finite", "shown"]
 
 
 def _is_truth(value) -> bool:
@@ -73,6 +74,19 @@ def real(value, name: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {float(value)}: look for what made it so where it was computed")
     return float(value)
+
+
+def boolean(value, name: str) -> bool:
+    """A truth value as a ``bool``.
+
+    Raises
+    ------
+    ValueError
+        For anything else, however true: a number, a string, None.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r} ({type(value).__name__}): pass a bool")
+    return bool(value)
 
 
 def shown(number: float) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from vlm_core.interventions.declaration import Declared, Positions, Touch, as_positions, label
-from vlm_core.interventions.numeric import integer, real, shown
+from vlm_core.interventions.numeric import boolean, integer, real, shown
 from vlm_core.interventions.policy import Policy
 
 __all__ = ["DROP_POLICIES", "SIMILARITIES", "DropTokens", "MergeTokens"]
@@ -153,9 +151,7 @@ class MergeTokens(Declared):
             raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{self.similarity}'")
         if self.similarity == "keys" and self.layer == 0:
             raise ValueError("similarity 'keys' needs a layer before the merge to read keys from: use layer >= 1")
-        if not isinstance(self.proportional, bool | np.bool_):
-            raise ValueError(f"proportional must be True or False, got {self.proportional!r}")
-        self._seal(**numbers, proportional=bool(self.proportional), tokens=as_positions(self.tokens, "tokens"))
+        self._seal(**numbers, proportional=boolean(self.proportional, "proportional"), tokens=as_positions(self.tokens, "tokens"))
 
     @property
     def looks_back(self) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy
-from vlm_core.interventions.numeric import integer
+from vlm_core.interventions.numeric import boolean, integer
 from vlm_core.items import item_field
 from vlm_core.observation.declaring import freeze, freeze_numbers, require_layers, require_positions
 from vlm_core.observation.outputs import positions_of
@@ -81,6 +81,8 @@ class LogitLens:
         How many tokens to keep; 0 for none.
     words : "answer", "candidates" or tuple of str
         See ``target_tokens``.
+    full, entropy : bool
+        Whether to keep the whole table, and the entropy.
 
     Notes
     -----
@@ -98,6 +100,8 @@ class LogitLens:
         freeze(self, "layers", "positions", "words")
         freeze_numbers(self, "layers", "positions")
         object.__setattr__(self, "top", integer(self.top, "top of LogitLens", least=0))
+        for name in ("full", "entropy"):
+            object.__setattr__(self, name, boolean(getattr(self, name), f"{name} of LogitLens"))
         if not isinstance(self.words, str | tuple):
             raise ValueError(f"words of LogitLens are 'answer', 'candidates' or several words, got {self.words!r}")
 

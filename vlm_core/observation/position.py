@@ -14,7 +14,7 @@ import torch
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.observation.declaring import require_groups, require_images, require_names
 from vlm_core.observation.observing import observe_encoded
-from vlm_core.seam.seam import active, current_run
+from vlm_core.seam.seam import active, run_at
 from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.subject import Subject
@@ -35,6 +35,8 @@ class RelativeDistance:
     queries : str
         A token group: whose attention.
     """
+
+    reads_hidden = False
 
     queries: str = "question"
 
@@ -143,6 +145,8 @@ class _Asking:
 class _Unrotated:
     """The observer behind ``RotaryBias``: ``ask`` comes before each attention module, ``attention`` inside it."""
 
+    reads_hidden = False
+
     asked: RotaryBias
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -150,11 +154,11 @@ class _Unrotated:
         self.asked.require_there(anatomy, tokens)
 
     def ask(self, module, args: tuple, kwargs: dict) -> None:
-        run = current_run()
+        run, layer = run_at(module)
         if self not in getattr(run, "observers", ()):
-            return  # another thread's run through the same model
-        layer, rotations = run.attention_layer(module), kwargs.get("position_embeddings")
-        if layer is None or rotations is None:
+            return  # another run through the same model
+        rotations = kwargs.get("position_embeddings")
+        if rotations is None:
             return
         one = tuple(part[..., :1, :].expand_as(part) for part in rotations) if isinstance(rotations, tuple | list) else (
             rotations[..., :1, :].expand_as(rotations)

@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 
+from vlm_core.interventions.numeric import boolean
 from vlm_core.observation.at import At
 from vlm_core.observation.attention import AttentionEntropy, AttentionMass, FullAttention, TopTokens
 from vlm_core.observation.gradients import HeadGradients, ImageGradients, IntegratedGradients
@@ -150,9 +151,7 @@ class RecordingConfig:
                 raise ValueError(f"observer '{name}' is a table of its parameters, got {entry!r:.60}: write enabled = true or false in it")
             entry = dict(entry or {})
             enabled = entry.pop("enabled", True)
-            if not isinstance(enabled, bool):
-                raise ValueError(f"enabled of observer '{name}' must be true or false, got {enabled!r}")
-            if enabled:
+            if boolean(enabled, f"enabled of observer '{name}'"):
                 defaults = {key: content[key] for key in ("layers", "heads") if content.get(key) is not None}
                 observers[name] = _observer(name, entry, defaults)
         settings = {key: content[key] for key in ("dtype", "shard_items", "batch_rows") if content.get(key) is not None}

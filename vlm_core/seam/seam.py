@@ -34,7 +34,7 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.seam.eagerly import eagerly
 from vlm_core.seam.run import Run
 
-__all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "require_asleep"]
+__all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "require_asleep", "run_at"]
 
 ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
 
@@ -48,6 +48,15 @@ _LISTENERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
 def current_run() -> Run | None:
     """The run that is active in this context, if any."""
     return next(iter(_ACTIVE.get()), None)
+
+
+def run_at(attention: nn.Module) -> tuple[Run, int] | tuple[None, None]:
+    """The run that hears an attention module in this context, and its layer: of several active ones, that of the module's own model."""
+    for run in _ACTIVE.get():
+        layer = run.attention_layer(attention)
+        if layer is not None:
+            return run, layer
+    return None, None
 
 
 def require_asleep(anatomy: Anatomy, what: str) -> None:
@@ -129,10 +138,9 @@ def _original(module: nn.Module, implementation: str):
 def _attention_like(implementation: str):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         original = _original(module, implementation)
-        for run in _ACTIVE.get():
-            layer = run.attention_layer(module)
-            if layer is not None:
-                return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
+        run, layer = run_at(module)
+        if run is not None:
+            return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)
         return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
@@ -165,11 +173,8 @@ def _before_language_model(module: nn.Module, args: tuple, kwargs: dict):
 
 
 def _after_attention(module: nn.Module, args: tuple, output):
-    for run in _ACTIVE.get():
-        layer = run.attention_layer(module) if hasattr(run, "leave") else None
-        if layer is not None:
-            return run.leave("attention", layer, output)
-    return None
+    run, layer = run_at(module)
+    return run.leave("attention", layer, output) if hasattr(run, "leave") else None
 
 
 def _after_mlp(module: nn.Module, args: tuple, output):

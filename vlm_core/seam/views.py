@@ -239,8 +239,7 @@ class AttentionView:
 
     ``query`` ``[element, head, query, head_dim]``; ``key``, ``value`` ``[element, kv head, key, head_dim]``;
     ``output`` ``[element, query, head, head_dim]`` before the output projection; ``mask`` the model's own, boolean or
-    additive, None where it is causal; ``hidden`` ``[element, token, hidden]`` the residual stream that entered the layer, None where no
-    observer of the run reads it; ``crossed`` whether the keys are the image's, outside the sequence.
+    additive, None where it is causal; ``crossed`` whether the keys are the image's, outside the sequence.
     """
 
     layer: int
@@ -252,9 +251,25 @@ class AttentionView:
     scaling: float
     softcap: float | None
     tokens: Tokens
-    hidden: torch.Tensor | None = None
+    _entered: torch.Tensor | None = None
     crossed: bool = False
     _kept: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The residual stream that entered the layer, ``[element, token, hidden]``.
+
+        Raises
+        ------
+        ValueError
+            Where all observers of the run say ``reads_hidden = False``.
+        """
+        if self._entered is None:
+            raise ValueError(
+                "view.hidden was not kept, as every observer of attention in this run says reads_hidden = False: leave that out of the "
+                "observer that reads it"
+            )
+        return self._entered
 
     def keys_of(self, group: str) -> torch.Tensor:
         """Which keys belong to a token group, ``[element, key]``. Keys outside the sequence are the image's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -138,6 +139,27 @@ def test_another_run_through_the_model_is_not_asked(subject):
         for handle in handles:
             handle.remove()
     assert observer.kept == {}
+
+
+def test_rotary_bias_finds_its_own_run_beside_another_models(subject):
+    other, item, contexts = tiny_subject(seed=3), make_items(1), ExitStack()
+    expected = observe(subject, item, RotaryBias())
+
+    def begin(module, args):
+        contexts.enter_context(other.intervene(None, other.encode_items(item), observers=[RelativeDistance()]))
+
+    def end(module, args, output):
+        contexts.close()
+
+    first, *_, last = subject.anatomy.layers
+    handles = [first.register_forward_pre_hook(begin), last.register_forward_hook(end)]
+    try:
+        found = observe(subject, item, RotaryBias())
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not np.isnan(expected).any()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_features_do_not_depend_on_what_stands_beside(subject, measured):

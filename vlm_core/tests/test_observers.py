@@ -392,3 +392,27 @@ def test_observing_takes_a_twentieth_of_the_memory_of_the_maps(observer):
     plain, maps = peak_bytes(lambda: run(subject.model)), peak_bytes(lambda: run(eager.model, output_attentions=True))
     assert maps - plain > 12 * 8 * batch.image.shape[1] ** 2 * 4 * 0.9
     assert peak_bytes(lambda: run(subject.model, [observer])) - plain < 0.05 * (maps - plain)
+
+
+def test_a_stream_that_nobody_asked_for_is_refused_in_one_sentence(subject):
+    class Careless:
+        reads_hidden = False
+
+        def attention(self, view):
+            return view.hidden[:, -1]
+
+    class Careful(Careless):
+        reads_hidden = True
+
+    batch = subject.encode_items(make_items(1))
+
+    def run(*observers):
+        with torch.inference_mode(), subject.intervene(None, batch, observers=observers) as active:
+            subject.model(**batch.inputs)
+        return active
+
+    for observers in ([Careless()], [Careless(), AttentionMass()], [At(Careless(), layers=(1,))], [At(Careless(), heads=(1,))]):
+        with pytest.raises(ValueError, match="view.hidden was not kept.* leave that out of the observer that reads it"):
+            run(*observers)
+    assert torch.equal(run(Careful()).record(0, 1), run(Careless(), HiddenStates()).record(0, 1))
+    assert run(At(Careful(), heads=(1,))).record(0, 1).shape == (1, 32)

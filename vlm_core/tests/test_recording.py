@@ -151,7 +151,7 @@ def test_every_observer_there_is_can_be_recorded():
         ({"observers": ["attention_mass"]}, "observers are tables by name"),
         ({"observers": {"attention_mass": False}}, "'attention_mass' is a table of its parameters, got False: write enabled"),
         ({"observers": {"attention_mass": "yes"}}, "'attention_mass' is a table of its parameters, got 'yes'"),
-        ({"observers": {"attention_mass": {"enabled": "no"}}}, "enabled of observer 'attention_mass' must be true or false, got 'no'"),
+        ({"observers": {"attention_mass": {"enabled": "no"}}}, "enabled of observer 'attention_mass' must be True or False, got 'no'"),
         ({"observers": {"a": {"kind": ["x"]}}}, "observer 'a' is of unknown kind"),
         ({"observers": {"attention_mass": {"groups": 3}}}, "groups of AttentionMass must be token groups by name"),
         ({"shard_items": True, "observers": {"attention_mass": {}}}, "shard_items must be a number of items"),

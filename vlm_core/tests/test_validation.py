@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -32,8 +35,9 @@ from vlm_core import (
     sweep,
 )
 from vlm_core.families.anatomy import HeadId
-from vlm_core.interventions import Activations, sources
+from vlm_core.interventions import Activations, Intervention, sources
 from vlm_core.observation.lens import LogitLens
+from vlm_core.observation.recording_config import KINDS
 from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items
 
@@ -126,6 +130,25 @@ def test_numbers_that_are_none_are_refused():
     one_sentence(lambda: Steer(1, "up"), "a direction must be a Vector or a tensor")
     one_sentence(lambda: MergeTokens(1, 0.5, proportional="no"), "proportional must be True or False")
     assert GaussianNoise(np.float64(0.5), np.int64(2)) == GaussianNoise(0.5, 2)
+
+
+BOOLEANS = [
+    (make, entry.name)
+    for make, kind in (
+        *((kind, kind) for kind in KINDS.values()),
+        (lambda **options: MergeTokens(1, 0.5, **options), MergeTokens),
+    )
+    for entry in fields(kind)
+    if entry.type == "bool"
+]
+
+
+@pytest.mark.parametrize("wrong", [1, 0, "no", None, 0.0, (), torch.tensor(True)])
+def test_truth_values_are_bools(wrong):
+    assert len(BOOLEANS) >= 3 and not any(entry.type == "bool" for kind in get_args(Intervention) for entry in fields(kind) if kind is not MergeTokens)
+    for make, name in BOOLEANS:
+        one_sentence(lambda make=make, name=name: make(**{name: wrong}), f"{name}.* must be True or False, got")
+        assert getattr(make(**{name: np.True_}), name) is True
 
 
 def test_keys_and_values_have_one_shape():
