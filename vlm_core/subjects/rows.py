@@ -7,17 +7,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from vlm_core.interventions import Row
+from vlm_core.interventions import Row, require_row
+from vlm_core.interventions.numeric import integer
 from vlm_core.seam.plan import Program
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded, batch_groups, batch_sequences
-from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.subject import Subject, require_run, require_subject
 
 __all__ = ["forward_rows", "read_hidden", "read_logits"]
 
@@ -42,7 +44,7 @@ def forward_rows(
     items : sequence of int, one per sequence
         Seeds of random token choices.
     wanted : pair of int arrays ``[n]``, optional
-        Rows and token positions (of the sequence before any drop) whose final hidden state is read. They must be text.
+        Rows and token positions (of the sequence before any drop) whose final hidden state is read. No row may drop or merge its own.
 
     Returns
     -------
@@ -50,9 +52,23 @@ def forward_rows(
         After the final norm, at the wanted positions.
     run : Run
         With what the observers recorded.
+
+    Raises
+    ------
+    TypeError
+        For what is no subject, no sequences or no interventions.
+    ValueError
+        One sentence: no sequences, another number of rows or items than there should be, a sequence that is not there or has no row, a
+        row or position to read that is not there; and as ``Run``.
     """
+    require_subject(subject)
+    require_run(observers)
+    _require_sequences(sequences)
+    trunk = _trunk(trunk, len(sequences), interventions)
+    items = _numbers(items, len(sequences))
+    if wanted is not None:
+        wanted = _wanted(wanted, trunk, sequences)
     anatomy = subject.anatomy
-    trunk = np.asarray(trunk)
     if sequences[0].deepstack:
         # Visual features are added outside the layers, per incoming sequence: rows cannot branch off later.
         sequences = [sequences[index] for index in trunk]
@@ -74,13 +90,74 @@ def forward_rows(
     return None if wanted is None else read_hidden(run, hidden, wanted), run
 
 
+def _require_sequences(sequences: Any) -> None:
+    if not isinstance(sequences, list | tuple) or not all(isinstance(one, Encoded) for one in sequences):
+        raise TypeError(f"sequences must be a list of prompts as encode_items(subject, items) gives them, got {sequences!r:.60}")
+    if not sequences:
+        raise ValueError("there is nothing to run: pass at least one sequence")
+
+
+def _trunk(trunk: Any, n_sequences: int, interventions: Any) -> np.ndarray:
+    if not isinstance(interventions, list | tuple):
+        raise TypeError(f"interventions must be a list with one per row, got {interventions!r:.60} ({type(interventions).__name__})")
+    for row in {id(row): row for row in interventions}.values():
+        require_row(row)
+    found = _whole(trunk, "trunk")
+    if len(found) != len(interventions):
+        raise ValueError(f"trunk names the sequences of {len(found)} rows for {len(interventions)} interventions: give one per row")
+    outside = found[(found < 0) | (found >= n_sequences)]
+    if len(outside):
+        raise ValueError(f"trunk names sequence {outside[0]} of {n_sequences}: they count from 0 to {n_sequences - 1}")
+    without = np.setdiff1d(np.arange(n_sequences), found)
+    if len(without):
+        raise ValueError(f"sequence {without[0]} of {n_sequences} belongs to no row: leave it out, or name it in trunk")
+    return found
+
+
+def _numbers(items: Any, n_sequences: int) -> list[int]:
+    found = [integer(item, "an item's number") for item in items] if isinstance(items, Iterable) else None
+    if found is None or len(found) != n_sequences:
+        got = f"{items!r:.60}" if found is None else f"{len(found)} of them"
+        raise ValueError(f"items must be numbers that name the items of {n_sequences} sequences, one each, got {got}")
+    return found
+
+
+def _wanted(wanted: Any, trunk: np.ndarray, sequences: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(wanted, list | tuple) or len(wanted) != 2:
+        raise ValueError(f"wanted must be a pair of rows and positions, got {wanted!r:.60}: write (rows, positions), both as long")
+    rows, positions = _whole(wanted[0], "the rows wanted"), _whole(wanted[1], "the positions wanted")
+    if len(rows) != len(positions):
+        raise ValueError(f"{len(rows)} rows and {len(positions)} positions are wanted: give one position for each of the rows")
+    outside = rows[(rows < 0) | (rows >= len(trunk))]
+    if len(outside):
+        raise ValueError(f"row {outside[0]} is wanted of {len(trunk)} rows: they count from 0 to {len(trunk) - 1}")
+    lengths = np.array([len(sequence) for sequence in sequences])[trunk[rows]]
+    for row, position, length in np.stack([rows, positions, lengths], axis=1)[(positions < 0) | (positions >= lengths)]:
+        raise ValueError(f"position {position} of row {row} is wanted, its sequence has {length} tokens: they count from 0 to {length - 1}")
+    return rows, positions
+
+
+def _whole(values: Any, name: str) -> np.ndarray:
+    found = np.asarray(values)
+    if found.ndim != 1 or not (found.dtype.kind in "iu" or not found.size):
+        raise ValueError(f"{name} must be whole numbers in one row, got {found.dtype} of shape {found.shape}: pass an int array")
+    return found.astype(np.int64, copy=False)
+
+
 def read_hidden(run: Run, hidden: torch.Tensor, wanted: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
     """Hidden states ``[n, hidden]`` at the wanted rows and positions of a finished run, whose output is ``hidden``."""
     rows, positions = wanted
     elements = torch.as_tensor(run.elements[rows], device=hidden.device)
     positions = torch.as_tensor(positions, device=hidden.device)
     if run.tokens.index is not None:
-        positions = (run.tokens.index.to(hidden.device)[elements] == positions[:, None]).int().argmax(1)
+        found = run.tokens.index.to(hidden.device)[elements] == positions[:, None]
+        lost = (~(found & run.tokens.valid.to(hidden.device)[elements]).any(1)).nonzero()[:, 0].tolist()
+        if lost:
+            raise ValueError(
+                f"row {int(rows[lost[0]])} dropped or merged the token at position {int(positions[lost[0]])} that is to be read: ask for one "
+                f"that it keeps, such as a text token"
+            )
+        positions = found.int().argmax(1)
     return hidden[elements, positions]
 
 

@@ -1,7 +1,7 @@
 """The model under test, ready to be measured.
 
 ``Subject(model, processor)``    a model in memory, the seam on it; ``vlm_core.subjects.load`` makes one from a checkpoint
-``require_subject(value)``       refuse what is no subject, in one sentence
+``require_subject(value)``       refuse what is no subject, in one sentence; ``require_run(...)`` what no run can take
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vlm_core.subjects.fingerprint import settings_digest, weights_digest, weigh
 from vlm_core.subjects.visual import asked_outside, visuals
 from vlm_core.subjects.wording import Wording
 
-__all__ = ["Subject", "require_subject"]
+__all__ = ["Subject", "require_run", "require_subject"]
 
 
 class Subject:
@@ -271,7 +271,7 @@ class Subject:
         rows = interventions if isinstance(interventions, list) else [interventions]
         for row in rows:
             require_row(row)
-        _require_run(observers, items, groups)
+        require_run(observers, items, groups)
         if batch.labels is not None:
             groups = {"answer": batch.labels != -100, **(groups or {})}
         items = batch.items if items is None else items
@@ -328,7 +328,13 @@ def require_subject(value: Any) -> None:
         )
 
 
-def _require_run(observers: Any, items: Any, groups: Any) -> None:
+def require_run(observers: Any, items: Any = None, groups: Any = None) -> None:
+    """Refuse observers, items or groups that no run can take.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
     if not isinstance(observers, list | tuple):
         raise TypeError(f"observers must be a list, got {observers!r:.60} ({type(observers).__name__}): write [observer], also of one")
     for one in observers:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_core import DropTokens, HeadMeans, HiddenStates, KnockOut, MeanHeads, ReplaceImageKV, ZeroHeads
+from vlm_core import DropTokens, HeadMeans, HiddenStates, KnockOut, MeanHeads, MergeTokens, ReplaceImageKV, ZeroHeads
 from vlm_core.items import item_number
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
@@ -125,3 +125,48 @@ def test_encoding_inside_a_run_is_refused(subject):
     batch = subject.encode_items(make_items(1))
     with subject.intervene(ZeroHeads([(0, 0)]), batch), pytest.raises(RuntimeError, match="encode first"):
         capture(subject, batch.inputs)
+
+
+def test_rows_that_do_not_fit_are_refused_in_one_sentence(subject):
+    items = make_items(2)
+    encoded = encode_items(subject, items)
+    n = [len(one) for one in encoded]
+    right = {"sequences": encoded, "trunk": [0, 1, 1], "interventions": [None, ZeroHeads([(0, 0)]), None], "items": [7, 8]}
+    wrong = [
+        ({"sequences": []}, "there is nothing to run"),
+        ({"sequences": items}, "sequences must be a list of prompts as encode_items"),
+        ({"sequences": encoded[0]}, "sequences must be a list of prompts"),
+        ({"trunk": [0, 1]}, "names the sequences of 2 rows for 3 interventions"),
+        ({"trunk": [0, 1, 2]}, "trunk names sequence 2 of 2: they count from 0 to 1"),
+        ({"trunk": [0, 1, -1]}, "trunk names sequence -1 of 2"),
+        ({"trunk": [1, 1, 1]}, "sequence 0 of 2 belongs to no row"),
+        ({"trunk": [0.0, 1.0, 1.0]}, "trunk must be whole numbers in one row, got float64"),
+        ({"trunk": [[0, 1, 1]]}, r"trunk must be whole numbers in one row, got int64 of shape \(1, 3\)"),
+        ({"interventions": None}, "interventions must be a list with one per row, got None"),
+        ({"interventions": [None, [ZeroHeads([(0, 0)])], None]}, "a row must be None, an intervention"),
+        ({"observers": HiddenStates()}, "observers must be a list, got HiddenStates"),
+        ({"observers": [HiddenStates]}, "a run takes observers with .*, got the class HiddenStates"),
+        ({"interventions": [None, "zero", None]}, "a row must be None, an intervention"),
+        ({"items": [7]}, "items of 2 sequences, one each, got 1 of them"),
+        ({"items": [7, 8, 9]}, "one each, got 3 of them"),
+        ({"items": 7}, "one each, got 7"),
+        ({"items": [7, 8.5]}, "an item's number must be an integer, got 8.5"),
+        ({"wanted": np.arange(3)}, "wanted must be a pair of rows and positions"),
+        ({"wanted": ([0, 1], [3])}, "2 rows and 1 positions are wanted"),
+        ({"wanted": ([3], [0])}, "row 3 is wanted of 3 rows"),
+        ({"wanted": ([1.5], [0])}, "the rows wanted must be whole numbers"),
+        ({"wanted": ([0, 2], [0, n[1]])}, f"position {n[1]} of row 2 is wanted, its sequence has {n[1]} tokens: they count from 0 to {n[1] - 1}"),
+        ({"wanted": ([0], [-1])}, "position -1 of row 0 is wanted"),
+    ]
+    for change, match in wrong:
+        with pytest.raises((ValueError, TypeError), match=match) as refused:
+            forward_rows(subject, **{**right, **change})
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 250
+    with pytest.raises(TypeError, match="the subject must be a Subject"):
+        forward_rows(subject.model, **right)
+    hidden, _ = forward_rows(subject, **right, wanted=([0, 1, 2], [n[0] - 1, n[1] - 1, n[1] - 1]))
+    assert hidden.shape == (3, 32)
+    image = int(encoded[1].image.nonzero()[0])
+    for lost in (DropTokens(1, 0.0), MergeTokens(1, 0.01)):
+        with pytest.raises(ValueError, match=f"row 1 dropped or merged the token at position {image} that is to be read"):
+            forward_rows(subject, **{**right, "interventions": [None, lost, None]}, wanted=([0, 1], [n[0] - 1, image]))
