@@ -318,6 +318,11 @@ class Run:
             self._begin()
             if shape != self._valid.shape:
                 self._refuse_batch(tuple(shape), tuple(self._valid.shape), cached=cache is not None)
+            if (self.program.drops or self.program.merges) and getattr(cache, "is_compileable", False):
+                raise ValueError(
+                    "DropTokens and MergeTokens cannot shorten what a static cache holds, it has one place per token in every layer: use "
+                    "the default (dynamic) cache"
+                )
             if self._steady and not self._idle:
                 self._tokens_at = dict.fromkeys(range(self.anatomy.n_layers + 1), self._start)
             return
@@ -383,7 +388,8 @@ class Run:
         if self._untouched:
             output, maps = original(module, query, key, value, mask, *args, **kwargs)
             if self._attends and not self.decoding:
-                tokens = self._attended(layer, query, key)
+                tokens = self._tokens_at[layer].on(query.device)
+                key, value, mask = self._written(layer, tokens, key, value, mask)
                 self._observe(self._view(layer, tokens, query, key, value, output, mask, kwargs))
             return output, maps
         weighed = self._weighed_at.get(layer)
@@ -391,7 +397,9 @@ class Run:
         seen = not self.decoding and (self._attends or layer in self._shortening.reading)
         if not (edited or seen):
             return original(module, query, key, value, mask, *args, **kwargs)
-        axes = self._axes(layer, query, key)
+        tokens = self._tokens_at[layer].on(query.device)
+        key, value, mask = self._written(layer, tokens, key, value, mask)
+        axes = self._axes(layer, tokens, query, key)
         weights = None if weighed is None or axes.crossed else weighed.log_sizes(axes.length)
         if weights is not None:
             weights = weights.to(query.device)[:, axes.length - axes.n_keys :]
@@ -419,19 +427,14 @@ class Run:
         seen = (layer, query, key, value, output, mask, scaling, kwargs.get("softcap"), tokens)
         return AttentionView(*seen, self._entered, layer in self.anatomy.cross_layers)
 
-    def _attended(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> Tokens:
-        """The prompt's tokens in the attention of ``layer``."""
-        tokens = self._tokens_at[layer].on(query.device)
+    def _written(self, layer: int, tokens: Tokens, key, value, mask) -> tuple:
+        """Keys, values and mask without the places of a static cache that no token has been written to."""
         length = tokens.valid.shape[1] + self._generated
-        if key.shape[2] > length and layer not in self.anatomy.cross_layers:
-            raise ValueError(
-                f"layer {layer} holds {key.shape[2]} keys for {length} tokens: static caches cannot generate under an "
-                f"intervention or an observer of attention, use the default (dynamic) cache"
-            )
-        return tokens
+        if key.shape[2] <= length or layer in self.anatomy.cross_layers:
+            return key, value, mask
+        return key[:, :, :length], value[:, :, :length], mask if mask is None else mask[..., :length]
 
-    def _axes(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> Axes:
-        tokens = self._attended(layer, query, key)
+    def _axes(self, layer: int, tokens: Tokens, query: torch.Tensor, key: torch.Tensor) -> Axes:
         length = tokens.valid.shape[1] + self._generated
         return Axes(self._where, tokens, length, query.shape[2], key.shape[2], layer in self.anatomy.cross_layers)
 

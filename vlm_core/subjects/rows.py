@@ -154,8 +154,8 @@ def read_hidden(run: Run, hidden: torch.Tensor, wanted: tuple[np.ndarray, np.nda
         lost = (~(found & run.tokens.valid.to(hidden.device)[elements]).any(1)).nonzero()[:, 0].tolist()
         if lost:
             raise ValueError(
-                f"row {int(rows[lost[0]])} dropped or merged the token at position {int(positions[lost[0]])} that is to be read: ask for one "
-                f"that it keeps, such as a text token"
+                f"row {int(rows[lost[0]])} dropped or merged the token at position {int(positions[lost[0]])} that is to be read: ask for "
+                f"one that it keeps, such as a text token"
             )
         positions = found.int().argmax(1)
     return hidden[elements, positions]

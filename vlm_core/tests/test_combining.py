@@ -10,11 +10,15 @@ import threading
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from vlm_core import (
     Activations,
+    AttentionEntropy,
+    AttentionMass,
     Batch,
     DropTokens,
+    FullAttention,
     GaussianNoise,
     HeadDirections,
     HeadMeans,
@@ -41,7 +45,7 @@ from vlm_core.seam.plan import Program
 from vlm_core.seam.seam import current_run
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.oracles import decode_again, hooked, logits, members, read_site
-from vlm_core.tests.tiny import make_items, normal
+from vlm_core.tests.tiny import make_items, normal, tiny_subject
 
 
 @pytest.fixture(scope="module")
@@ -353,10 +357,74 @@ def test_generating_through_sliding_windows_and_three_axes_of_positions(name, ki
     torch.testing.assert_close(seen.float(), expected.float(), rtol=1e-3, atol=2e-3)
 
 
-def test_static_caches_and_foreign_caches_are_refused(subject, items):
+def generated(subject, batch, plan, observers=(), **options):
+    """Logits of four steps and, of the prompt, what the observers saw in every layer."""
+    options = {
+        "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": list(range(IMAGE_TOKEN, 64)),
+        "output_logits": True, "return_dict_in_generate": True, **options,
+    }  # fmt: skip
+    with torch.inference_mode(), subject.intervene(plan, batch, observers=observers) as run:
+        logits = torch.stack(subject.model.generate(**batch.inputs, **options).logits)
+    return [logits, *(run.record(number, layer) for number in range(len(observers)) for layer in range(subject.anatomy.n_layers))]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_static_caches_are_read_as_far_as_they_are_written(items, plans_by_attention, attention, n):
+    subject, plans = plans_by_attention[attention]
+    batch, observers = subject.encode_items(items[:n]), [AttentionMass("text"), AttentionEntropy(), FullAttention()]
+    plain = generated(subject, batch, None)[0]
+    for name, plan in plans.items():
+        expected = generated(subject, batch, plan, observers)
+        found = generated(subject, batch, plan, observers, cache_implementation="static")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        assert name == "none" or not torch.allclose(found[0], plain, atol=1e-3), f"{name} does nothing"
+
+
+@pytest.fixture(scope="module")
+def plans_by_attention(items):
+    found = {}
+    for attention in ("sdpa", "eager"):
+        subject = tiny_subject(attention=attention)
+        source = capture_activations(subject, items[1], ("head",), range(3))
+        means = ImageKVMeans(normal(3, 4, 8), normal(3, 4, 8, seed=1))
+        found[attention] = subject, {
+            "none": None,
+            "zero": ZeroHeads([(0, 1), (2, 2)], "text"),
+            "knock-out": KnockOut("last", "image", (0, 1)),
+            "knock-out of heads": KnockOut("text", "image", (1,), heads=(0, 2)),
+            "image KV": ReplaceImageKV([(1, 0), (2, 3)], means),
+            "image KV of some queries": ReplaceImageKV([(1, 0), (2, 3)], means, queries="question"),
+            "heads of another run": ResampleHeads([(1, 2)], source, "last"),
+        }
+    return found
+
+
+@pytest.mark.parametrize("plan", [ZeroHeads([(0, 1), (1, 0)], "text"), KnockOut("text", "image", (0, 1)), None])
+def test_static_caches_that_slide(plan):
+    """Gemma 3's window of 12 is shorter than the prompt."""
+    model, inputs = BUILDERS["gemma3"]()
+    subject, image = Subject(model, name="gemma3"), inputs["input_ids"] == IMAGE_TOKEN
+    batch, observers = Batch(inputs, image, torch.ones_like(image)), [AttentionMass()]
+    found = generated(subject, batch, plan, observers, cache_implementation="static")
+    torch.testing.assert_close(found, generated(subject, batch, plan, observers), rtol=1e-4, atol=2e-4)
+
+
+def test_a_static_cache_at_hand_serves_a_single_pass(subject, items):
+    batch, plan = subject.encode_items(items[1:2]), ZeroHeads([(1, 1)])
+    cache = StaticCache(config=subject.model.config.get_text_config(), max_cache_len=64)
+    with torch.inference_mode(), subject.intervene(plan, batch, observers=[AttentionMass()]) as run:
+        found = subject.model(**batch.inputs, past_key_values=cache).logits, run.record(0, 1)
+        cached = run.record(0, 2)
+        torch.testing.assert_close(found, (subject.model(**batch.inputs).logits, run.record(0, 1)), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(cached, run.record(0, 2))
+
+
+def test_static_caches_of_shorter_sequences_and_foreign_caches_are_refused(subject, items):
     batch = subject.encode_items(items[1:2])
-    with subject.intervene(ZeroHeads([(0, 0)]), batch), pytest.raises(ValueError, match="static caches cannot generate"):
-        subject.model.generate(**batch.inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    for plan in (DropTokens(1, 0.5), MergeTokens(1, 0.5)):
+        with pytest.raises(ValueError, match="cannot shorten what a static cache holds"):
+            generated(subject, batch, plan, cache_implementation="static")
     with torch.inference_mode():
         cache = subject.model(**batch.inputs, use_cache=True).past_key_values
         more = {"input_ids": torch.tensor([[7]]), "past_key_values": cache}

@@ -145,7 +145,8 @@ BOOLEANS = [
 
 @pytest.mark.parametrize("wrong", [1, 0, "no", None, 0.0, (), torch.tensor(True)])
 def test_truth_values_are_bools(wrong):
-    assert len(BOOLEANS) >= 3 and not any(entry.type == "bool" for kind in get_args(Intervention) for entry in fields(kind) if kind is not MergeTokens)
+    assert len(BOOLEANS) >= 3
+    assert not any(entry.type == "bool" for kind in get_args(Intervention) for entry in fields(kind) if kind is not MergeTokens)
     for make, name in BOOLEANS:
         one_sentence(lambda make=make, name=name: make(**{name: wrong}), f"{name}.* must be True or False, got")
         assert getattr(make(**{name: np.True_}), name) is True
