@@ -228,7 +228,7 @@ class Seam:
         return self._text_config._attn_implementation == ATTENTION_NAMES[self.original]
 
     def begin(self, run: Run) -> None:
-        """``run`` becomes active in some context: from here on there are the hooks that it hears by, ahead of anyone else's, and nothing compiled."""
+        """``run`` becomes active in some context: from here on nothing compiled is used, and hooks that it hears by come first."""
         if not self.in_place:
             raise SubjectError(
                 f"attention '{self._text_config._attn_implementation}' was set on this model after the seam was put on it, so that nothing "

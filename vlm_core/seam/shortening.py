@@ -213,7 +213,7 @@ class Shortening:
                 **{name: getattr(view, name)[one] for name in ("query", "key", "value", "output")},
                 mask=view.mask if whole else view.mask[one],
                 tokens=branched(view.tokens, one, view.tokens.rows[one]),
-                hidden=None,
+                entered=None,
                 _kept={},
             )
         return Seen(

@@ -239,7 +239,7 @@ class AttentionView:
 
     ``query`` ``[element, head, query, head_dim]``; ``key``, ``value`` ``[element, kv head, key, head_dim]``;
     ``output`` ``[element, query, head, head_dim]`` before the output projection; ``mask`` the model's own, boolean or
-    additive, None where it is causal; ``crossed`` whether the keys are the image's, outside the sequence.
+    additive, None where it is causal; ``entered`` is read as ``hidden``; ``crossed`` whether the keys are the image's, outside the sequence.
     """
 
     layer: int
@@ -251,7 +251,7 @@ class AttentionView:
     scaling: float
     softcap: float | None
     tokens: Tokens
-    _entered: torch.Tensor | None = None
+    entered: torch.Tensor | None = None
     crossed: bool = False
     _kept: dict = field(default_factory=dict, repr=False)
 
@@ -262,14 +262,14 @@ class AttentionView:
         Raises
         ------
         ValueError
-            Where all observers of the run say ``reads_hidden = False``.
+            Where it was not kept: all observers of the run say ``reads_hidden = False``, or a policy reads the view.
         """
-        if self._entered is None:
+        if self.entered is None:
             raise ValueError(
-                "view.hidden was not kept, as every observer of attention in this run says reads_hidden = False: leave that out of the "
-                "observer that reads it"
+                "view.hidden was not kept: an observer that reads it must not say reads_hidden = False, a policy reads the stream that "
+                "enters its own layer"
             )
-        return self._entered
+        return self.entered
 
     def keys_of(self, group: str) -> torch.Tensor:
         """Which keys belong to a token group, ``[element, key]``. Keys outside the sequence are the image's."""

@@ -412,7 +412,7 @@ def test_a_stream_that_nobody_asked_for_is_refused_in_one_sentence(subject):
         return active
 
     for observers in ([Careless()], [Careless(), AttentionMass()], [At(Careless(), layers=(1,))], [At(Careless(), heads=(1,))]):
-        with pytest.raises(ValueError, match="view.hidden was not kept.* leave that out of the observer that reads it"):
+        with pytest.raises(ValueError, match="view.hidden was not kept: an observer that reads it must not say reads_hidden = False"):
             run(*observers)
     assert torch.equal(run(Careful()).record(0, 1), run(Careless(), HiddenStates()).record(0, 1))
     assert run(At(Careful(), heads=(1,))).record(0, 1).shape == (1, 32)
