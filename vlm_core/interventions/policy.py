@@ -96,12 +96,15 @@ class Choice:
     mix : Tensor ``[kept, candidate]``, optional
         What each of them carries from here on: weights over the residual streams of all candidates. Default: its own.
     sizes : Tensor ``[kept]``, optional
-        How many tokens each stands for in the attention of later layers (``log(size)`` is added to its score). Default: one.
+        How many tokens each stands for from here on. Default: as many as before.
+    proportional : bool
+        Whether ``sizes`` count in the attention of later layers: ``log(size)`` is added to the score of each token.
     """
 
     kept: torch.Tensor
     mix: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+    proportional: bool = True
 
     def require_fit(self, policy: Policy, n: int) -> None:
         """Refuse indices that are none of ``n`` candidates, and weights of another shape.
@@ -139,6 +142,8 @@ class Seen:
         Candidates that the prompt started with, before any layer.
     item : int
         Number of the item, for what is drawn at random.
+    sizes : Tensor ``[candidate]``, optional
+        How many tokens each candidate stands for, where some were merged before. Default: one.
     before, unrotated : AttentionView, optional
         The attention of the layer before, of this prompt alone; and without rotary positions.
     visual : Visual, optional
@@ -152,10 +157,15 @@ class Seen:
     ordinals: torch.Tensor
     n_started: int
     item: int = 0
+    sizes: torch.Tensor | None = None
     before: AttentionView | None = None
     unrotated: AttentionView | None = None
     visual: Visual | None = None
     _kept: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.sizes is None:
+            self.sizes = torch.ones(len(self.candidates), device=self.stream.device)
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -179,12 +189,22 @@ class Seen:
     @property
     def keys(self) -> torch.Tensor:
         """The candidates' keys in the layer before, all key heads side by side, ``[candidate, size]``."""
+        return self.once(("keys",), lambda: self._keys_of(self.candidates).flatten(1))
 
-        def compute() -> torch.Tensor:
-            keys = self._view(True).key[0].float()
-            return keys[:, self.candidates.to(keys.device)].transpose(0, 1).flatten(1).to(self.stream.device)
+    @property
+    def mean_keys(self) -> torch.Tensor:
+        """The candidates' keys in the layer before, averaged over key heads, ``[candidate, head_dim]``."""
+        return self.once(("mean keys",), lambda: self._keys_of(self.candidates).mean(1))
 
-        return self.once(("keys",), compute)
+    @property
+    def asked_keys(self) -> torch.Tensor:
+        """The question's keys in the layer before, all key heads side by side, ``[token of the question, size]``."""
+        return self.once(("asked keys",), lambda: self._keys_of(self.question).flatten(1))
+
+    def _keys_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[token, key head, head_dim]`` in float32."""
+        keys = self._view(True).key[0].float()
+        return keys[:, tokens.to(keys.device)].transpose(0, 1).to(self.stream.device)
 
     def attention(self, queries: str = "last", heads: Sequence[int] | None = None, rotary: bool = True) -> torch.Tensor:
         """Attention of some queries on the candidates in the layer before, averaged over heads, ``[query, candidate]``.
@@ -266,6 +286,11 @@ class Policy(Declared):
     def looks_back(self) -> bool:
         """Whether the layer before is read, so that there must be one."""
         return bool(self.reads & {"attention", "unrotated"})
+
+    def require_layer(self, layer: int) -> None:
+        """Refuse a layer that this policy cannot come before, with a ``ValueError`` of one sentence; by default those without one before."""
+        if self.looks_back and layer == 0:
+            raise ValueError(f"policy '{self.name}' needs a layer before the drop to read attention from: use layer >= 1")
 
     @abstractmethod
     def choose(self, seen: Seen, keep: int) -> Choice:

@@ -69,14 +69,12 @@ class DropTokens(Declared):
         numbers = _checked(self.keep, self.layer) | {"seed": integer(self.seed, "seed", least=0)}
         if not isinstance(self.policy, Policy) and self.policy not in DROP_POLICIES:
             raise ValueError(f"policy must be one of {', '.join(DROP_POLICIES)}, or a Policy, got {self.policy!r}")
-        if self.looks_back and self.layer == 0:
-            raise ValueError(f"policy '{self.policy_name}' needs a layer before the drop to read attention from: use layer >= 1")
+        if isinstance(self.policy, Policy):
+            if self.decides:
+                self.policy.require_layer(numbers["layer"])
+        elif self.looks_back and self.layer == 0:
+            raise ValueError(f"policy '{self.policy}' needs a layer before the drop to read attention from: use layer >= 1")
         self._seal(**numbers, tokens=as_positions(self.tokens, "tokens"))
-
-    @property
-    def policy_name(self) -> str:
-        """The policy in one word."""
-        return self.policy if isinstance(self.policy, str) else self.policy.name
 
     @property
     def decides(self) -> bool:

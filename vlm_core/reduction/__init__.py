@@ -9,12 +9,46 @@ forward pass, under ``generate`` and in sweeps.
 """
 
 from vlm_core.interventions.policy import Policy
+from vlm_core.reduction.baselines import Random, Stride
+from vlm_core.reduction.dart import DART
+from vlm_core.reduction.divprune import DivPrune
 from vlm_core.reduction.fastv import FastV
+from vlm_core.reduction.guided import HeadGuided
+from vlm_core.reduction.pooling import Pooling
+from vlm_core.reduction.pyramid import pyramid, pyramid_of
+from vlm_core.reduction.sparsevlm import SparseVLM
+from vlm_core.reduction.tome import ToMe
 
-__all__ = ["FastV", "declared"]
+__all__ = [
+    "DART",
+    "DivPrune",
+    "FastV",
+    "HeadGuided",
+    "Pooling",
+    "Random",
+    "SparseVLM",
+    "Stride",
+    "ToMe",
+    "declared",
+    "pyramid",
+    "pyramid_of",
+]
 
 
 def declared() -> dict[str, Policy]:
-    """Every policy with its usual settings (and FastV as its paper words it), by the name that tables have."""
-    policies = (FastV(), FastV("all"))
+    """Every policy with its usual settings (and FastV as its paper words it), by the name that tables have.
+
+    Not ``HeadGuided``, which has no usual heads, nor ``pyramid``, which is several drops.
+    """
+    policies = (
+        Random(),
+        Stride(),
+        Pooling(),
+        FastV(),
+        FastV("all"),
+        SparseVLM(),
+        ToMe(),
+        DivPrune(),
+        DART(),
+    )
     return {policy.describe(): policy for policy in policies}

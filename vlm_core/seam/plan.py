@@ -91,7 +91,7 @@ def _require_places(part: Intervention, n_layers: int, n_heads: int) -> None:
             f"{part.describe()} names layer {wrong}, a layer outside this model's {n_layers} layers: they count from 0 to "
             f"{n_layers - 1 + entering}{after}"
         )
-    for one in getattr(part, "heads", ()):
+    for one in (*getattr(part, "heads", ()), *getattr(getattr(part, "policy", None), "heads", ())):
         layer, head = (layers[0] if layers else 0, one) if isinstance(part, KnockOut) else one
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             shown = f"head {head}" if isinstance(part, KnockOut) else f"head L{layer}.H{head}"

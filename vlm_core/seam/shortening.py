@@ -187,7 +187,7 @@ class Shortening:
                 weighed = self._weighed(kept)
                 sizes, proportional = weighed.sizes.clone(), weighed.proportional.clone()
                 sizes[element, at[there]] = choice.sizes.to(sizes)
-                proportional[element] = True
+                proportional[element] = choice.proportional
                 self.weighed = Weighed(sizes, proportional)
         return hidden if changed is None else changed, kept
 
@@ -224,6 +224,7 @@ class Shortening:
             ordinals=ordinals.to(device),
             n_started=started,
             item=self.items[sequence],
+            sizes=None if self.weighed is None else self.weighed.sizes[element, at].to(device),
             before=views.get("attention"),
             unrotated=views.get("unrotated"),
             visual=None if self.visual is None else self.visual[sequence],
