@@ -87,6 +87,9 @@ class Family:
         Whether visual features are added again after the first layers (Qwen3-VL).
     layout : str
         How images are cut and where their tokens lie on them: a name in ``vlm_core.families.tiling.CUTS``. Default ``"whole"``.
+    patch_order : {"raster", "blocks", "windows"}
+        How the vision tower's patches are packed: row by row, in blocks that are merged to one token (Qwen2-VL), or in such blocks
+        window by window (Qwen2.5-VL). Default ``"raster"``.
     logit_softcap : str or None
         Field of the text config that caps the logits after the unembedding (PaliGemma 2), where the model reads it.
     logit_softcap_since : str
@@ -114,6 +117,7 @@ class Family:
     placeholder: str = "{} "
     deepstack: bool = False
     layout: str = "whole"
+    patch_order: str = "raster"
     logit_softcap: str | None = None
     logit_softcap_since: str = ""
 
@@ -146,7 +150,7 @@ class Family:
 
 
 LLAVA = Family("llava")
-QWEN2_VL = replace(LLAVA, model_type="qwen2_vl", layout="thw")
+QWEN2_VL = replace(LLAVA, model_type="qwen2_vl", layout="thw", patch_order="blocks")
 IDEFICS = replace(
     LLAVA, model_type="idefics3", language_model="model.text_model", nested_images=True, layout="split"
 )
@@ -209,7 +213,7 @@ for _family in (
     replace(LLAVA, model_type="aya_vision", layout="canvas"),
     replace(LLAVA, model_type="internvl", layout="canvas"),
     QWEN2_VL,
-    replace(QWEN2_VL, model_type="qwen2_5_vl"),
+    replace(QWEN2_VL, model_type="qwen2_5_vl", patch_order="windows"),
     replace(QWEN2_VL, model_type="qwen3_vl", deepstack=True),
     replace(QWEN2_VL, model_type="glm4v"),
     replace(IDEFICS, model_type="idefics2", layout="queries"),

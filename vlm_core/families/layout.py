@@ -22,7 +22,7 @@ import numpy as np
 
 from vlm_core.errors import NotMeasurable, SubjectError
 from vlm_core.families.family import Family
-from vlm_core.families.tiling import CUTS, Part, Source
+from vlm_core.families.tiling import CUTS, Part, Patches, Source
 
 __all__ = ["KINDS", "Layout", "coverage", "heatmap", "image_layouts", "object_tokens"]
 
@@ -65,6 +65,8 @@ class Layout:
     where : {"sequence", "cross_attention"}
     reason : str
         Why no token has a box, if none has; else empty.
+    patches : tuple of Patches
+        What the vision tower saw of each grid, in the order in which it saw them; empty where tokens are no pooled patches.
     """
 
     positions: np.ndarray
@@ -78,6 +80,7 @@ class Layout:
     sizes: tuple[tuple[int, int], ...]
     where: str = "sequence"
     reason: str = ""
+    patches: tuple[Patches, ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -237,6 +240,7 @@ def _assemble(
     sizes: Sequence[tuple[int, int]],
     crossing: bool,
 ) -> Layout:
+    patches = tuple(part.patches for parts in images for part in parts if part.patches is not None and not crossing)
     pieces = [_tokens(part, number) for number, parts in enumerate(images) for part in parts]
     pieces += [_tokens(part, -1) for part in (*unused, Part("padding", None, None))]
     grids = 0
@@ -258,6 +262,7 @@ def _assemble(
         sizes=tuple((int(height), int(width)) for height, width in sizes),
         where="cross_attention" if crossing else "sequence",
         reason=reason and f"model_type '{family.model_type}': {reason}.",
+        patches=patches,
         **columns,
     )
 

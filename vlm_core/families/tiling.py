@@ -1,7 +1,7 @@
 """How each family cuts an image and turns it into tokens: crops, padding, pooling, in the order of its tokens.
 
 One small function per way of cutting (``CUTS``), named by ``Family.layout``; each gives, for one image, the ``Part``s
-that its tokens form. Sizes are recomputed from the processor's own settings with ``transformers``' own functions;
+that its tokens form, each grid of tokens with the vision tower's patches under it (``Patches``). Sizes are recomputed from the processor's own settings with ``transformers``' own functions;
 ``vlm_core.families.layout`` turns parts into boxes and checks that their number is what the processor wrote.
 
 ``whole``         one view: padded to a square, resized, cropped at the centre, cut into patches (LLaVA, PaliGemma)
@@ -24,10 +24,35 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CUTS", "Part", "Source"]
+__all__ = ["CUTS", "Part", "Patches", "Source"]
 
 Box = tuple[float, float, float, float]
 FULL: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The vision tower's patches under a grid of image tokens.
+
+    Token (row, column) shows the patches from ``first + step * (row, column)`` on, ``step`` of them down and across, of its
+    views laid side by side.
+
+    Parameters
+    ----------
+    view : (rows, columns)
+        Of patches in one view, as the tower sees it.
+    views : (rows, columns)
+        Of views that make up the grid, in the order in which the tower gets them, row by row.
+    first : (row, column)
+        Where the first token starts.
+    step : (down, across)
+        Patches per token; a fraction where tokens are interpolated.
+    """
+
+    view: tuple[int, int]
+    views: tuple[int, int] = (1, 1)
+    first: tuple[int, int] = (0, 0)
+    step: tuple[float, float] = (1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +72,8 @@ class Part:
         Whether each row is followed by a newline token.
     count : int
         How many tokens without a place.
+    patches : Patches, optional
+        What the vision tower saw of a grid; None where its tokens are no pooled patches.
     """
 
     kind: str
@@ -55,6 +82,7 @@ class Part:
     tile: Any = 0
     newline: bool = False
     count: int = 0
+    patches: Patches | None = None
 
     def __len__(self) -> int:
         return self.count if self.down is None else len(self.down) * (len(self.across) + self.newline)
@@ -112,16 +140,13 @@ def _cells(start: float, stop: float, n: int, share: float = 1.0) -> np.ndarray:
     return np.stack([edges[:-1], edges[1:]], axis=1)
 
 
-def _grid(kind: str, box: Box, pixels: tuple[int, int], cell: int, tile: int = 0) -> Part:
-    # Cells of `cell` pixels over a view of `pixels` (height, width); what is left over at its end has no token.
-    height, width = pixels
+def _grid(kind: str, box: Box, pixels: tuple[int, int], patch: int, tile: int = 0, merged: int = 1) -> Part:
+    # Cells of `merged` patches a side over a view of `pixels` (height, width); what is left over at its end has no token.
+    (height, width), cell = pixels, patch * merged
     rows, columns = height // cell, width // cell
     down = _cells(box[1], box[3], rows, rows * cell / height)
-    return Part(kind, down, _cells(box[0], box[2], columns, columns * cell / width), tile)
-
-
-def _squares(kind: str, box: Box, n: int, share: float = 1.0, tile: int = 0) -> Part:
-    return Part(kind, _cells(box[1], box[3], n, share), _cells(box[0], box[2], n, share), tile)
+    patches = Patches((height // patch, width // patch), step=(merged, merged))
+    return Part(kind, down, _cells(box[0], box[2], columns, columns * cell / width), tile, patches=patches)
 
 
 def _padded_to_square(height: int, width: int) -> tuple[Box, int]:
@@ -176,15 +201,16 @@ def whole(source: Source, height: int, width: int, index: int) -> list[Part]:
 def native(source: Source, height: int, width: int, index: int) -> list[Part]:
     """One view whose resized size the processor reports."""
     resized = tuple(int(side) for side in source.inputs["image_sizes"][index])
-    cell = source.config.vision_config.patch_size * getattr(source.config, "spatial_merge_size", 1)
-    return [_grid("patch", FULL, resized, cell)]
+    merged = getattr(source.config, "spatial_merge_size", 1)
+    return [_grid("patch", FULL, resized, source.config.vision_config.patch_size, merged=merged)]
 
 
 def thw(source: Source, height: int, width: int, index: int) -> list[Part]:
     """One view whose patches the processor counts, merged in squares."""
     merge = source.config.vision_config.spatial_merge_size
     _, rows, columns = (int(count) for count in source.inputs["image_grid_thw"][index])
-    return [Part("patch", _cells(0, 1, rows // merge), _cells(0, 1, columns // merge))]
+    patches = Patches((rows, columns), step=(merge, merge))
+    return [Part("patch", _cells(0, 1, rows // merge), _cells(0, 1, columns // merge), patches=patches)]
 
 
 def anyres(source: Source, height: int, width: int, index: int) -> list[Part]:
@@ -218,7 +244,14 @@ def anyres(source: Source, height: int, width: int, index: int) -> list[Part]:
         cut_columns, kept_columns, n_columns, (tile, patch), (best[1] - resized[1]) // 2, resized[1]
     )
     tiles = tile_row[:, None] * (columns // n) + tile_column
-    return [*source.cls, _grid("thumbnail", FULL, (tile, tile), patch, -1), Part("tile", down, across, tiles, newline=True)]
+    stitched = Patches(
+        (n, n), (rows // n, columns // n), (cut_rows, cut_columns), (kept_rows / n_rows, kept_columns / n_columns)
+    )
+    return [
+        *source.cls,
+        _grid("thumbnail", FULL, (tile, tile), patch, -1),
+        Part("tile", down, across, tiles, newline=True, patches=stitched),
+    ]
 
 
 def _stitched(cut: int, kept: int, n_cells: int, view: tuple[int, int], before: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,11 +267,11 @@ def _stitched(cut: int, kept: int, n_cells: int, view: tuple[int, int], before: 
     return (np.stack([start, stop], axis=1) - before) / length, middle.astype(int)
 
 
-def _tiles_then_thumbnail(rows: int, columns: int, pixels: tuple[int, int], cell: int) -> list[Part]:
+def _tiles_then_thumbnail(rows: int, columns: int, pixels: tuple[int, int], patch: int, merged: int) -> list[Part]:
     if rows * columns == 1:
-        return [_grid("patch", FULL, pixels, cell)]
-    tiles = [_grid("tile", box, pixels, cell, tile) for tile, box in enumerate(_tile_boxes(rows, columns))]
-    return [*tiles, _grid("thumbnail", FULL, pixels, cell, -1)]
+        return [_grid("patch", FULL, pixels, patch, merged=merged)]
+    tiles = [_grid("tile", box, pixels, patch, tile, merged) for tile, box in enumerate(_tile_boxes(rows, columns))]
+    return [*tiles, _grid("thumbnail", FULL, pixels, patch, -1, merged)]
 
 
 def canvas(source: Source, height: int, width: int, index: int) -> list[Part]:
@@ -253,7 +286,7 @@ def canvas(source: Source, height: int, width: int, index: int) -> list[Part]:
             (height, width), pixels, source.get("min_patches"), source.get("max_patches")
         )
     merged = getattr(config, "downsample_factor", None) or round(1 / config.downsample_ratio)
-    return _tiles_then_thumbnail(rows, columns, pixels, _side(config.vision_config.patch_size) * merged)
+    return _tiles_then_thumbnail(rows, columns, pixels, _side(config.vision_config.patch_size), merged)
 
 
 def split(source: Source, height: int, width: int, index: int) -> list[Part]:
@@ -276,8 +309,8 @@ def split(source: Source, height: int, width: int, index: int) -> list[Part]:
         else:
             rows = ceil(height / tile)
             columns = ceil(int(rows * tile * aspect) / tile)
-    cell = source.config.vision_config.patch_size * source.config.scale_factor
-    return _tiles_then_thumbnail(rows, columns, (tile, tile), cell)
+    patch, merged = source.config.vision_config.patch_size, source.config.scale_factor
+    return _tiles_then_thumbnail(rows, columns, (tile, tile), patch, merged)
 
 
 def pan_and_scan(source: Source, height: int, width: int, index: int) -> list[Part]:
@@ -287,14 +320,14 @@ def pan_and_scan(source: Source, height: int, width: int, index: int) -> list[Pa
     if source.get("do_pan_and_scan"):
         crops = source.processor.image_processor.pan_and_scan(_blank(height, width), *map(source.get, names))
     vision = source.config.vision_config
-    n = int(source.config.mm_tokens_per_image**0.5)
-    share = vision.image_size // vision.patch_size // n * vision.patch_size * n / vision.image_size
-    parts = [_squares("thumbnail" if crops else "patch", FULL, n, share, -1 if crops else 0)]
+    merged = vision.image_size // vision.patch_size // int(source.config.mm_tokens_per_image**0.5)
+    view = ((vision.image_size,) * 2, vision.patch_size)
+    parts = [_grid("thumbnail" if crops else "patch", FULL, *view, -1 if crops else 0, merged)]
     x = y = 0
     for tile, crop in enumerate(crops):
         high, wide = crop.shape[-2:]
         box = (x / width, y / height, (x + wide) / width, (y + high) / height)
-        parts.append(_squares("tile", box, n, share, tile))
+        parts.append(_grid("tile", box, *view, tile, merged))
         x, y = (x + wide, 0) if width >= height else (0, y + high)
     return parts
 

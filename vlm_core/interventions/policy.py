@@ -54,12 +54,16 @@ class TowerLayer:
     received : Tensor ``[image token]``
         Attention that the token's patches receive, averaged over heads: from the tower's class token where it has one, else averaged
         over all patches of the view.
-    keys : Tensor ``[image token, size]``
-        Keys of all heads side by side.
+    keys : Tensor ``[image token, size]``, optional
+        Keys of all heads side by side, of the last two layers; None in earlier ones.
     """
 
     received: torch.Tensor
-    keys: torch.Tensor
+    keys: torch.Tensor | None = None
+
+    def at(self, tokens: torch.Tensor) -> TowerLayer:
+        """Of some of the tokens."""
+        return TowerLayer(self.received[tokens], None if self.keys is None else self.keys[tokens])
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,8 +255,7 @@ class Seen:
 
         def compute() -> Visual:
             visual, at = self.visual, self.ordinals.to(self.visual.grid.device)
-            tower = tuple(TowerLayer(one.received[at], one.keys[at]) for one in visual.tower)
-            return Visual(visual.grid[at], visual.row[at], visual.column[at], tower)
+            return Visual(visual.grid[at], visual.row[at], visual.column[at], tuple(layer.at(at) for layer in visual.tower))
 
         return self.once(("outside",), compute)
 

@@ -34,7 +34,9 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.seam.eagerly import eagerly
 from vlm_core.seam.run import Run
 
-__all__ = ["ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "require_asleep", "run_at"]
+__all__ = [
+    "ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "original_attention", "require_asleep", "run_at",
+]  # fmt: skip
 
 ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
 
@@ -127,7 +129,8 @@ def capturing() -> Iterator[None]:
         _CAPTURING.reset(token)
 
 
-def _original(module: nn.Module, implementation: str):
+def original_attention(module: nn.Module, implementation: str):
+    """What ``module`` attends with under ``implementation`` ("sdpa" or "eager")."""
     # Looked up in the modelling file itself: a model may override an implementation in its local registry.
     modelling = sys.modules[type(module).__module__]
     if implementation == "eager":
@@ -137,7 +140,7 @@ def _original(module: nn.Module, implementation: str):
 
 def _attention_like(implementation: str):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
-        original = _original(module, implementation)
+        original = original_attention(module, implementation)
         run, layer = run_at(module)
         if run is not None:
             return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from vlm_core.families.layout import image_layouts
 from vlm_core.interventions import Row, parts
 from vlm_core.interventions.policy import Visual
+from vlm_core.seam.tower import tower_layers
 
 if TYPE_CHECKING:
     from vlm_core.subjects.subject import Subject
@@ -44,12 +45,15 @@ def visuals(
     ------
     SubjectError
         Where the family's layout is unknown.
+    NotMeasurable
+        Where the tower is asked for and its patches cannot be told apart by image token.
     """
     family, device = subject.anatomy.family, subject.device
     layouts = image_layouts(family, subject.model.config, subject.processor, inputs, sizes)
+    towers = tower_layers(subject.model, subject.anatomy, inputs, layouts) if "tower" in reads else [()] * len(layouts)
     found = []
-    for layout in layouts:
+    for layout, tower in zip(layouts, towers, strict=True):
         grid, row, column = (torch.as_tensor(one, dtype=torch.long, device=device) for one in (layout.grid, layout.row, layout.column))
-        found.append(Visual(grid, row, column))
+        found.append(Visual(grid, row, column, tower))
     return found
 

@@ -41,7 +41,7 @@ from vlm_core.observation.sinks import SinkMass, Sinks
 from vlm_core.seam.attending import AttentionEdits
 from vlm_core.seam.plan import Program
 from vlm_core.seam.run import Run
-from vlm_core.seam.seam import ATTENTION_NAMES, _original, active, current_run
+from vlm_core.seam.seam import ATTENTION_NAMES, active, current_run, original_attention
 from vlm_core.subjects.embed import capture
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
@@ -257,7 +257,7 @@ def test_an_unmasked_name_leaks_and_ours_do_not(subject, batch):
 
 
 def _eager_by_module(module, *args, **kwargs):
-    return _original(module, "eager")(module, *args, **kwargs)
+    return original_attention(module, "eager")(module, *args, **kwargs)
 
 
 def test_names_avoid_substring_dispatch():
