@@ -5,6 +5,8 @@
 ``ImageKV``                       the image keys and values of one prompt, token by token
 ``Activations``                   what one prompt had at some sites (``vlm_core.subjects.activations`` captures them)
 ``Vector``                        one direction, or one mean token
+``Couplings``                     how much questions couple to the image tokens of some items
+``GateWeights``                   a trained scorer of image tokens
 ``GaussianNoise``                 noise that depends on its seed, the item, the site, the layer and the token, and on nothing else
 
 Each is frozen and compares by the ``digest`` of its content, which is the same in every process.
@@ -22,7 +24,19 @@ import torch
 
 from vlm_core.interventions.numeric import integer, real, require_finite
 
-__all__ = ["SITES", "Activations", "GaussianNoise", "HeadDirections", "HeadMeans", "ImageKV", "ImageKVMeans", "Source", "Vector"]
+__all__ = [
+    "SITES",
+    "Activations",
+    "Couplings",
+    "GateWeights",
+    "GaussianNoise",
+    "HeadDirections",
+    "HeadMeans",
+    "ImageKV",
+    "ImageKVMeans",
+    "Source",
+    "Vector",
+]
 
 SITES = ("residual", "attention", "mlp", "head")
 """Where activations are captured and patched.
@@ -158,6 +172,88 @@ class Vector(Source):
             raise ValueError(f"a direction is one vector [hidden], got a tensor of shape {tuple(self.values.shape)}")
         require_finite(self.values, "values of Vector")
         object.__setattr__(self, "digest", _digest(self.values))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Couplings(Source):
+    """How much a question couples to each image token of some items: 0 or more, in any unit.
+
+    Parameters
+    ----------
+    items : LongTensor ``[item]``
+        Numbers of the items (``vlm_core.items.item_number``), each once.
+    counts : LongTensor ``[item]``
+        Image tokens of each.
+    values : Tensor ``[image token]``
+        Of all items one after the other.
+    """
+
+    items: torch.Tensor
+    counts: torch.Tensor
+    values: torch.Tensor
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        require_finite(self.values, "values of Couplings", ("image token",))
+        for name in ("items", "counts"):
+            require_finite(getattr(self, name), f"{name} of Couplings", ("item",))
+        if len(self.items) != len(self.counts) or int(self.counts.sum()) != len(self.values) or bool((self.counts < 0).any()):
+            raise ValueError(f"Couplings of {len(self.items)} items count {self.counts.tolist()[:8]} tokens for {len(self.values)} values")
+        if len(set(self.items.tolist())) != len(self.items):
+            raise ValueError("Couplings hold each item once: two of them have one number")
+        if bool((self.values < 0).any()):
+            raise ValueError(f"values of Couplings must be 0 or more, got {float(self.values.min()):g}")
+        object.__setattr__(self, "digest", _digest(self.items, self.counts, self.values))
+
+    def of(self, item: int) -> torch.Tensor:
+        """Those of one item, ``[image token]``; a ``ValueError`` where it is not among them."""
+        place = (self.items == item).nonzero()
+        if not len(place):
+            raise ValueError(
+                f"couplings of {len(self.items)} items are held, not those of item number {item}: make them of the items measured"
+            )
+        start = int(self.counts[: int(place[0, 0])].sum())
+        return self.values[start : start + int(self.counts[int(place[0, 0])])]
+
+
+_GATE = {"token": 2, "question": 2, "bias": 1, "out": 1, "direct": 1, "subject": 2}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GateWeights(Source):
+    """Weights of a scorer of image tokens (``vlm_core.reduction.gate`` says how it reads them).
+
+    Parameters
+    ----------
+    token, question : Tensor ``[width, hidden]``
+    bias, out : Tensor ``[width]``
+    direct : Tensor ``[hidden]``
+    subject : Tensor ``[token, hidden]``
+        Embeddings of some tokens of the subject that it was trained on; no rows where it was trained on none.
+    """
+
+    token: torch.Tensor
+    question: torch.Tensor
+    bias: torch.Tensor
+    out: torch.Tensor
+    direct: torch.Tensor
+    subject: torch.Tensor
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, axes in _GATE.items():
+            require_finite(getattr(self, name), f"{name} of GateWeights", ("width", "hidden")[-axes:])
+        width, hidden = self.token.shape
+        expected = {"question": (width, hidden), "bias": (width,), "out": (width,), "direct": (hidden,)}
+        found = {name: tuple(getattr(self, name).shape) for name in expected}
+        if found != expected or self.subject.shape[1] != hidden:
+            raise ValueError(f"weights of a gate on {hidden} numbers of width {width} must have shapes {expected}, got {found}")
+        object.__setattr__(self, "digest", _digest(*(getattr(self, name) for name in _GATE)))
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of the residual stream that it reads."""
+        return self.token.shape[1]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,7 +20,18 @@ from safetensors.torch import load_file, save_file
 import vlm_core.interventions as interventions
 from vlm_core.interventions import Row, parts, require_row
 from vlm_core.interventions.policy import Policy, policy_kinds
-from vlm_core.interventions.sources import Activations, GaussianNoise, HeadDirections, HeadMeans, ImageKV, ImageKVMeans, Source, Vector
+from vlm_core.interventions.sources import (
+    Activations,
+    Couplings,
+    GateWeights,
+    GaussianNoise,
+    HeadDirections,
+    HeadMeans,
+    ImageKV,
+    ImageKVMeans,
+    Source,
+    Vector,
+)
 
 __all__ = ["from_dict", "load_interventions", "save_interventions", "tensors_of", "to_dict"]
 
@@ -41,6 +52,8 @@ _KINDS = (
     "ZeroHeads",
 )
 _FIELDS = {
+    Couplings: ("items", "counts", "values"),
+    GateWeights: ("token", "question", "bias", "out", "direct", "subject"),
     HeadDirections: ("values",),
     HeadMeans: ("values",),
     ImageKVMeans: ("keys", "values"),

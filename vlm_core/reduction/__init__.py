@@ -16,6 +16,7 @@ from vlm_core.reduction.fastv import FastV
 from vlm_core.reduction.guided import HeadGuided
 from vlm_core.reduction.pooling import Pooling
 from vlm_core.reduction.pyramid import pyramid, pyramid_of
+from vlm_core.reduction.relevance import RelevanceBudget
 from vlm_core.reduction.sparsevlm import SparseVLM
 from vlm_core.reduction.tome import ToMe
 
@@ -26,6 +27,7 @@ __all__ = [
     "HeadGuided",
     "Pooling",
     "Random",
+    "RelevanceBudget",
     "SparseVLM",
     "Stride",
     "ToMe",
@@ -50,5 +52,7 @@ def declared() -> dict[str, Policy]:
         ToMe(),
         DivPrune(),
         DART(),
+        RelevanceBudget(),
+        RelevanceBudget("similarity"),
     )
     return {policy.describe(): policy for policy in policies}
