@@ -10,6 +10,10 @@ import pandas as pd
 
 from reports.exhibits import heads_seeing
 
+AGREEMENTS = {
+    "scenes": "two halves of the scenes, mean over random ways to part them",
+    "wordings": "two wordings of the same few questions about the same images (image tokens see neither, in a causal order)",
+}
 LETTERS = {"cross-modal grounding": "G", "vision summarisation": "V", "instruction following": "I", "routing": "R"}
 
 
@@ -23,7 +27,7 @@ def head_features(evidence, tables: dict[str, pd.DataFrame], notes: dict[str, st
     evidence.artifact_json("head-features.json", notes)
 
 
-def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, features: dict[str, float]) -> None:
+def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, stability: dict[str, tuple]) -> None:
     """``head-taxonomy.json`` and the map of heads by category.
 
     Parameters
@@ -33,9 +37,9 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, fea
     clusters : vlm_core.heads.taxonomy.HeadClusters
     least : float
         Share of the margin from which a path counts.
-    same : vlm_core.heads.taxonomy.SameCategory
-    features : dict
-        Feature → rank correlation over heads between two halves of the scenes.
+    stability : dict
+        What two measurements differ in (``AGREEMENTS``) → `vlm_core.heads.taxonomy.SameCategory`, feature → rank correlation over heads between
+        the two, and what else there is to say of them (how many questions, for example).
     """
     evidence.artifact_json(
         "head-taxonomy.json",
@@ -43,10 +47,14 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, fea
             "heads": {name: {**one, "cluster": int(label)} for (name, one), label in zip(heads.items(), clusters.labels, strict=True)},
             "rule": f"the path whose cutting costs most of the answer's margin, from {least:g} of it on",
             "stability": {
-                "between": "two halves of the scenes, mean over random ways to part them",
-                "heads_with_the_same_category": same.share,
-                "by_chance": same.by_chance,
-                "rank_correlation_of_features_over_heads": {name: value if np.isfinite(value) else None for name, value in features.items()},
+                name: {
+                    "between": AGREEMENTS[name],
+                    **about,
+                    "heads_with_the_same_category": same.share if np.isfinite(same.share) else None,
+                    "by_chance": same.by_chance if np.isfinite(same.by_chance) else None,
+                    "rank_correlation_of_features_over_heads": {one: value if np.isfinite(value) else None for one, value in features.items()},
+                }
+                for name, (same, features, about) in stability.items()
             },
             "clustering": {
                 "k": clusters.k,
@@ -71,8 +79,12 @@ def taxonomy(evidence, heads: dict[str, dict], clusters, least: float, same, fea
         {"values": costliest.tolist(), "marks": marks, "value_label": "margin lost (share)"},
         title="What heads are for: the path of each whose cutting costs most",
         caption=f"Discovery items of all tasks. {said}; the others cost less than {least:g} of the margin whatever path is cut. "
-        f"Two halves of the scenes give {_percent(same.share)} of heads the same category ({_percent(same.by_chance)} by chance); features of "
-        f"heads correlate between halves by {_range(features.values())} (Spearman, over heads)." + heads_seeing(grounding),
+        + " ".join(
+            f"Between {AGREEMENTS[name]}, {_percent(same.share)} of heads have the same category ({_percent(same.by_chance)} by chance), and features "
+            f"of heads correlate by {_range(features.values())} (Spearman, over heads)."
+            for name, (same, features, _) in stability.items()
+        )
+        + heads_seeing(grounding),
         alt=f"Map of {shape[0]} layers by {shape[1]} heads by category: {said}.",
     )
 

@@ -40,11 +40,14 @@ GROUNDEDNESS = Claim(
 
 
 @pytest.mark.claim(TAXONOMY)
-def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, evidence):
+def test_features_tell_categories_apart(
+    floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, other_words, evidence
+):
     seen = seen_features("discovery")
     clusters = cluster_heads(seen.matrix(), seed=seed)
-    same, alike = category_agreement(taxonomy.effects, least=taxonomy.least, seed=seed), seen.agreement(seed)
-    exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least, same, alike)
+    same = category_agreement(taxonomy.effects, least=taxonomy.least, seed=seed)
+    stability = {"scenes": (same, seen.agreement(seed), {}), "wordings": other_words()}
+    exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least, stability)
     exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
     told, heads, missing = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
     exhibits_h1.probe(
@@ -63,7 +66,7 @@ def test_features_tell_categories_apart(floors, seed, taxonomy, seen_features, a
             "accuracy": told.accuracy,
             "control_accuracy": told.control_accuracy,
             "heads_by_category": taxonomy.counts(),
-            "same_category_in_halves_of_the_scenes": {"share": same.share, "by chance": same.by_chance},
+            "same_category_between": {name: {"share": one.share, "by chance": one.by_chance} for name, (one, *_) in stability.items()},
             "categories_told_apart": list(told.classes),
             "silhouette": {"k": clusters.k, "measured": clusters.silhouette, "features permuted": clusters.permuted.mean()},
         },

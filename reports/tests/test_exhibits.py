@@ -92,12 +92,31 @@ def test_head_maps_say_how_many_heads_see_the_image_where_not_all_do(evidence):
         for layer, seen in enumerate((None, None, 0.2))
     }
     clusters = SimpleNamespace(labels=[0, 1, 1], k=2, silhouette=0.5, by_k={2: 0.5}, permuted=np.zeros(2), p_value=0.1)
-    exhibits_h1.taxonomy(evidence, heads, clusters, 0.01, SimpleNamespace(share=0.9, by_chance=0.4), {})
+    exhibits_h1.taxonomy(evidence, heads, clusters, 0.01, {"scenes": (SimpleNamespace(share=0.9, by_chance=0.4), {}, {})})
     one = SingleHeads(np.ones(2), np.zeros(2), np.full((2, 2, 2), [[np.nan] * 2, [0.5] * 2]), ("a", "b"), ("s", "t"), "logit")
     exhibits_ablation.single_head_costs(evidence, "count", one, 0.05)
     captions = [figure["caption"] for figure in left(evidence)[1]]
     said = [re.search(r"\d+ of \d+(?= heads see the image)", caption)[0] for caption in captions]
     assert said == ["3 of 6", "1 of 3", "2 of 4"]
+
+
+def test_the_taxonomy_says_how_far_it_agrees_between_scenes_and_between_wordings(evidence):
+    heads = {"0.0": {"layer": 0, "head": 0, "category": "routing", "drops": {name: {"drop": 0.1} for name in exhibits_h1.LETTERS}}}
+    clusters = SimpleNamespace(labels=[0], k=2, silhouette=0.5, by_k={2: 0.5}, permuted=np.zeros(2), p_value=0.1)
+    stability = {
+        "scenes": (SimpleNamespace(share=0.9, by_chance=0.4), {"entropy": 0.5, "distance": 0.7}, {}),
+        "wordings": (SimpleNamespace(share=np.nan, by_chance=np.nan), {"entropy": 0.8, "distance": np.nan}, {"questions": {"features": 14}}),
+    }
+    exhibits_h1.taxonomy(evidence, heads, clusters, 0.01, stability)
+    _, figure = one_figure(evidence)
+    scenes, wordings = (f"Between {exhibits_h1.AGREEMENTS[name]}, " for name in ("scenes", "wordings"))
+    assert f"{scenes}90 % of heads have the same category (40 % by chance), and features of heads correlate by 0.50 to 0.70" in figure["caption"]
+    assert f"{wordings}an unknown share of heads" in figure["caption"] and "by 0.80 to 0.80" in figure["caption"]
+    (left_behind,) = evidence.payload()["artifacts"]
+    kept = left_behind["content"]["stability"]
+    assert kept["scenes"]["heads_with_the_same_category"] == 0.9 and kept["wordings"]["heads_with_the_same_category"] is None
+    assert kept["wordings"]["questions"] == {"features": 14}
+    assert kept["wordings"]["rank_correlation_of_features_over_heads"] == {"entropy": 0.8, "distance": None}
 
 
 def test_null_draws_keep_every_draw(evidence):

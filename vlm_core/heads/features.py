@@ -104,11 +104,28 @@ class HeadFeatures:
         found = []
         for one in scene_halves(self.clusters, seed):
             mine = np.array([scene in one for scene in self.clusters])
-            halves = [replace(self, per_item=self.per_item[rows]).means.reshape(-1, len(self.names)) for rows in (mine, ~mine)]
-            known = np.isfinite(halves).all(0)
-            found.append([_rank_correlation(*(half[known[:, k], k] for half in halves)) for k in range(len(self.names))])
+            found.append(_correlations(*(replace(self, per_item=self.per_item[rows]).means for rows in (mine, ~mine))))
         means = np.mean(found, axis=0) if found else np.full(len(self.names), np.nan)
         return dict(zip(self.names, means.tolist(), strict=True))
+
+    def agreement_with(self, other: HeadFeatures) -> dict[str, float]:
+        """Spearman's rank correlation over heads of each feature with another measurement (the questions in other words) on the same items.
+
+        NaN as in ``agreement``.
+
+        Raises
+        ------
+        ValueError
+            If the other one has an item that is none of these, or other features or heads.
+        """
+        row_of = {name: row for row, name in enumerate(self.items)}
+        for name in other.items:
+            if name not in row_of:
+                raise ValueError(f"the item '{name}' is none of the {len(self.items)} that these features are of: measure both on the same items")
+        if self.names != other.names or self.per_item.shape[1:] != other.per_item.shape[1:]:
+            raise ValueError("features of other heads, or other features, cannot be compared with these: measure both with head_features on one subject")
+        same = replace(self, per_item=self.per_item[[row_of[name] for name in other.items]])
+        return dict(zip(self.names, _correlations(same.means, other.means), strict=True))
 
     def table(self, more: Mapping[str, ArrayLike | tuple[ArrayLike, Sequence]] | None = None, confidence: float = 0.95) -> pd.DataFrame:
         """One row a head: ``layer, head``, then each feature's mean with its interval (``x, x_lower, x_upper``).
@@ -148,6 +165,13 @@ def scene_halves(clusters: Iterable[str], seed: int = 0) -> list[set[str]]:
     """``SPLITS`` random halves of the scenes, the other half being the rest; none of a single scene."""
     scenes, rng = np.unique(list(clusters)), np.random.default_rng(seed)
     return [set(rng.permutation(scenes)[: scenes.size // 2].tolist()) for _ in range(SPLITS)] if scenes.size > 1 else []
+
+
+def _correlations(one: np.ndarray, other: np.ndarray) -> list[float]:
+    """Of each feature between two maps ``[layer, head, feature]``, over the heads that have it in both."""
+    halves = [means.reshape(-1, means.shape[-1]) for means in (one, other)]
+    known = np.isfinite(halves).all(0)
+    return [_rank_correlation(*(half[known[:, k], k] for half in halves)) for k in range(known.shape[1])]
 
 
 def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -4,6 +4,7 @@
 ``path_effects``      what the answer loses when one path of one head is cut, head by head
 ``categorise``        heads into categories, with how sure that is: `Taxonomy`
 ``category_agreement``  whether two halves of the scenes give heads the same category: `SameCategory`
+``same_categories``   whether two measurements (two wordings of the same questions) do
 ``cluster_heads``     k-means in feature space, k by silhouette, against features permuted among heads: `HeadClusters`
 
 A category says what a head *does*: it is defined by interventions alone, never by attention, so that whether attention features tell
@@ -30,7 +31,7 @@ from vlm_core.tables import wide
 
 __all__ = [
     "CATEGORIES", "NO_EFFECT", "HeadClusters", "PathEffects", "SameCategory", "Taxonomy", "categorise", "category_agreement", "cluster_heads",
-    "path_effects",
+    "path_effects", "same_categories",
 ]  # fmt: skip
 
 CATEGORIES = {
@@ -54,10 +55,18 @@ class PathEffects:
         has no such path: outside the layers that see the image, or see image tokens or text at all.
     clusters : dict of category to tuple of str
         Scene of each item.
+    margin : float
+        The untouched subject's mean margin that drops are shares of, in nats.
     """
 
     drops: dict[str, np.ndarray]
     clusters: dict[str, tuple[str, ...]]
+    margin: float = float("nan")
+
+    def of(self, rows: Mapping[str, Sequence[int]]) -> PathEffects:
+        """Those of some items: category to the numbers of its rows."""
+        clusters = {name: tuple(self.clusters[name][row] for row in rows[name]) for name in self.drops}
+        return PathEffects({name: drops[list(rows[name])] for name, drops in self.drops.items()}, clusters, self.margin)
 
     def means(self) -> np.ndarray:
         """``[category, layer, head]``, in the order of ``drops``."""
@@ -120,6 +129,7 @@ def path_effects(
     means: ImageKVMeans,
     *,
     known: Mapping[str, tuple[ArrayLike, Sequence[str]]] | None = None,
+    margin: float | None = None,
     measure: Callable | None = None,
     store: str | Path | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
@@ -134,6 +144,8 @@ def path_effects(
     known : mapping of category to (``[item, layer, head]``, cluster of each item), optional
         Effects that are known already, in the margin's own unit (the per-item coefficients of `head_attribution` for grounding); their
         paths are not cut again.
+    margin : float, optional
+        What drops are to be shares of, in nats (that of other effects, to compare with). Default: the mean over these items, without its sign.
     measure : callable, optional
         Called like ``sweep(items, interventions, metrics=..., groups=...)`` in place of `vlm_core.sweep` on the subject.
     store, progress
@@ -174,7 +186,7 @@ def path_effects(
     measure = measure or partial(sweep, subject, store=store, progress=progress)
     table = wide(measure(items, {"full": None, **wanted}, metrics=("margin",), groups=_carriers(subject)), "margin")
     full = table["full"].to_numpy(float)
-    scale = float(np.abs(full).mean())
+    scale = float(np.abs(full).mean()) if margin is None else margin
     if not scale > 0:
         raise ValueError("every margin of the untouched subject is 0 on these items: there is nothing that a path could carry")
     scenes = tuple(str(item_field(item, "scene_id")) for item in items)
@@ -187,7 +199,7 @@ def path_effects(
             for head in cut_here[name]:
                 values[:, head.layer, head.head] = full - table[f"{name}/{head}"].to_numpy(float)
         drops[name] = values / scale
-    return PathEffects(drops, clusters)
+    return PathEffects(drops, clusters, scale)
 
 
 def _carriers(subject: Subject):
@@ -242,14 +254,14 @@ def categorise(effects: PathEffects, *, least: float = LEAST, draws: int = 1000,
 
 @dataclass(frozen=True)
 class SameCategory:
-    """Whether two halves of the scenes give heads the same category.
+    """Whether two measurements give heads the same category.
 
     Attributes
     ----------
     share : float
-        Of heads, mean over the ways to part the scenes; NaN where no way leaves every path a scene in either half.
+        Of heads.
     by_chance : float
-        The same if each half gave as many heads each category, whichever.
+        The same if each measurement gave as many heads each category, whichever.
     """
 
     share: float
@@ -259,19 +271,43 @@ class SameCategory:
 def category_agreement(effects: PathEffects, *, least: float = LEAST, seed: int = 0) -> SameCategory:
     """How often `categorise` gives a head the same category on two halves of the scenes, mean over random ways to part them.
 
-    Each half holds half of the scenes: categories from all of them agree more.
+    Each half holds half of the scenes: categories from all of them agree more. NaN where no way leaves every path a scene in either half.
     """
-    names, found = list(effects.drops), []
+    found = []
     for one in scene_halves((scene for scenes in effects.clusters.values() for scene in scenes), seed):
-        sides = {name: np.array([scene in one for scene in effects.clusters[name]]) for name in names}
+        sides = {name: np.array([scene in one for scene in effects.clusters[name]]) for name in effects.drops}
         if all(side.any() and not side.all() for side in sides.values()):
-            halves = [
-                _assign(np.stack([effects.drops[name][side if first else ~side].mean(0) for name, side in sides.items()]), names, least)
-                for first in (True, False)
-            ]
-            chance = sum(float((halves[0] == name).mean() * (halves[1] == name).mean()) for name in (*names, NO_EFFECT))
-            found.append((float((halves[0] == halves[1]).mean()), chance))
+            halves = [effects.of({name: np.flatnonzero(side if first else ~side) for name, side in sides.items()}) for first in (True, False)]
+            same = same_categories(*halves, least=least)
+            found.append((same.share, same.by_chance))
     return SameCategory(*np.mean(found, axis=0).tolist()) if found else SameCategory(float("nan"), float("nan"))
+
+
+def same_categories(one: PathEffects, other: PathEffects, *, least: float = LEAST) -> SameCategory:
+    """How often `categorise` gives a head the same category by two measurements.
+
+    Parameters
+    ----------
+    one, other : PathEffects
+        Of the same heads, and of the same margin: of the same questions in two wordings, for example.
+    least : float
+        Share of the margin.
+
+    Raises
+    ------
+    ValueError
+        If they are of other heads or paths.
+    """
+    names = list(one.drops)
+    first, second = one.means(), other.means()
+    if names != list(other.drops) or first.shape != second.shape:
+        raise ValueError(
+            f"effects of paths {', '.join(names)} on {first.shape[1:]} heads cannot be compared with those of {', '.join(other.drops)} on "
+            f"{second.shape[1:]}: measure the same paths of the same subject"
+        )
+    kinds = [_assign(means, names, least) for means in (first, second)]
+    chance = sum(float((kinds[0] == name).mean() * (kinds[1] == name).mean()) for name in (*names, NO_EFFECT))
+    return SameCategory(float((kinds[0] == kinds[1]).mean()), chance)
 
 
 def _assign(means: np.ndarray, names: list[str], least: float) -> np.ndarray:

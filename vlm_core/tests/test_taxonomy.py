@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from vlm_core import KnockOut, ReplaceImageKV, categorise, cluster_heads, head_features, path_effects, sweep
 from vlm_core.heads.features import HeadFeatures
-from vlm_core.heads.taxonomy import CATEGORIES, NO_EFFECT, PathEffects, category_agreement
+from vlm_core.heads.taxonomy import CATEGORIES, NO_EFFECT, PathEffects, category_agreement, same_categories
 from vlm_core.tables import wide
 from vlm_core.tests.tiny import make_items
 
@@ -93,6 +94,45 @@ def test_halves_of_the_scenes_agree_on_what_is_planted_and_by_chance_on_noise():
     assert category_agreement(effects).share == pytest.approx(11 / 12)
 
 
+def test_two_measurements_agree_as_far_as_they_give_heads_one_category():
+    effects, other = planted(0.0), planted(0.0, n=4)
+    assert same_categories(effects, other).share == 1.0
+    other.drops[NAMES[3]][:, 0, 0] = 0.2  # the head that summarises routes, and two of the idle ones do
+    other.drops[NAMES[3]][:, 0, 1:3] = 0.2
+    same = same_categories(effects, other)
+    assert same.share == pytest.approx(9 / 12)
+    assert same.by_chance == pytest.approx((8 * 6 + 1 * 1 + 1 * 0 + 1 * 1 + 1 * 4) / 144)
+    assert same_categories(effects, other, least=0.15).share == pytest.approx(9 / 12)  # what is none in both is the same
+    with pytest.raises(ValueError, match="cannot be compared with those of"):
+        same_categories(effects, PathEffects({name: drops[:, :2] for name, drops in other.drops.items()}, other.clusters))
+
+
+def test_effects_of_some_items_are_their_rows():
+    effects = planted()
+    rows = {name: [3 * k, 7] for k, name in enumerate(NAMES)}
+    some = effects.of(rows)
+    for name in NAMES:
+        np.testing.assert_array_equal(some.drops[name], effects.drops[name][rows[name]])
+        assert some.clusters[name] == tuple(effects.clusters[name][row] for row in rows[name])
+
+
+def test_features_agree_with_those_of_the_same_items_alone():
+    rng = np.random.default_rng(0)
+    truth, other = rng.normal(size=(2, 3, 4, 2))
+    per_item = np.stack([truth] * 4 + [other] * 4)
+    items = tuple("abcdefgh")
+    features = HeadFeatures(per_item, ("one", "two"), items, items, ("t",) * 8)
+    few = HeadFeatures(per_item[[1, 2]] * 2 + 1, ("one", "two"), ("b", "c"), ("b", "c"), ("t",) * 2)  # ranks are the same
+    assert features.agreement_with(few) == pytest.approx({"one": 1.0, "two": 1.0})
+    crossed = HeadFeatures(per_item[[1, 2]], ("one", "two"), ("e", "f"), ("e", "f"), ("t",) * 2)
+    expected = {name: stats.spearmanr(truth[..., k].ravel(), other[..., k].ravel()).statistic for k, name in enumerate(("one", "two"))}
+    assert features.agreement_with(crossed) == pytest.approx(expected) and max(map(abs, expected.values())) < 0.9
+    with pytest.raises(ValueError, match="the item 'b' is none of the 2 that these features are of"):
+        crossed.agreement_with(few)
+    with pytest.raises(ValueError, match="of other heads, or other features"):
+        features.agreement_with(HeadFeatures(per_item[[1]], ("one", "three"), ("b",), ("b",), ("t",)))
+
+
 def test_features_agree_between_halves_where_heads_differ():
     rng = np.random.default_rng(0)
     truth = np.stack([np.arange(12.0), np.zeros(12), np.full(12, np.nan), np.zeros(12)], axis=1).reshape(3, 4, 4)
@@ -137,6 +177,9 @@ def test_known_effects_are_taken_and_not_measured_again(subject, means):
     np.testing.assert_allclose(ratio, ratio[0])
     assert found.clusters["cross-modal grounding"] == ("a", "b")
     assert list(found.drops) == list(NAMES)
+    again = path_effects(subject, items, means, margin=2 * found.margin)
+    for name in NAMES[1:]:
+        np.testing.assert_allclose(again.drops[name], found.drops[name] / 2, rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="no category 'grounding'"):
         path_effects(subject, items, means, known={"grounding": (known, ["a", "b"])})
     with pytest.raises(ValueError, match="one map an item"):
