@@ -3,7 +3,7 @@
 ``eagerly``    context manager: nothing that ``torch.compile`` made is used in any thread until the last such context is left
 
 A compiled model, or a compiled part of one, keeps the hooks that it was traced with: those that come later are left out without a word.
-So every run runs eagerly, one that does nothing too: it is what the others are compared with.
+So every run in which something may be done or seen runs eagerly; ``intervene(None, batch)`` leaves the model as it is.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 ``Run``    holds a compiled ``Program``, knows which token is what (``vlm_core.seam.views.Tokens``), and is called by the seam
            before every decoder layer (``enter_layer``), inside every attention (``attend``), and after every attention and
            MLP module (``leave``)
+``given``  what the language model is called with
 
 A run may start from fewer sequences than it has rows. ``trunk[row]`` then names the row's sequence, and before the
 first layer that a row touches the run gathers a new batch element for it: all that precedes is computed once. Rows that
@@ -34,7 +35,7 @@ from vlm_core.seam.residual import StreamEdits
 from vlm_core.seam.shortening import Shortening, Weighed
 from vlm_core.seam.views import GROUPS, AttentionView, LayerView, Tokens
 
-__all__ = ["Run"]
+__all__ = ["Run", "given"]
 
 
 class Run:
@@ -74,6 +75,8 @@ class Run:
         One sentence: what the family lacks, or what this batch does not have (rows, groups, positions, as many tokens as a source).
     """
 
+    plain = False
+    """Whether it is a pass of the plain model, in which what is compiled is used."""
     alert = False
     """Whether layers and attentions are heard even where the program leaves them alone: for kinds of runs that do something of their own."""
 
@@ -288,7 +291,7 @@ class Run:
     def enter_model(self, args: tuple, kwargs: dict) -> dict | None:
         """Refuse, before the language model runs, what would break inside it; its inputs, where they must change."""
         if not self.hears_layers:
-            self._enter_model(_given(args, kwargs).shape[:2], kwargs.get("past_key_values"))
+            self._enter_model(given(args, kwargs).shape[:2], kwargs.get("past_key_values"))
         if self._untouched:
             return None
         n_deep = len(kwargs.get("deepstack_visual_embeds") or ())
@@ -307,7 +310,7 @@ class Run:
         past = 0 if cache is None else int(cache.get_seq_length(self._own))
         generated = 0
         if past and self._own in self._tokens_at:
-            new = _given(args, kwargs).shape[1]
+            new = given(args, kwargs).shape[1]
             generated = past + new - self._tokens_at[self._own].valid.shape[1]
         counted = counted_positions(kwargs, self._start.valid, past, generated)
         return None if counted is None else {**kwargs, "position_ids": counted}
@@ -317,7 +320,7 @@ class Run:
         if past == 0:
             self._begin()
             if shape != self._valid.shape:
-                self._refuse_batch(tuple(shape), tuple(self._valid.shape), cached=cache is not None)
+                self.refuse_batch(tuple(shape), tuple(self._valid.shape), cached=cache is not None)
             if (self.program.drops or self.program.merges) and getattr(cache, "is_compileable", False):
                 raise ValueError(
                     "DropTokens and MergeTokens cannot shorten what a static cache holds, it has one place per token in every layer: use "
@@ -335,7 +338,9 @@ class Run:
         self.decoding = True
         self._generated = past + shape[1] - self._tokens_at[self._own].valid.shape[1]
 
-    def _refuse_batch(self, entered: tuple[int, int], expected: tuple[int, int], cached: bool) -> None:
+    @staticmethod
+    def refuse_batch(entered: tuple[int, int], expected: tuple[int, int], cached: bool) -> None:
+        """Say why sequences and tokens that ``entered`` the model are not those expected."""
         n_times, left_over = divmod(entered[0], expected[0])
         if n_times > 1 and not left_over and entered[1] == expected[1]:
             raise ValueError(
@@ -463,7 +468,7 @@ class Run:
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
 
-def _given(args: tuple, kwargs: dict) -> torch.Tensor:
+def given(args: tuple, kwargs: dict) -> torch.Tensor:
     """What the language model is called with: embeddings, or tokens by name or in the first place."""
     embeds = kwargs.get("inputs_embeds")
     if embeds is not None:

@@ -10,10 +10,10 @@ run the original function is called with the original arguments, so the numbers 
 layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
 read and edit what they add to it. Every hook makes a forward pass slower and few runs need all of them, so that each kind is there only
 from a run that asks for it (``hears_layers``, ``hears_modules``) to one that does not, ahead of anyone else's hooks. What ``torch.compile``
-made leaves later hooks out: while a run is active, the model runs as it was written (``vlm_core.seam.eagerly``).
+made leaves later hooks out: while a run that is not ``plain`` is active, the model runs as it was written (``vlm_core.seam.eagerly``).
 
 What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
-has no use for, ``enter_model`` and ``leave`` with ``hears_modules``, may be missing.
+has no use for, ``enter_model``, ``leave`` with ``hears_modules``, and ``plain``, may be missing.
 """
 
 from __future__ import annotations
@@ -237,18 +237,29 @@ class Seam:
                 f"attention '{self._text_config._attn_implementation}' was set on this model after the seam was put on it, so that nothing "
                 f"could be seen or changed: make a new subject with Subject(model, processor)"
             )
-        eagerly.__enter__()
-        with self._lock:
-            self._entrance.restore()
-            self._layers.begin(getattr(run, "hears_layers", True))
-            self._modules.begin(getattr(run, "hears_modules", False))
+        if not getattr(run, "plain", False):
+            eagerly.__enter__()
+        layers, modules = getattr(run, "hears_layers", True), getattr(run, "hears_modules", False)
+        if layers or modules or not self._rests:
+            with self._lock:
+                self._entrance.restore()
+                self._layers.begin(layers)
+                self._modules.begin(modules)
 
     def end(self, run: Run) -> None:
         """``run`` is active no longer; its hooks stay until a run comes that needs none, unless another still hears by them."""
-        with self._lock:
-            self._layers.end(getattr(run, "hears_layers", True))
-            self._modules.end(getattr(run, "hears_modules", False))
-        eagerly.__exit__()
+        layers, modules = getattr(run, "hears_layers", True), getattr(run, "hears_modules", False)
+        if layers or modules:
+            with self._lock:
+                self._layers.end(layers)
+                self._modules.end(modules)
+        if not getattr(run, "plain", False):
+            eagerly.__exit__()
+
+    @property
+    def _rests(self) -> bool:
+        """Whether there are the hooks that there are without any run, and no others."""
+        return not (self._layers.on or self._modules.on) and self._entrance.there
 
     def remove(self) -> None:
         """Restore the model as it was before ``install``; a second time does nothing."""
@@ -284,6 +295,16 @@ class _Hooks:
             for key in [key for key, found in hooks.items() if found is hook]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    @property
+    def on(self) -> bool:
+        """Whether there are any."""
+        return bool(self._handles)
+
+    @property
+    def there(self) -> bool:
+        """Whether there are all of them, none cleared by someone."""
+        return self.on and all(handle.id in self._of(module) for handle, (module, _) in zip(self._handles, self._hooked, strict=True))
 
     def begin(self, hears: bool) -> None:
         """A run begins that hears by these, or does not."""

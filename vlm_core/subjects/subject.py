@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +21,7 @@ from vlm_core.interventions import Intervention, require_row
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, item_number, require_items, take
 from vlm_core.placement import home
+from vlm_core.seam.nothing import Nothing
 from vlm_core.seam.plan import Program, require_possible
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, install
@@ -68,7 +67,6 @@ class Subject:
         self.anatomy = Anatomy.of(model, name)
         self.seam = install(model, self.anatomy, name)
         self._wording: Wording | None = None
-        self._idle_runs: WeakKeyDictionary[Batch, tuple[tuple, Run]] = WeakKeyDictionary()
         self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
         self._loaded_state = self.weights_state()
 
@@ -230,7 +228,6 @@ class Subject:
 
     # -- interventions ----------------------------------------------------------------------------------------------
 
-    @contextmanager
     def intervene(
         self,
         interventions: Intervention | tuple | Sequence | None,
@@ -238,7 +235,7 @@ class Subject:
         observers: Sequence = (),
         items: Sequence[int] | None = None,
         groups: Mapping[str, torch.Tensor] | None = None,
-    ) -> Iterator[Run]:
+    ) -> active:
         """Everything the model computes on ``batch`` in this context, ``generate`` included, is intervened on.
 
         Parameters
@@ -265,9 +262,7 @@ class Subject:
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be what subject.encode(images, prompts) gives, got {type(batch).__name__}")
         if interventions is None and items is None and groups is None and observers == ():
-            with active(self._run_of_nothing(batch)) as run:
-                yield run
-            return
+            return active(Nothing(self.anatomy, batch))
         rows = interventions if isinstance(interventions, list) else [interventions]
         for row in rows:
             require_row(row)
@@ -289,18 +284,7 @@ class Subject:
         run = Run(
             anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups, tokens=tokens, visual=visual
         )
-        with active(run):
-            yield run
-
-    def _run_of_nothing(self, batch: Batch) -> Run:
-        # It keeps no state of a pass: one serves all.
-        state, run = self._idle_runs.get(batch, (None, None))
-        if run is None or state != batch.state:
-            program = Program.compile([None] * len(batch), self.anatomy.n_layers, self.anatomy.n_heads)
-            groups = None if batch.labels is None else {"answer": batch.labels != -100}
-            run = Run(self.anatomy, program, batch.image, batch.valid, items=batch.items, groups=groups, tokens=None if groups else batch.tokens)
-            self._idle_runs[batch] = batch.state, run
-        return run
+        return active(run)
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
         """``encode`` on the images and prompts of items, which stay named by their ids (``Batch.items``)."""

@@ -168,12 +168,14 @@ def test_what_is_compiled_is_used_again_after_the_last_run_in_any_thread(few):
     thread = threading.Thread(target=elsewhere)
     thread.start()
     begun.wait(10)
-    with subject.intervene(None, batch):
+    with subject.intervene((), batch), subject.intervene(None, batch):
         assert not used()
     assert not used()
     over.set()
     thread.join()
     assert used()
+    with subject.intervene(None, batch):
+        assert used()
     with pytest.raises(ValueError, match="outside this model"), subject.intervene(ZeroHeads([(9, 0)]), batch):
         pass
     assert used()

@@ -702,3 +702,31 @@ def test_sweeps_and_observations_inside_a_run_are_refused(subject, batch, work):
     with subject.intervene(ZeroHeads([(0, 0)]), batch), pytest.raises(RuntimeError, match="inside an active run"):
         work(subject, items)
     work(subject, items)
+
+
+def test_a_run_of_nothing_knows_what_any_run_knows(batch):
+    subject = Subject(*tiny_llava())
+    with subject.intervene(None, batch) as nothing, pytest.raises(ValueError, match="observer 0 of this run kept nothing"):
+        logits(subject, batch)
+        nothing.record(0, 0)
+    run = Run(subject.anatomy, _program(subject, None, batch), batch.image, batch.valid)
+    assert torch.equal(nothing.tokens.group("question"), run.tokens.group("question"))
+    assert nothing.elements.tolist() == run.elements.tolist() and nothing.trunk.tolist() == run.trunk.tolist()
+    assert nothing.records == {} and not hasattr(nothing, "nonsense")
+    answered = subject.encode([make_items(1)[0]["image"]], ["what color ?"], ["red"])
+    with subject.intervene(None, answered) as nothing:
+        assert nothing.tokens.group("answer").sum() == 1
+
+
+@pytest.mark.parametrize("observers", [(), [HiddenStates()]])
+def test_a_run_on_another_batch_is_refused_whether_it_does_something_or_not(observers):
+    subject = Subject(*tiny_llava())
+    other, longer = (subject.encode_items([item]) for item in make_items(2))
+    assert other.valid.shape != longer.valid.shape
+    with torch.inference_mode(), subject.intervene(None, other, observers=observers):
+        with pytest.raises(ValueError, match="the batch that entered the model is .* the run was made for"):
+            subject.model(**longer.inputs)
+        with pytest.raises(ValueError, match="entered the model as 2 sequences"):
+            subject.model.generate(**other.inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+        expected = subject.model.generate(**other.inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert torch.equal(expected, subject.model.generate(**other.inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False))
