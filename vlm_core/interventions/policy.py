@@ -28,7 +28,7 @@ from vlm_core.interventions.numeric import shown
 if TYPE_CHECKING:
     from vlm_core.seam.views import AttentionView
 
-__all__ = ["READS", "Choice", "Policy", "Ranked", "Seen", "TowerLayer", "Visual", "policy_kinds"]
+__all__ = ["KEYED", "READS", "Choice", "Policy", "Ranked", "Seen", "TowerLayer", "Visual", "policy_kinds"]
 
 READS = {
     "attention": "queries and keys of the layer before",
@@ -37,6 +37,9 @@ READS = {
     "tower": "attention and keys of the vision tower",
 }
 """What a policy may read beside the residual stream (``Policy.reads``)."""
+
+KEYED = 2
+"""Of how many layers of the vision tower, the last ones, keys are kept: those of a whole tower take more room than the prompt."""
 
 _KINDS: dict[str, type[Policy]] = {}
 _QUERIES = 64
@@ -55,7 +58,7 @@ class TowerLayer:
         Attention that the token's patches receive, averaged over heads: from the tower's class token where it has one, else averaged
         over all patches of the view.
     keys : Tensor ``[image token, size]``, optional
-        Keys of all heads side by side, of the last two layers; None in earlier ones.
+        Keys of all heads side by side, of the last ``KEYED`` layers; None in earlier ones.
     """
 
     received: torch.Tensor
@@ -258,6 +261,25 @@ class Seen:
             return Visual(visual.grid[at], visual.row[at], visual.column[at], tuple(layer.at(at) for layer in visual.tower))
 
         return self.once(("outside",), compute)
+
+    def tower(self, layer: int) -> TowerLayer:
+        """What a layer of the vision tower attends to among the candidates; from 0, or from -1 backwards.
+
+        Raises
+        ------
+        NotMeasurable
+            Where the tower has no such layer.
+        ValueError
+            Where the policy does not say in ``reads`` that it asks for the tower.
+        """
+        layers = self.outside().tower
+        if not layers:
+            raise ValueError(f"there is nothing to read {READS['tower']} from: a policy says in 'reads' what it asks for")
+        if not -len(layers) <= layer < len(layers):
+            raise NotMeasurable(
+                f"the vision tower has {len(layers)} layers, of which none is {layer}: choose one from 0 to {len(layers) - 1}"
+            )
+        return layers[layer]
 
 
 class Policy(Declared):

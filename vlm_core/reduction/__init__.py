@@ -14,23 +14,29 @@ from vlm_core.reduction.dart import DART
 from vlm_core.reduction.divprune import DivPrune
 from vlm_core.reduction.fastv import FastV
 from vlm_core.reduction.guided import HeadGuided
+from vlm_core.reduction.hiprune import HiPrune
 from vlm_core.reduction.pooling import Pooling
+from vlm_core.reduction.prumerge import PruMerge
 from vlm_core.reduction.pyramid import pyramid, pyramid_of
 from vlm_core.reduction.relevance import RelevanceBudget
 from vlm_core.reduction.sparsevlm import SparseVLM
 from vlm_core.reduction.tome import ToMe
+from vlm_core.reduction.visionzip import VisionZip
 
 __all__ = [
     "DART",
     "DivPrune",
     "FastV",
     "HeadGuided",
+    "HiPrune",
     "Pooling",
+    "PruMerge",
     "Random",
     "RelevanceBudget",
     "SparseVLM",
     "Stride",
     "ToMe",
+    "VisionZip",
     "declared",
     "pyramid",
     "pyramid_of",
@@ -52,6 +58,10 @@ def declared() -> dict[str, Policy]:
         ToMe(),
         DivPrune(),
         DART(),
+        VisionZip(),
+        PruMerge(),
+        PruMerge(adaptive=True),
+        HiPrune(),
         RelevanceBudget(),
         RelevanceBudget("similarity"),
     )

@@ -2,6 +2,7 @@
 
 ``tower_layers(...)``    attention received and keys of each of the tower's layers, for the image tokens of each prompt
 ``patch_places(...)``    in which order the tower packs the patches of a view
+``recording()``          whether such a pass is under way in this context
 
 The tower's attention goes through transformers' ``AttentionInterface`` as the language model's does: for one pass it goes by a name that
 records queries and keys and hands on to the original. What a layer's patches receive is summed at once, so that no map of a layer is
@@ -27,15 +28,13 @@ from vlm_core.errors import NotMeasurable
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.families.layout import Layout
 from vlm_core.families.tiling import Patches
-from vlm_core.interventions.policy import TowerLayer
+from vlm_core.interventions.policy import KEYED, TowerLayer
 from vlm_core.seam.masks import additive
 from vlm_core.seam.seam import Captured, active, capturing, original_attention
 
-__all__ = ["KEYED", "TOWER_NAMES", "patch_places", "tower_layers"]
+__all__ = ["TOWER_NAMES", "patch_places", "recording", "tower_layers"]
 
 TOWER_NAMES = {"sdpa": "vlm_core_tower", "eager": "vlm_core_tower_eager"}
-KEYED = 2
-"""Of how many layers, the last ones, keys are kept: those of a whole tower take more room than the prompt."""
 
 _SCORES = 2**22
 """Attention scores that are computed at once."""
@@ -76,6 +75,11 @@ _RECORDING: ContextVar[_Recording | None] = ContextVar("vlm_core_tower", default
 _LOCK = Lock()
 
 
+def recording() -> bool:
+    """Whether a pass of the tower is under way in this context whose attention is recorded: no image may be left out of it."""
+    return _RECORDING.get() is not None
+
+
 def _received(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Attention that each key receives, summed over queries and averaged over heads: ``[view, key]``."""
     views, heads, n_queries, _ = query.shape
@@ -93,11 +97,11 @@ def _received(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None,
 
 def _recording(implementation: str):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
-        recording = _RECORDING.get()
-        if recording is not None:
+        found = _RECORDING.get()
+        if found is not None:
             scale = kwargs.get("scaling")
             with torch.no_grad():
-                recording.take(module, query, key, attention_mask, query.shape[3] ** -0.5 if scale is None else scale)
+                found.take(module, query, key, attention_mask, query.shape[3] ** -0.5 if scale is None else scale)
         return original_attention(module, implementation)(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
@@ -165,8 +169,8 @@ def tower_layers(
     if not grids:
         return [()] * len(layouts)
     sizes = [prod(patches.view) for patches in grids for _ in range(prod(patches.views))]
-    recording = _Recording(sizes)
-    token = _RECORDING.set(recording)
+    recorded = _Recording(sizes)
+    token = _RECORDING.set(recorded)
     try:
         with _renamed(model), active(None), torch.no_grad(), capturing():
             anatomy.base(**inputs, use_cache=False)
@@ -174,21 +178,26 @@ def tower_layers(
         pass
     finally:
         _RECORDING.reset(token)
+    if not recorded.layers:
+        raise NotMeasurable(
+            f"the vision tower of model_type '{family.model_type}' does not dispatch its attention through transformers' "
+            f"AttentionInterface, so that it is not seen: choose a policy that does not read the tower"
+        )
     order = _order(family.patch_order, grids, model.config.vision_config)
     found: list[list[TowerLayer]] = [[] for _ in layouts]
-    for recorded in recording.layers.values():
-        received = torch.cat(recorded.received)
+    for one in recorded.layers.values():
+        received = torch.cat(one.received)
         if len(received) != sum(sizes):
             raise NotMeasurable(
                 f"the vision tower of model_type '{family.model_type}' attends over {len(received)} tokens for images of {sum(sizes)} "
                 f"patches, so that it is not known which is which: choose a policy that does not read the tower"
             )
         received = received[order]
-        keys = None if recorded.keys is None else torch.cat(recorded.keys)[order]
+        keys = None if one.keys is None else torch.cat(one.keys)[order]
         start = 0
         for layers, layout in zip(found, layouts, strict=True):
             part = slice(start, start + sum(map(_count, layout.patches)))
-            layers.append(_pooled(layout, received[part], None if keys is None else keys[part], recording.led))
+            layers.append(_pooled(layout, received[part], None if keys is None else keys[part], recorded.led))
             start = part.stop
     return [tuple(layers) for layers in found]
 

@@ -9,7 +9,7 @@ One mechanism serves every family: the output of the *vision tower*, remembered 
 processor made them, so an image is known by those (with what else the tower is told about it), wherever it came from: another prompt,
 another place in a list of images, another tile with the same content. Everything after the tower is the model's own code and runs for
 every prompt, a Q-Former that reads the question (InstructBLIP) included. How images lie in a tower's inputs is told by the inputs' names
-(``_CUTS``); a tower whose tensors cannot be cut image by image runs as it is, every time.
+(``_CUTS``); a tower whose tensors cannot be cut image by image runs as it is, every time, and so does one whose attention is recorded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_core.seam.tower import recording
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import free_bytes
@@ -162,7 +163,7 @@ def recalling(subject: Subject, known: KnownFeatures) -> Iterator[None]:
         signature = inspect.signature(original)
 
         def forward(*args, **kwargs):
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or recording():
                 return original(*args, **kwargs)
             return _recall(original, signature, known, args, kwargs)
 

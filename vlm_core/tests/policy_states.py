@@ -61,7 +61,7 @@ def seen_of(
 
 
 def permuted(seen: Seen, order: torch.Tensor) -> Seen:
-    """Candidate ``i`` has what candidate ``order[i]`` had: its stream, and its keys in the layer before."""
+    """Candidate ``i`` has what candidate ``order[i]`` had: its stream, its keys in the layer before, its place and what the tower saw."""
     stream = seen.stream.clone()
     stream[seen.candidates] = seen.stream[seen.candidates][order]
     views = []
@@ -69,7 +69,9 @@ def permuted(seen: Seen, order: torch.Tensor) -> Seen:
         key = view.key.clone()
         key[:, :, seen.candidates] = view.key[:, :, seen.candidates[order]]
         views.append(replace(view, key=key, _kept={}))
-    return replace(seen, stream=stream, sizes=seen.sizes[order], before=views[0], unrotated=views[1], _kept={})
+    return replace(
+        seen, stream=stream, ordinals=seen.ordinals[order], sizes=seen.sizes[order], before=views[0], unrotated=views[1], _kept={}
+    )
 
 
 def attention_of(view: AttentionView, head: int, query: int) -> list[float]:
@@ -85,9 +87,9 @@ def attention_of(view: AttentionView, head: int, query: int) -> list[float]:
     return [weight / sum(weights) for weight in weights] + [0.0] * (view.key.shape[2] - query - 1)
 
 
-def same_tokens(policy, n: int, keep: int, seed: int) -> bool:
+def same_tokens(policy, n: int, keep: int, seed: int, visual: Visual | None = None) -> bool:
     """Whether permuting the candidates permutes the choice, and what the tokens that stay carry."""
-    seen = seen_of(n, seed=seed)
+    seen = seen_of(n, seed=seed, visual=visual)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + 1))
     plain, other = policy.choose(seen, keep), policy.choose(permuted(seen, order), keep)
     if sorted(order[other.kept].tolist()) != plain.kept.tolist():

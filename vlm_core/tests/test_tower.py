@@ -14,7 +14,8 @@ from transformers import AttentionInterface
 from vlm_core import NotMeasurable, Subject, ZeroHeads
 from vlm_core.families.layout import image_layouts
 from vlm_core.families.tiling import Patches
-from vlm_core.seam.tower import KEYED, TOWER_NAMES, patch_places
+from vlm_core.interventions.policy import KEYED
+from vlm_core.seam.tower import TOWER_NAMES, patch_places
 from vlm_core.subjects.visual import visuals
 from vlm_core.tests.family_processors import PROCESSORS, VARIANTS
 from vlm_core.tests.layout_oracle import PLACED, PROMPT, QUERIES, boxes_hold, picture
