@@ -7,5 +7,6 @@ pytest_plugins = [
     "fixtures.h1_measurements",
     "fixtures.tracing_measurements",
     "fixtures.mask_measurements",
+    "fixtures.token_measurements",
     "fixtures.students",
 ]

@@ -159,6 +159,30 @@ def trend_line(data):
     return figure, {}
 
 
+def pareto_front(data):
+    """``{"points": [{x, y, lower?, upper?, name, front, chosen}], "x_label", "y_label"}``; points on the front are filled and joined."""
+    figure, axes = _axes(height=3.6)
+    axes.grid(True, axis="y")
+    front = sorted((point for point in data["points"] if point["front"]), key=lambda point: point["x"])
+    axes.plot([point["x"] for point in front], [point["y"] for point in front], color=COLOURS["targeted"], linewidth=1.2, alpha=0.6)
+    tips = {}
+    for index, point in enumerate(data["points"]):
+        colour = COLOURS["alert" if point["chosen"] else "targeted" if point["front"] else "random"]
+        if point["front"] and point.get("lower") is not None:
+            axes.plot([point["x"]] * 2, [point["lower"], point["upper"]], color=colour, linewidth=0.9)
+        (dot,) = axes.plot(
+            point["x"], point["y"], marker="D" if point["chosen"] else "o", color=colour,
+            markerfacecolor=colour if point["front"] or point["chosen"] else "none", linestyle="none",
+        )  # fmt: skip
+        dot.set_gid(f"point-{index}")
+        tips[f"point-{index}"] = f"{point['name']}: {number(point['y'])} at {number(point['x'])}"
+        if point["chosen"]:
+            axes.annotate(point["name"], (point["x"], point["y"]), xytext=(6, 6), textcoords="offset points", color=COLOURS["alert"])
+    axes.set_xlabel(data["x_label"])
+    axes.set_ylabel(data["y_label"])
+    return figure, tips
+
+
 def null_histogram(data):
     """``{"draws": [value], "observed": value, "observed_label"?, "x_label"?, "p_value"?}``."""
     figure, axes = _axes(height=2.5)

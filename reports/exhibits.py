@@ -13,7 +13,6 @@ import pandas as pd
 
 from vlm_core.stats import interval
 
-REFERENCE_POLICIES = ("random", "stride")  # drawn in grey: what an informed policy has to beat
 SHOWN_PIXELS = 256  # of a shown image's longer side
 
 
@@ -130,78 +129,6 @@ def attention_overlay(evidence, item: dict, heat, mask, title: str) -> None:
         title=title,
         caption="Attention from the last prompt token to the image, summed over the targeted heads. The outline marks the asked object.",
         alt=f"An image with attention from the targeted heads, for the question: {item['prompt']} (answered {item['answer']}).",
-    )
-
-
-def drop_curves(evidence, table: pd.DataFrame, task: str, layer: int) -> None:
-    """``token-drop-curves.csv`` and Figure 1: keep fraction against accuracy, one line a policy."""
-    rows = table[(table["layer"] == layer) & (table["keep"] > 0)]
-    series, out = [], []
-    for policy in rows["policy"].drop_duplicates():
-        points = []
-        for keep, cell in rows[rows["policy"] == policy].groupby("keep"):
-            found = mean_with_interval(cell["correct"], cell["cluster"])
-            points.append({"x": float(keep), "y": found["value"], "lower": found["lower"], "upper": found["upper"]})
-            out.append({"task": task, "layer": layer, "policy": policy, "keep": float(keep), "items": len(cell), **found})
-        series.append({"name": policy, "role": "random" if policy in REFERENCE_POLICIES else "targeted", "points": points})
-    evidence.table("token-drop-curves.csv", pd.DataFrame(out).rename(columns={"value": "accuracy"}))
-    evidence.figure(
-        "keep_curves",
-        {"series": series, "x_label": "share of visual tokens kept", "y_label": "accuracy"},
-        title=f"{task}: accuracy against visual tokens kept from layer {layer} on",
-        caption="Discovery items, 95 % cluster bands. Grey: random and evenly spaced tokens, the references an informed policy has to beat.",
-        alt=f"Lines of accuracy on {task} against the share of tokens kept, one line a policy: " + ", ".join(s["name"] for s in series),
-    )
-
-
-def layer_sensitivity(evidence, table: pd.DataFrame, task: str, policy: str, margin: float) -> None:
-    """``layer-sensitivity.csv`` and Figure 2: accuracy lost by layer and keep fraction, with the horizon drawn in.
-
-    The horizon is the first layer from which dropping every token costs less than ``margin`` at every later layer too.
-    """
-    full = table[table["keep"] == 1]["correct"].mean()
-    rows = table[((table["policy"] == policy) | (table["keep"].isin((0, 1)))) & (table["keep"] < 1)]
-    loss = full - rows.groupby(["layer", "keep"])["correct"].mean().unstack("keep").sort_index()
-    none_kept = loss[0.0] if 0.0 in loss else pd.Series(dtype=float)
-    fine = [layer for layer in none_kept.index if (none_kept.loc[layer:] < margin).all()]
-    evidence.table(
-        "layer-sensitivity.csv",
-        loss.stack()
-        .rename("accuracy_lost")
-        .reset_index()
-        .assign(task=task, policy=policy)[["task", "policy", "layer", "keep", "accuracy_lost"]],
-    )
-    evidence.figure(
-        "layer_heatmap",
-        {
-            "rows": [int(layer) for layer in loss.index],
-            "columns": [float(keep) for keep in loss.columns],
-            "values": [[None if np.isnan(x) else float(x) for x in row] for row in loss.to_numpy()],
-            "horizon": int(fine[0]) if fine else None,
-            "value_label": "accuracy lost",
-        },
-        title=f"{task}: accuracy lost by layer and share of tokens kept",
-        caption=f"Discovery items, policy {policy}. Horizon: the first layer from which all tokens can go for less than {margin:g}.",
-        alt=f"Heat map of accuracy lost on {task} by layer and share kept"
-        + (f"; horizon at layer {fine[0]}." if fine else "; no horizon."),
-    )
-
-
-def layer_trend(evidence, task: str, accuracies: pd.DataFrame, clusters, full: float) -> None:
-    """Accuracy when every visual token goes from a layer on, against that layer.
-
-    ``accuracies``: one row an item, one column a layer.
-    """
-    points = []
-    for layer in accuracies.columns:
-        found = mean_with_interval(accuracies[layer], clusters)
-        points.append({"x": int(layer), "y": found["value"], "lower": found["lower"], "upper": found["upper"]})
-    evidence.figure(
-        "trend_line",
-        {"points": points, "reference": full, "reference_label": "all tokens", "x_label": "layer from which all visual tokens are gone"},
-        title=f"{task}: the later the tokens go, the less they are missed",
-        caption="Confirmation items, 95 % cluster intervals.",
-        alt=f"Accuracy on {task} when all visual tokens go from layer: " + ", ".join(f"{p['x']}: {p['y']:.2f}" for p in points),
     )
 
 

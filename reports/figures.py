@@ -52,6 +52,7 @@ KINDS = {
     "slope": Kind("slope", ("series",), "series", ("name", "points")),
     "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),
     "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
+    "pareto_front": Kind("pareto_front", ("points", "x_label", "y_label"), "points", ("x", "y", "name", "front", "chosen")),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import markupsafe
 
-from reports import figures, heads, record, summary, wording
+from reports import figures, heads, recipes, record, summary, wording
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -24,7 +24,7 @@ def render(folder):
     ----------
     folder : pathlib.Path
         Holds ``run.json`` and ``evidence.json`` (or, of a killed run, ``records.jsonl``), and what else the page shows where it is there
-        (``head-report.json``).
+        (``head-report.json``, ``token-recipe.json``).
 
     Returns
     -------
@@ -32,15 +32,15 @@ def render(folder):
     """
     identity, records = record.load_run(folder)
     target = folder / "report.html"
-    target.write_text(text(identity, records, heads.load(folder)), encoding="utf-8")
+    target.write_text(text(identity, records, heads.load(folder), recipes.load(folder)), encoding="utf-8")
     return target
 
 
-def text(identity, records, described=None):
-    """The page as text; ``described``: the head report, if there is one."""
+def text(identity, records, described=None, recipe=None):
+    """The page as text; ``described``: the head report, ``recipe``: the token recipe, if there are any."""
     model = summary.page(identity, records)
     return _environment().get_template("report.html.j2").render(
-        model, heads=heads.section(described), svg=_FigureWriter(heads.links(described))
+        model, heads=heads.section(described), recipe=recipes.section(recipe), svg=_FigureWriter(heads.links(described))
     )
 
 

@@ -178,7 +178,7 @@ def records():
             figures=[curves(rng), heatmap(rng)],
             details={"literature": {"published": "loss of 0.6 points at 50 % kept", "where": "Table 1"}},
         ),
-        make("H2.trend", "supported", 0.31, 0.12, figures=[trend(rng)]),
+        make("H2.trend", "supported", 0.31, 0.12, figures=[trend(rng), front(rng)]),
         make("H3.sft", "supported", 0.117, 0.041, figures=[slopes(rng)]),
         make("H3.uses_image", "inconclusive", 0.012, 0.035, outcome="expected"),
     ]
@@ -287,6 +287,17 @@ def trend(rng):
     ]
     data = {"points": points, "x_label": "layer from which all visual tokens are gone", "reference": 0.91, "reference_label": "intact"}
     return figure("trend_line", data, "Accuracy by the layer at which tokens go")
+
+
+def front(rng):
+    """Accuracy against time saved, one point a policy."""
+    points = [
+        {"x": round(0.08 * place, 3), "y": round(0.99 - 0.01 * place**1.5, 3), "lower": round(0.97 - 0.012 * place**1.5, 3), "upper": 0.995,
+         "name": f"{name}, 0.25 from layer 3", "front": place != 2, "chosen": place == 3}
+        for place, name in enumerate(("all tokens", "random", "stride", "fastv", "pooling"))
+    ]
+    data = {"points": points, "x_label": "share of prefill time saved", "y_label": "accuracy"}
+    return figure("pareto_front", data, "What is saved against what is lost")
 
 
 def usage(rng):

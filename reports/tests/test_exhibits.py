@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import drawings, exhibits, exhibits_ablation, exhibits_h1, exhibits_masks, figures
+from reports import drawings, exhibits, exhibits_ablation, exhibits_h1, exhibits_masks, exhibits_tokens, figures
 from reports.evidence import Evidence
 from vlm_core import HeadId
 from vlm_core.heads.rankings import SingleHeads
@@ -193,7 +193,7 @@ def test_curves_are_means_of_the_layers_cells(evidence):
             (4, 0.5, "random"): 2, (4, 0.5, "attention"): 3,
         }
     )  # fmt: skip
-    exhibits.drop_curves(evidence, table, "color", 3)
+    exhibits_tokens.drop_curves(evidence, table, "color", 3)
     tables, figure = one_figure(evidence)
     lines = {series["name"]: series for series in figure["data"]["series"]}
     assert {name: [(p["x"], p["y"]) for p in line["points"]] for name, line in lines.items()} == {
@@ -230,7 +230,7 @@ def sensitivity(without, full=9):
     ],
 )
 def test_the_horizon_is_where_all_tokens_can_go_for_good(evidence, without, horizon):
-    exhibits.layer_sensitivity(evidence, sensitivity(without), "color", "stride", 0.1 - 1e-9)
+    exhibits_tokens.layer_sensitivity(evidence, sensitivity(without), "color", "stride", 0.1 - 1e-9)
     tables, figure = one_figure(evidence)
     data = figure["data"]
     assert data["horizon"] == horizon
@@ -243,9 +243,46 @@ def test_the_horizon_is_where_all_tokens_can_go_for_good(evidence, without, hori
     np.testing.assert_allclose(rows[rows["keep"] == 0]["accuracy_lost"], [(9 - right) / 10 for right in without], atol=1e-12)
 
 
+def spent(policy, keep, accuracy, saved):
+    """One policy's costs, of layer 1."""
+    whole = {"policy": policy, "layer": 1, "keep": keep, "accuracy": accuracy, "lower": accuracy - 0.02, "upper": accuracy + 0.02}
+    return {**whole, "flops_saved": 2 * saved, "latency_saved": saved}
+
+
+def test_the_front_is_what_nothing_beats_in_both(evidence):
+    costs = [
+        spent("all tokens", 1.0, 0.99, 0.0), spent("stride", 0.5, 0.90, 0.2), spent("fastv", 0.5, 0.95, 0.2), spent("random", 0.25, 0.90, 0.3),
+        spent("slow", 0.25, 0.98, -0.1), spent("same", 0.25, 0.90, 0.1),
+    ]  # fmt: skip
+    exhibits_tokens.saved_against_lost(evidence, costs, "fastv, 0.5 from layer 1")
+    tables, figure = one_figure(evidence)
+    points = {point["name"]: point for point in figure["data"]["points"]}
+    assert {name.split(",")[0] for name, point in points.items() if point["front"]} == {"all tokens", "fastv", "random"}
+    assert [name for name, point in points.items() if point["chosen"]] == ["fastv, 0.5 from layer 1"]
+    assert len(tables["token-costs.csv"]) == 6 and (tables["token-costs.csv"]["flops_saved"] == 2 * tables["token-costs.csv"]["latency_saved"]).all()
+
+
+def test_only_the_best_of_many_policies_are_drawn(evidence):
+    cells = {(3, 0.5, name): right for name, right in (("random", 1), ("pooling", 2), ("a", 3), ("b", 9), ("c", 4), ("d", 8))}
+    exhibits_tokens.drop_curves(evidence, grid(cells | {(3, 1.0, "random"): 10}), "color", 3, shown=2)
+    tables, figure = one_figure(evidence)
+    assert [series["name"] for series in figure["data"]["series"]] == ["random", "pooling", "b", "d"]
+    assert set(tables["token-drop-curves.csv"]["policy"]) == {"random", "pooling", "a", "b", "c", "d"}
+    assert "Of 4 policies that look at the tokens, the best 2 are drawn" in figure["caption"]
+    assert all(series["points"][-1]["y"] == 1.0 for series in figure["data"]["series"]), "everything kept is the same for all"
+
+
+def test_losing_every_token_is_drawn_against_the_margin(evidence):
+    table = sensitivity((2, 5, 9, 9))
+    exhibits_tokens.horizon(evidence, "color", table, 0.05, 2, 3)
+    _, figure = one_figure(evidence)
+    assert [point["y"] for point in figure["data"]["points"]] == [0.2, 0.5, 0.9, 0.9]
+    assert figure["data"]["reference"] == pytest.approx(0.85) and "Layer 2 is taken to confirmation" in figure["caption"]
+
+
 def test_a_cell_that_was_not_measured_is_shown_as_such(evidence):
     table = sensitivity((2, 5, 9))
-    exhibits.layer_sensitivity(evidence, table[~((table["layer"] == 1) & (table["keep"] == 0.5))], "color", "stride", 0.05)
+    exhibits_tokens.layer_sensitivity(evidence, table[~((table["layer"] == 1) & (table["keep"] == 0.5))], "color", "stride", 0.05)
     tables, figure = one_figure(evidence)
     assert figure["data"]["values"][1][1] is None
     assert len(tables["layer-sensitivity.csv"].dropna()) == 5
@@ -253,14 +290,14 @@ def test_a_cell_that_was_not_measured_is_shown_as_such(evidence):
 
 def test_without_a_column_for_no_tokens_there_is_no_horizon(evidence):
     table = sensitivity((9, 9))
-    exhibits.layer_sensitivity(evidence, table[table["keep"] > 0], "color", "stride", 0.05)
+    exhibits_tokens.layer_sensitivity(evidence, table[table["keep"] > 0], "color", "stride", 0.05)
     _, figure = one_figure(evidence)
     assert figure["data"]["horizon"] is None and figure["data"]["columns"] == [0.5]
 
 
 def test_trend_points_are_accuracies_by_layer(evidence):
     accuracies = pd.DataFrame({0: [0, 0, 0, 1.0] * 3, 2: [0, 1, 0, 1.0] * 3, 5: [1, 1, 0, 1.0] * 3})
-    exhibits.layer_trend(evidence, "color", accuracies, np.arange(12) // 2, 0.9)
+    exhibits_tokens.layer_trend(evidence, "color", accuracies, np.arange(12) // 2, 0.9)
     _, figure = one_figure(evidence)
     assert [(point["x"], point["y"]) for point in figure["data"]["points"]] == [(0, 0.25), (2, 0.5), (5, 0.75)]
     assert figure["data"]["reference"] == 0.9
@@ -320,9 +357,10 @@ def test_every_kind_of_figure_has_an_exhibit(evidence):
     exhibits.head_map(evidence, "t", [[0.1]], [HeadId(0, 0)], 0.5)
     exhibits.null_draws(evidence, "t", [0.1, 0.2], 0.3, 0.5)
     exhibits.attention_overlay(evidence, {"image": Image.new("RGB", (4, 4)), "prompt": "p", "answer": "a"}, [[1.0]], [[1]], "t")
-    exhibits.drop_curves(evidence, grid({(0, 0.5, "stride"): 4, (0, 1.0, "stride"): 5}), "t", 0)
-    exhibits.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
-    exhibits.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
+    exhibits_tokens.drop_curves(evidence, grid({(0, 0.5, "stride"): 4, (0, 1.0, "stride"): 5}), "color", 0)
+    exhibits_tokens.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
+    exhibits_tokens.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
+    exhibits_tokens.saved_against_lost(evidence, [spent("all tokens", 1.0, 0.9, 0.0)], None)
     exhibits.students(evidence, {"before": [answers(1, 1)], "after": [answers(2, 2)]})
     exhibits_masks.overlays(evidence, "t", [overlay(0)])
     exhibits_h1.usage_map(evidence, [[0.0, 1.0]], ["count"], ["count-1"], {"task": 0.1, "colours": 0.0}, 0.5)

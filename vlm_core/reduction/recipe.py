@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_core.families.anatomy import Anatomy
-from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, require_row
-from vlm_core.interventions.stored import load_interventions, save_interventions
+from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, require_row, stored
 
 __all__ = ["Recipe"]
 
@@ -93,17 +92,18 @@ class Recipe:
             )
         return tuple(found) if len(found) > 1 else found[0]
 
-    def save(self, path: str | Path) -> None:
-        """Write it to ``path`` (JSON), the policy's tensors beside it where it has any.
+    def to_dict(self) -> dict[str, Any]:
+        """Builtins only: what ``save`` writes, but for tensors of a policy that has any."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "reduction"}
+        content = {"recipe": VERSION, **plain, "version": stored.VERSION, "row": stored.to_dict(self.reduction)}
+        return json.loads(json.dumps(content, default=dict))
 
-        The reduction is kept in the same file as ``save_interventions`` writes it, under ``reduction``.
-        """
+    def save(self, path: str | Path) -> None:
+        """Write it to ``path`` (JSON), the policy's tensors beside it where it has any."""
         path = Path(path)
-        save_interventions(path, self.reduction)
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        content = {"recipe": VERSION, **{one.name: getattr(self, one.name) for one in fields(self) if one.name != "reduction"}}
+        stored.save_interventions(path, self.reduction)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({**content, **stored}, indent=1, default=dict), encoding="utf-8")
+        partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         os.replace(partial, path)
 
     @classmethod
@@ -127,4 +127,4 @@ class Recipe:
             raise ValueError(f"{path} holds no recipe of version {VERSION} (found {found!r}): it must be what Recipe.save writes")
         names = {one.name for one in fields(cls)} - {"reduction"}
         given = {name: value for name, value in content.items() if name in names}
-        return cls(load_interventions(path), **{**given, "not_for": tuple(given.get("not_for", ()))})
+        return cls(stored.load_interventions(path), **{**given, "not_for": tuple(given.get("not_for", ()))})

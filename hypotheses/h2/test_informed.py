@@ -1,0 +1,52 @@
+"""H2: where few tokens are kept early, looking at them pays.
+
+Tokens go where FastV drops them, from the second layer of 32 on (in proportion, never before the second). The policy is chosen on discovery items of all tasks, among
+those that look at the tokens and keep exactly as many as asked.
+"""
+
+import pytest
+
+from hypotheses.h1.controls import grounded_overall, pooled_baseline
+from vlm_core.reduction.curves import REFERENCES, Cell, choose_drop, early, losses
+from vlm_core.stats import Baseline, Claim, Superiority
+
+KEPT = 0.25
+INFORMED = Claim(
+    id="H2.informed",
+    sentence="At 25 % kept from an early layer on, the best informed policy is at least 3 points better than one that does not look at the tokens.",
+    effect="accuracy(informed policy) - accuracy(uninformed policy), paired per item, all tasks together",
+    test=Superiority(0.03),
+    source="Chen et al. 2024, arXiv:2403.06764; Wen et al. 2025, arXiv:2502.11501",
+    direction="gain",
+)
+LITERATURE = {
+    "published": "at 144 of 576 tokens random keeps 95.0 %, pooling 96.4 %, FastV 89.8 %, SparseVLM 93.5 % of the accuracy",
+    "where": "LLaVA-1.5-7B",
+}
+
+
+@pytest.mark.claim(INFORMED)
+@pytest.mark.parametrize("against", REFERENCES)
+def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, confirmed, evidence):
+    if against not in policies.reducers:
+        evidence.decide(INFORMED, None, missing=f"{against} is not possible here: {policies.missing[against]}")
+        return
+    layer, table = early(subject), curves()
+    informed = [name for name, one in policies.reducers.items() if name not in REFERENCES and getattr(one, "exact", True)]
+    chosen = choose_drop(table[(table["layer"] == layer) & table["policy"].isin(informed)], keep=KEPT)
+    reference = Cell(layer, KEPT, against)
+    both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]
+    gain = both[0]["loss"] - both[1].loc[both[0].index, "loss"]
+    pooled = pooled_baseline(floors, both[0].index)
+    left = pooled.accuracy - float(both[0]["loss"].mean())
+    evidence.decide(
+        INFORMED,
+        gain,
+        clusters=both[0]["cluster"],
+        baseline=Baseline(left, min(pooled.blind, left), min(pooled.chance, left), min(pooled.majority, left)),
+        controls=[grounded_overall(floors)],
+        details={
+            "policy": chosen.policy, "layer": layer, "kept": KEPT, "accuracy with all tokens": pooled.accuracy, "literature": LITERATURE,
+            "by task": gain.groupby(floors.seeing.set_index("item")["task"].loc[gain.index].to_numpy()).mean().to_dict(),
+        },
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""H2: half of the visual tokens can go from mid-depth on.
+
+Policy and layer are chosen on discovery items, task by task. A dropped token leaves the sequence for good; kept tokens keep their
+positions.
+"""
+
+import pytest
+
+from hypotheses.h2.controls import LITERATURE, tokens_matter
+from probes import GROUNDING_TASKS
+from reports import exhibits_tokens
+from vlm_core.reduction.curves import choose_drop, early, losses, mid_depth, spread
+from vlm_core.stats import Claim, NonInferiority
+
+NONINFERIOR = Claim(
+    id="H2.noninferior",
+    sentence="Dropping half of the visual tokens from mid-depth on costs less than 5 points of accuracy.",
+    effect="accuracy(all tokens) - accuracy(half of them from the chosen layer on), paired per item",
+    test=NonInferiority(0.05),
+    source="Chen et al. 2024, arXiv:2403.06764",
+)
+
+
+@pytest.mark.claim(NONINFERIOR)
+@pytest.mark.parametrize("task", GROUNDING_TASKS)
+def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves, confirmed, policies, evidence):
+    table = curves()[curves()["task"] == task]
+    chosen = choose_drop(table[table["layer"].isin(mid_depth(subject)) & table["policy"].map(dropping(policies))], keep=0.5)
+    measured = confirmed(chosen)
+    lost = losses(measured[measured["task"] == task], chosen)
+    exhibits_tokens.drop_curves(evidence, table, task, early(subject))
+    sensitivity = table[(table["policy"] == "stride") | (table["keep"] == 1)]
+    exhibits_tokens.layer_sensitivity(evidence, sensitivity[sensitivity["layer"].isin(spread(subject))], task, "stride", NONINFERIOR.test.margin)
+    evidence.decide(
+        NONINFERIOR,
+        lost["loss"],
+        clusters=lost["cluster"],
+        baseline=floors.of(task),
+        controls=[floors.grounded(task, NONINFERIOR.test.margin), tokens_matter(sensitivity, NONINFERIOR.test.margin)],
+        details={
+            "layer": chosen.layer, "policy": chosen.policy, "depth": subject.anatomy.n_layers, "literature": LITERATURE,
+            "policies left out": dict(policies.missing),
+        },
+    )  # fmt: skip
+
+
+def dropping(policies):
+    """Whether a policy keeps exactly as many tokens as asked, in every prompt."""
+    return lambda name: getattr(policies.reducers[name], "exact", True)

@@ -1,0 +1,235 @@
+"""How many visual tokens a subject needs, from which layer on, kept by which policy.
+
+``reducers(...)``        the policies to compare, by name, simplest first
+``unavailable(...)``     those that need what a subject does not have, with the reason
+``drop_table(...)``      accuracy under every combination of layer, keep fraction and policy
+``choose_drop(...)``     the layer and policy that lose least at a given fraction, on discovery items
+``choose_recipe(...)``   the reduction that saves most among those that lose little, on discovery items
+``early``, ``mid_depth``, ``spread``    layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from vlm_core.errors import NotMeasurable, SubjectError
+from vlm_core.interventions import DropTokens, Row
+from vlm_core.interventions.numeric import shown
+from vlm_core.interventions.policy import Policy
+from vlm_core.reduction import declared
+from vlm_core.subjects.embed import encode_items
+from vlm_core.subjects.subject import Subject
+from vlm_core.subjects.visual import OUTSIDE
+from vlm_core.sweeps.sweep import sweep
+
+__all__ = [
+    "REFERENCES",
+    "Cell",
+    "Reducer",
+    "choose_drop",
+    "choose_recipe",
+    "drop_table",
+    "early",
+    "losses",
+    "mid_depth",
+    "reducers",
+    "row_of",
+    "spread",
+    "unavailable",
+]
+
+REFERENCES = ("random", "stride", "pooling")
+"""Policies that know nothing of what the tokens carry: what an informed one has to beat."""
+
+Reducer = str | Policy | Callable[[int, float], Row]
+"""``"random"`` or ``"stride"``, a policy, or a function of (layer, keep) for what takes several steps."""
+
+
+class Cell(NamedTuple):
+    """A way to leave a model fewer tokens: from which layer on, which fraction, by which policy."""
+
+    layer: int
+    keep: float
+    policy: str
+
+
+def early(subject: Subject) -> int:
+    """The layer at which FastV drops tokens: 2 of 32, in proportion, and never before the second (a policy reads the layer before)."""
+    return max(1, round(subject.anatomy.n_layers * 2 / 32))
+
+
+def mid_depth(subject: Subject) -> tuple[int, ...]:
+    """Layers from half to two thirds of the depth, counted from 0 (3 and 4 of 6; 16 to 21 of 32, at most four of them).
+
+    Later layers would make "from mid-depth on" true by definition: fewer and fewer layers are left that could need the tokens.
+    """
+    n = subject.anatomy.n_layers
+    first = min(-(-n // 2), n - 1)
+    return spread_between(first, max(first, (2 * n) // 3), 4)
+
+
+def spread(subject: Subject, most: int = 8) -> tuple[int, ...]:
+    """Every layer, or ``most`` evenly spaced ones of a deeper subject, the first and the last included."""
+    return spread_between(0, subject.anatomy.n_layers - 1, most)
+
+
+def spread_between(first: int, last: int, most: int) -> tuple[int, ...]:
+    """Whole numbers from ``first`` to ``last``, at most ``most`` of them, evenly spaced."""
+    return tuple(dict.fromkeys(int(k) for k in np.linspace(first, last, min(most, last - first + 1)).round()))
+
+
+def reducers(**more: Reducer) -> dict[str, Reducer]:
+    """Every policy that comes with the library, by name, those that know least first; and ``more``."""
+    found: dict[str, Reducer] = {"random": "random", "stride": "stride"}
+    policies = declared()
+    first = [name for name in REFERENCES if name in policies]
+    for name in (*first, *(name for name in policies if name not in first)):
+        found.setdefault(name, policies[name])
+    return {**found, **more}
+
+
+def unavailable(subject: Subject, item, among: Mapping[str, Reducer]) -> dict[str, str]:
+    """Policies that read what this subject does not have, each with the reason."""
+    missing: dict[str, str] = {}
+    for kind in sorted(OUTSIDE):
+        asking = [name for name, one in among.items() if isinstance(one, Policy) and kind in one.reads]
+        if not asking:
+            continue
+        try:
+            encode_items(subject, [item], reads={kind})
+        except (NotMeasurable, SubjectError) as error:
+            missing.update(dict.fromkeys(asking, str(error)))
+    return missing
+
+
+def row_of(reducer: Reducer, layer: int, keep: float, seed: int = 0) -> Row:
+    """What a reducer does at a layer and fraction.
+
+    Raises
+    ------
+    ValueError
+        Where its policy reads a layer before the first.
+    """
+    if keep == 1:
+        return None
+    if keep == 0:
+        return DropTokens(layer, 0.0)
+    if isinstance(reducer, str):
+        return DropTokens(layer, keep, reducer, seed=seed)
+    return DropTokens(layer, keep, reducer) if isinstance(reducer, Policy) else reducer(layer, keep)
+
+
+def _possible(reducer: Reducer, layer: int) -> bool:
+    return layer > 0 or not (isinstance(reducer, Policy) and reducer.looks_back)
+
+
+def drop_table(
+    subject: Subject,
+    items: Sequence,
+    *,
+    layers: Sequence[int],
+    keeps: Sequence[float],
+    policies: Mapping[str, Reducer],
+    seed: int = 0,
+    store: str | Path | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
+) -> pd.DataFrame:
+    """Accuracy per item under every way to leave fewer tokens.
+
+    Parameters
+    ----------
+    layers, keeps, policies
+        The grid. A policy that reads the layer before is left out at layer 0; where nothing or everything is kept, policies
+        are the same and run once.
+    seed : int
+        Of the random policy.
+    store, progress
+        As in ``vlm_core.sweep``.
+
+    Returns
+    -------
+    DataFrame
+        ``item, cluster, task, layer, keep, policy, correct``; ``keep = 1`` is the untouched subject.
+    """
+    grid = [
+        Cell(layer, keep, name)
+        for layer in layers
+        for keep in keeps
+        for name, reducer in policies.items()
+        if keep in (0, 1) or _possible(reducer, layer)
+    ]
+    labels = {cell: "full" if cell.keep == 1 else f"{cell.layer}/{shown(cell.keep)}/{'any' if cell.keep == 0 else cell.policy}" for cell in grid}
+    interventions = {label: row_of(policies[cell.policy], cell.layer, cell.keep, seed) for cell, label in labels.items()}
+    measured = sweep(subject, items, interventions, metrics=("correct",), store=store, progress=progress)
+    cells = pd.DataFrame([(*cell, label) for cell, label in labels.items()], columns=["layer", "keep", "policy", "intervention"])
+    merged = measured.merge(cells, on="intervention", how="inner").rename(columns={"value": "correct"})
+    return merged[["item", "cluster", "task", "layer", "keep", "policy", "correct"]]
+
+
+def choose_drop(table: pd.DataFrame, keep: float) -> Cell:
+    """The layer and policy with the highest accuracy at ``keep``, from a discovery `drop_table`.
+
+    Ties go to the earliest layer (it saves most), then to the policy that the table has first.
+
+    Raises
+    ------
+    ValueError
+        If the table has no rows at this fraction.
+    """
+    rows = table[table["keep"] == keep]
+    if rows.empty:
+        raise ValueError(f"the table has no rows at keep = {shown(keep)}")
+    mean = rows.groupby(["layer", "policy"], sort=False)["correct"].mean()
+    order = {policy: i for i, policy in enumerate(table["policy"].drop_duplicates())}
+    layer, policy = max(mean.index, key=lambda cell: (round(mean[cell], 12), -cell[0], -order[cell[1]]))
+    return Cell(int(layer), float(keep), policy)
+
+
+def losses(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """Accuracy lost per item, ``item, cluster, task, loss``: of the untouched subject, less that under ``cell``.
+
+    Raises
+    ------
+    ValueError
+        Where the table lacks the cell, or the untouched subject.
+    """
+    full = table[table["keep"] == 1].drop_duplicates("item").set_index("item")["correct"]
+    at = (table["layer"] == cell.layer) & (table["keep"] == cell.keep) & (table["policy"] == cell.policy)
+    rows = table[at]
+    if rows.empty or full.empty:
+        raise ValueError(f"the table has no rows of {'the untouched subject' if full.empty else cell}: measure keep = 1 and every cell")
+    found = rows[["item", "cluster", "task"]].assign(loss=full.loc[rows["item"]].to_numpy() - rows["correct"].to_numpy())
+    return found.reset_index(drop=True)
+
+
+def choose_recipe(table: pd.DataFrame, saved: Callable[[Cell], float], margin: float) -> Cell | None:
+    """The cell that saves most among those that lose little on discovery items.
+
+    Little: less than half of ``margin`` over all tasks, and less than ``margin`` in every one. That is a choice and no claim: what it loses is
+    decided on other items. Ties go to the smaller loss, then to the policy that the table has first.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A discovery `drop_table`, the untouched subject among it.
+    saved : callable
+        Share of operations saved by a cell.
+
+    Returns
+    -------
+    Cell or None
+        None where no cell qualifies.
+    """
+    order = {policy: i for i, policy in enumerate(table["policy"].drop_duplicates())}
+    cells = table[table["keep"] < 1][["layer", "keep", "policy"]].drop_duplicates().itertuples(index=False, name=None)
+    fine = []
+    for cell in (Cell(int(layer), float(keep), policy) for layer, keep, policy in cells):
+        by_task = losses(table, cell).groupby("task")["loss"].mean()
+        if by_task.mean() < margin / 2 and (by_task < margin).all():
+            fine.append((-round(saved(cell), 9), round(by_task.mean(), 12), order[cell.policy], cell))
+    return min(fine)[-1] if fine else None
