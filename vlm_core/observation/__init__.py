@@ -13,7 +13,8 @@
 An observer is a small frozen declaration with ``attention(view)`` or ``layer(view)``, which returns a tensor (or a dict of them)
 with one entry per element, or None for "not this layer". ``axes`` names what follows item and layer, for observers small enough to
 be rows of a table; ``ragged`` names the axes (counted from the end) that are as long as a token group is; ``reads_hidden = False`` says
-that ``attention(view)`` leaves ``view.hidden`` alone, which then costs no hooks on layers. Two kinds need more: one
+that ``attention(view)`` leaves ``view.hidden`` alone, which then costs no hooks on layers, and ``reads_unrotated = True`` that it reads
+``view.unrotated``, which costs another look at queries and keys. Two kinds need more: one
 with ``parts(subject, items, encoded)`` is observed as several plain ones, whose records its ``combine`` joins; one with
 ``measure(subject, items, encoded, intervention)`` makes passes of its own (gradients). ``prepare(subject, items)``, where there is
 one, is called once before everything, and ``require_there(anatomy, tokens=None)`` before any pass: it refuses layers, heads and, where the

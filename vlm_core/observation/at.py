@@ -41,6 +41,11 @@ class At:
         return getattr(self.observer, "reads_hidden", True)
 
     @property
+    def reads_unrotated(self) -> bool:
+        """The observer's."""
+        return getattr(self.observer, "reads_unrotated", False)
+
+    @property
     def ragged(self) -> dict[int, str]:
         """The observer's."""
         return getattr(self.observer, "ragged", {})

@@ -6,18 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.observation.declaring import require_groups, require_images, require_names
-from vlm_core.observation.observing import observe_encoded
-from vlm_core.seam.seam import active, run_at
 from vlm_core.seam.views import AttentionView, Tokens
-from vlm_core.subjects.embed import Encoded
-from vlm_core.subjects.subject import Subject
 
 __all__ = ["RelativeDistance", "RotaryBias"]
 
@@ -90,10 +85,12 @@ class RotaryBias:
 
     Notes
     -----
-    [ours] The attention module of each layer is asked for its queries and keys once more, with every token given the rotation of the
-    first: a rotation common to query and key leaves their product, so this is attention without rotary position in any scheme (partial,
-    scaled, multi-axis). Published scores without RoPE (FEATHER) skip the rotation; where all is rotary the two agree.
+    [ours] All tokens are given one rotation (``vlm_core.seam.unrotated``). Published scores without RoPE (FEATHER) skip the rotation; where
+    all is rotary the two agree.
     """
+
+    reads_hidden = False
+    reads_unrotated = True
 
     queries: str = "question"
 
@@ -108,78 +105,17 @@ class RotaryBias:
 
     @property
     def axes(self) -> tuple:
-        """Layer, head and kind."""
-        return (("layer", None), ("head", None), ("kind", ("moved", "image")))
-
-    def measure(self, subject: Subject, items: Sequence, encoded: Sequence[Encoded], intervention=None) -> dict:
-        """``{"": [item, layer, head, kind]}``."""
-        observer = _Unrotated(self)
-        handles = [module.register_forward_pre_hook(observer.ask, with_kwargs=True) for module in subject.anatomy.attentions]
-        try:
-            return observe_encoded(subject, items, encoded, [observer], intervention).values[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Asked(Exception):
-    """Queries and keys are known: the rest of the attention module need not run."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Asking:
-    """What is active while an attention module is asked for queries and keys: it keeps them."""
-
-    layer: int
-    kept: dict
-
-    def attention_layer(self, module) -> int:
-        return self.layer
-
-    def attend(self, layer, original, module, query, key, *args, **kwargs):
-        self.kept[layer] = (query, key)
-        raise _Asked
-
-
-@dataclass(frozen=True, eq=False)
-class _Unrotated:
-    """The observer behind ``RotaryBias``: ``ask`` comes before each attention module, ``attention`` inside it."""
-
-    reads_hidden = False
-
-    asked: RotaryBias
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
-        self.asked.require_there(anatomy, tokens)
-
-    def ask(self, module, args: tuple, kwargs: dict) -> None:
-        run, layer = run_at(module)
-        if self not in getattr(run, "observers", ()):
-            return  # another run through the same model
-        rotations = kwargs.get("position_embeddings")
-        if rotations is None:
-            return
-        one = tuple(part[..., :1, :].expand_as(part) for part in rotations) if isinstance(rotations, tuple | list) else (
-            rotations[..., :1, :].expand_as(rotations)
-        )  # fmt: skip
-        caches = {name: None for name in ("past_key_values", "past_key_value") if name in kwargs}
-        try:
-            with active(_Asking(layer, self.kept)):
-                module.forward(*args, **{**kwargs, **caches, "position_embeddings": one})
-        except _Asked:
-            return
+        """Head and kind."""
+        return (("head", None), ("kind", ("moved", "image")))
 
     def attention(self, view: AttentionView) -> torch.Tensor:
         """``[element, head, kind]`` of one layer."""
-        shape = (*view.query.shape[:2], 2)
-        if view.layer not in self.kept:
+        shape, flat = (*view.query.shape[:2], 2), view.unrotated
+        if flat is None:
             return torch.full(shape, torch.nan, device=view.query.device)
-        query, key = self.kept.pop(view.layer)
-        flat = replace(view, query=query, key=key, _kept={})
         image = view.keys_of("image").float()
         total, count = torch.zeros(shape, device=image.device), torch.zeros((shape[0], 1, 1), device=image.device)
-        for with_places, without in zip(view.blocks(self.asked.queries), flat.blocks(self.asked.queries), strict=True):
+        for with_places, without in zip(view.blocks(self.queries), flat.blocks(self.queries), strict=True):
             seen = without.probabilities.shape[3]
             moved = (with_places.probabilities - without.probabilities).abs().sum(3) / 2
             on_image = torch.einsum("ehqk,ek->ehq", without.probabilities, image[:, :seen])

@@ -11,6 +11,7 @@ forward pass, under ``generate`` and in sweeps.
 from vlm_core.interventions.policy import Policy
 from vlm_core.reduction.baselines import Random, Stride
 from vlm_core.reduction.dart import DART
+from vlm_core.reduction.debiased import Debiased
 from vlm_core.reduction.divprune import DivPrune
 from vlm_core.reduction.fastv import FastV
 from vlm_core.reduction.guided import HeadGuided
@@ -25,6 +26,7 @@ from vlm_core.reduction.visionzip import VisionZip
 
 __all__ = [
     "DART",
+    "Debiased",
     "DivPrune",
     "FastV",
     "HeadGuided",
@@ -54,6 +56,7 @@ def declared() -> dict[str, Policy]:
         Pooling(),
         FastV(),
         FastV("all"),
+        Debiased(),
         SparseVLM(),
         ToMe(),
         DivPrune(),

@@ -1,8 +1,8 @@
 """One batch on its way through the layers: the state behind the seam.
 
 ``Run``    holds a compiled ``Program``, knows which token is what (``vlm_core.seam.views.Tokens``), and is called by the seam
-           before every decoder layer (``enter_layer``), inside every attention (``attend``), and after every attention and
-           MLP module (``leave``)
+           before every decoder layer (``enter_layer``), before and inside every attention (``enter_attention``, ``attend``), and after
+           every attention and MLP module (``leave``)
 ``given``  what the language model is called with
 
 A run may start from fewer sequences than it has rows. ``trunk[row]`` then names the row's sequence, and before the
@@ -33,6 +33,7 @@ from vlm_core.seam.plan import EMBEDDING, Program, require_fit
 from vlm_core.seam.positions import Positioned
 from vlm_core.seam.residual import StreamEdits
 from vlm_core.seam.shortening import Shortening, Weighed
+from vlm_core.seam.unrotated import unrotated
 from vlm_core.seam.views import GROUPS, AttentionView, LayerView, Tokens
 
 __all__ = ["Run", "given"]
@@ -134,6 +135,8 @@ class Run:
         )
         if tokens is not None and self._steady and not self._named:
             self._start = tokens
+        self._reads_unrotated = any(getattr(one, "reads_unrotated", False) for _, one in self._attention_observers)
+        self.hears_attentions = self._reads_unrotated
         if not self._untouched:
             self._prepare_edits()
         for one in self.observers:
@@ -155,6 +158,7 @@ class Run:
         self._attention = AttentionEdits(program, anatomy.n_heads)
         self._inputs = LayerInputs(anatomy)
         self._shortening = Shortening(program, self._where, self.trunk, self.items, self._visual)
+        self.hears_attentions |= bool(self._shortening.unrotated)
         self._check_image_tokens()
 
     @cached_property
@@ -234,6 +238,7 @@ class Run:
         self._tokens_at: dict[int, Tokens] = {}
         self._weighed_at: dict[int, Weighed | None] = {}
         self._entered: torch.Tensor | None = None
+        self._unrotated: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
         if not self._untouched:
             self._inputs.forget()
             self._shortening.reset()
@@ -388,6 +393,11 @@ class Run:
 
     # -- attention and what modules give back -----------------------------------------------------------------------
 
+    def enter_attention(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Ask the attention module of ``layer`` for its queries and keys without rotary positions, where anyone reads them."""
+        if not self.decoding and (self._reads_unrotated or (not self._untouched and layer in self._shortening.unrotated)):
+            self._unrotated[layer] = unrotated(module, args, kwargs)
+
     def attend(self, layer, original, module, query, key, value, mask, *args, **kwargs):
         """The attention of ``layer`` with this run's interventions."""
         if self._untouched:
@@ -423,6 +433,8 @@ class Run:
                 self._shortening.read(keys=own_key.float().mean(1))
             if layer in self._shortening.viewed:
                 self._shortening.look(view)
+            if layer in self._shortening.unrotated:
+                self._shortening.look(view, "unrotated")
             self._observe(view)
         return output, maps
 
@@ -430,7 +442,7 @@ class Run:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         seen = (layer, query, key, value, output, mask, scaling, kwargs.get("softcap"), tokens)
-        return AttentionView(*seen, self._entered, layer in self.anatomy.cross_layers)
+        return AttentionView(*seen, self._entered, layer in self.anatomy.cross_layers, self._unrotated.pop(layer, None))
 
     def _written(self, layer: int, tokens: Tokens, key, value, mask) -> tuple:
         """Keys, values and mask without the places of a static cache that no token has been written to."""

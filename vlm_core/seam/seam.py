@@ -8,12 +8,14 @@ Two attention names are registered with transformers, each with its own mask fun
 no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
 run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
 layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
-read and edit what they add to it. Every hook makes a forward pass slower and few runs need all of them, so that each kind is there only
-from a run that asks for it (``hears_layers``, ``hears_modules``) to one that does not, ahead of anyone else's hooks. What ``torch.compile``
-made leaves later hooks out: while a run that is not ``plain`` is active, the model runs as it was written (``vlm_core.seam.eagerly``).
+read and edit what they add to it; pre-hooks on attention modules ask them for queries and keys without rotary positions. Every hook makes
+a forward pass slower and few runs need all of them, so that each kind is there only from a run that asks for it (``hears_layers``,
+``hears_modules``, ``hears_attentions``) to one that does not, ahead of anyone else's hooks. What ``torch.compile`` made leaves later
+hooks out: while a run that is not ``plain`` is active, the model runs as it was written (``vlm_core.seam.eagerly``).
 
 What is active is a ``Run`` or anything with its methods ``attention_layer``, ``decoder_layer``, ``enter_layer`` and ``attend``; those it
-has no use for, ``enter_model``, ``leave`` with ``hears_modules``, and ``plain``, may be missing.
+has no use for, ``enter_model``, ``leave`` with ``hears_modules``, ``enter_attention`` with ``hears_attentions``, and ``plain``, may be
+missing.
 """
 
 from __future__ import annotations
@@ -175,6 +177,15 @@ def _before_language_model(module: nn.Module, args: tuple, kwargs: dict):
     return None
 
 
+def _before_attention(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    if kwargs is None:
+        # As before a layer.
+        return
+    run, layer = run_at(module)
+    if hasattr(run, "enter_attention"):
+        run.enter_attention(layer, module, args, kwargs)
+
+
 def _after_attention(module: nn.Module, args: tuple, output):
     run, layer = run_at(module)
     return run.leave("attention", layer, output) if hasattr(run, "leave") else None
@@ -193,9 +204,10 @@ class Seam:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, name: str = "subject") -> None:
         # A family that does not fit is refused before anything is done to the model.
-        self._layers = _Hooks([(module, _before_layer) for module in (*anatomy.layers, anatomy.norm)], before=True)
+        layers = _Hooks([(module, _before_layer) for module in (*anatomy.layers, anatomy.norm)], before=True)
         modules = [(module, _after_attention) for module in anatomy.attentions] + [(module, _after_mlp) for module in anatomy.mlps]
-        self._modules = _Hooks(modules, before=False)
+        attentions = _Hooks([(module, _before_attention) for module in anatomy.attentions], before=True)
+        self._several = (layers, _Hooks(modules, before=False), attentions)
         self._lock = Lock()
         text_config = model.config.get_text_config()
         self._model = ref(model)
@@ -219,7 +231,7 @@ class Seam:
         model.set_attn_implementation({self._key: ATTENTION_NAMES[self.original]})
         self._text_config = text_config
         self._entrance = _Hooks([(anatomy.language_model, _before_language_model)], before=True)
-        for hooks in (self._entrance, self._layers, self._modules):
+        for hooks in (self._entrance, *self._several):
             hooks.clear()
         self._entrance.begin(True)
         self._language_model = anatomy.language_model
@@ -239,34 +251,34 @@ class Seam:
             )
         if not getattr(run, "plain", False):
             eagerly.__enter__()
-        layers, modules = getattr(run, "hears_layers", True), getattr(run, "hears_modules", False)
-        if layers or modules or not self._rests:
+        heard = _heard_by(run)
+        if any(heard) or not self._rests:
             with self._lock:
                 self._entrance.restore()
-                self._layers.begin(layers)
-                self._modules.begin(modules)
+                for hooks, hears in zip(self._several, heard, strict=True):
+                    hooks.begin(hears)
 
     def end(self, run: Run) -> None:
         """``run`` is active no longer; its hooks stay until a run comes that needs none, unless another still hears by them."""
-        layers, modules = getattr(run, "hears_layers", True), getattr(run, "hears_modules", False)
-        if layers or modules:
+        heard = _heard_by(run)
+        if any(heard):
             with self._lock:
-                self._layers.end(layers)
-                self._modules.end(modules)
+                for hooks, hears in zip(self._several, heard, strict=True):
+                    hooks.end(hears)
         if not getattr(run, "plain", False):
             eagerly.__exit__()
 
     @property
     def _rests(self) -> bool:
         """Whether there are the hooks that there are without any run, and no others."""
-        return not (self._layers.on or self._modules.on) and self._entrance.there
+        return not any(hooks.on for hooks in self._several) and self._entrance.there
 
     def remove(self) -> None:
         """Restore the model as it was before ``install``; a second time does nothing."""
         if _LISTENERS.get(self._language_model) is not self:
             return
         with self._lock:
-            for hooks in (self._entrance, self._layers, self._modules):
+            for hooks in (self._entrance, *self._several):
                 hooks.off()
             del _LISTENERS[self._language_model]
         model = self._model()
@@ -274,6 +286,11 @@ class Seam:
             if self.in_place:
                 model.set_attn_implementation({self._key: self.original})
             _INSTALLED.pop(model, None)
+
+
+def _heard_by(run: Run) -> tuple[bool, bool, bool]:
+    """By which hooks a run hears: before layers, after modules, before attention modules."""
+    return getattr(run, "hears_layers", True), getattr(run, "hears_modules", False), getattr(run, "hears_attentions", False)
 
 
 class _Hooks:

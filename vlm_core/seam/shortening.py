@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vlm_core.errors import NotMeasurable
 from vlm_core.interventions import DropTokens
 from vlm_core.interventions.policy import Policy, Seen, Visual
 from vlm_core.seam.dropping import branched, kept_image_tokens, shortened
@@ -85,7 +86,7 @@ class Shortening:
             for kind in ("attention", "unrotated")
         }
         self.viewed, self.unrotated = asked["attention"], asked["unrotated"]
-        self.reading = self.scored | self.keyed | self.viewed
+        self.reading = self.scored | self.keyed | self.viewed | self.unrotated
         self._counts: dict = {}
         self.reset()
 
@@ -97,8 +98,20 @@ class Shortening:
         self._views: dict[str, tuple[AttentionView, torch.Tensor]] = {}
 
     def look(self, view: AttentionView, kind: str = "attention") -> None:
-        """Keep what a layer attends with, for policies that ask about it before the next."""
-        self._views[kind] = view, torch.arange(view.query.shape[0], device=view.query.device)
+        """Keep what a layer attends with, for policies that ask about it before the next.
+
+        Raises
+        ------
+        NotMeasurable
+            For kind "unrotated" where nothing is rotated.
+        """
+        found = view.unrotated if kind == "unrotated" else view
+        if found is None:
+            raise NotMeasurable(
+                f"layer {view.layer} has no rotary positions that could be left out: take a policy that reads its attention as it is, such "
+                f"as FastV()"
+            )
+        self._views[kind] = found, torch.arange(view.query.shape[0], device=view.query.device)
 
     def read(self, scores: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> None:
         """Keep what a layer's attention tells the next: attention per token, ``[element, token]``, mean keys ``[element, token, size]``."""
@@ -214,6 +227,7 @@ class Shortening:
                 mask=view.mask if whole else view.mask[one],
                 tokens=branched(view.tokens, one, view.tokens.rows[one]),
                 entered=None,
+                flat=None,
                 _kept={},
             )
         return Seen(

@@ -239,7 +239,8 @@ class AttentionView:
 
     ``query`` ``[element, head, query, head_dim]``; ``key``, ``value`` ``[element, kv head, key, head_dim]``;
     ``output`` ``[element, query, head, head_dim]`` before the output projection; ``mask`` the model's own, boolean or
-    additive, None where it is causal; ``entered`` is read as ``hidden``; ``crossed`` whether the keys are the image's, outside the sequence.
+    additive, None where it is causal; ``entered`` is read as ``hidden``, ``flat`` as ``unrotated``; ``crossed`` whether the keys are the
+    image's, outside the sequence.
     """
 
     layer: int
@@ -253,7 +254,20 @@ class AttentionView:
     tokens: Tokens
     entered: torch.Tensor | None = None
     crossed: bool = False
+    flat: tuple[torch.Tensor, torch.Tensor] | None = None
     _kept: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def unrotated(self) -> AttentionView | None:
+        """The same attention if all tokens stood at one position; None where nothing is rotated, or no one reads it.
+
+        Everything else stays: the layer's own input, its causal order, windows and caps. An observer that reads it says
+        ``reads_unrotated = True``.
+        """
+        if self.flat is None:
+            return None
+        query, key = self.flat
+        return replace(self, query=query, key=key, flat=None, _kept={})
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -368,13 +382,17 @@ class AttentionView:
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""
         index = torch.as_tensor(heads, device=self.query.device)
-        grouped = index // (self.query.shape[1] // self.key.shape[1])
         mask = self.mask
+
+        def shared(keys: torch.Tensor) -> torch.Tensor:
+            return keys[:, index // (self.query.shape[1] // keys.shape[1])]
+
         return replace(
             self,
             query=self.query[:, index],
-            key=self.key[:, grouped],
-            value=self.value[:, grouped],
+            key=shared(self.key),
+            value=shared(self.value),
+            flat=None if self.flat is None else (self.flat[0][:, index], shared(self.flat[1])),
             output=self.output[:, :, index],
             mask=mask if mask is None or mask.shape[1] == 1 else mask[:, index],
             _kept={},

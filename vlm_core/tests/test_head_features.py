@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_core import FullAttention, RelativeDistance, RotaryBias, Subject, head_features, observe
+from vlm_core import At, FullAttention, RelativeDistance, RotaryBias, Subject, head_features, observe
 from vlm_core.heads.features import FEATURES, delimiters
-from vlm_core.observation import position
 from vlm_core.observation.observing import observe_encoded
+from vlm_core.seam import run
 from vlm_core.stats import interval, interval_each
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.tests.family_models import TINY
@@ -120,25 +120,35 @@ def test_asking_for_unrotated_attention_leaves_the_model_as_it_was(subject):
     batch = subject.encode_items(item)
     with torch.inference_mode():
         before = subject.model(**batch.inputs).logits
-    hooks = [len(module._forward_pre_hooks) for module in subject.anatomy.attentions]
     observe(subject, item, RotaryBias())
-    assert [len(module._forward_pre_hooks) for module in subject.anatomy.attentions] == hooks
-    with pytest.raises(ValueError, match="no token group 'nonsense'"):
-        observe(subject, item, RotaryBias("nonsense"))
-    assert [len(module._forward_pre_hooks) for module in subject.anatomy.attentions] == hooks
     with torch.inference_mode():
         assert torch.equal(subject.model(**batch.inputs).logits, before)
+    with pytest.raises(ValueError, match="no token group 'nonsense'"):
+        observe(subject, item, RotaryBias("nonsense"))
+    # The next run that has no use for the hooks takes them off.
+    observe(subject, item, RelativeDistance())
+    assert not any(module._forward_pre_hooks for module in subject.anatomy.attentions)
 
 
-def test_another_run_through_the_model_is_not_asked(subject):
-    observer = position._Unrotated("question")
-    handles = [module.register_forward_pre_hook(observer.ask, with_kwargs=True) for module in subject.anatomy.attentions]
-    try:
-        observe(subject, make_items(1), RelativeDistance())
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert observer.kept == {}
+def test_only_runs_that_read_it_ask(subject, monkeypatch):
+    """Each layer once in a prompt, none while tokens are generated; beside such a run, one in another context asks nothing."""
+    asked = []
+    monkeypatch.setattr(run, "unrotated", lambda *call: asked.append(call))
+    item = make_items(1)
+    batch = subject.encode_items(item)
+    with subject.intervene(None, batch, observers=[RotaryBias()]), torch.inference_mode():
+        subject.model.generate(**batch.inputs, max_new_tokens=3, eos_token_id=None)
+        assert [call[0] for call in asked] == list(subject.anatomy.attentions)
+        with subject.intervene(None, batch, observers=[RelativeDistance()]):
+            subject.model(**batch.inputs)
+    assert len(asked) == subject.anatomy.n_layers
+
+
+def test_rotary_bias_in_some_layers_and_heads(subject, gqa_subject):
+    items = make_items(2)
+    for one in (subject, gqa_subject):
+        whole, some = observe(one, items, [RotaryBias(), At(RotaryBias(), layers=(2, 0), heads=(3, 1))])
+        np.testing.assert_allclose(some, whole[:, [0, 2]][:, :, [3, 1]], rtol=1e-5, atol=1e-7)
 
 
 def test_rotary_bias_finds_its_own_run_beside_another_models(subject):
