@@ -54,11 +54,10 @@ class DART(Policy):
         """The pivots of the image, and what is least like each pivot."""
         image, similarity = seen.once(("dart", self.digest), lambda: self._pivots(seen))
         image = image[:keep]
-        rows = torch.cat([similarity[: len(image)], similarity[min(self.image_pivots, len(seen)) :]])
         taken = torch.zeros(len(seen), dtype=torch.bool, device=similarity.device)
         taken[image] = True
-        share, more = divmod(keep - len(image), len(rows))
-        for number, row in enumerate(rows):
+        share, more = divmod(keep - len(image), len(similarity))
+        for number, row in enumerate(similarity):
             count = share + (number < more)
             if not count:
                 break
