@@ -23,6 +23,7 @@ from vlm_core.interventions.numeric import shown
 from vlm_core.interventions.policy import Policy
 from vlm_core.reduction import declared
 from vlm_core.subjects.embed import encode_items
+from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
 from vlm_core.subjects.visual import OUTSIDE
 from vlm_core.sweeps.sweep import sweep
@@ -104,6 +105,13 @@ def unavailable(subject: Subject, item, among: Mapping[str, Reducer]) -> dict[st
             encode_items(subject, [item], reads={kind})
         except (NotMeasurable, SubjectError) as error:
             missing.update(dict.fromkeys(asking, str(error)))
+    layer = max(1, subject.anatomy.n_deepstack)
+    for name, one in among.items():
+        if isinstance(one, Policy) and "unrotated" in one.reads and name not in missing and layer < subject.anatomy.n_layers:
+            try:
+                forward_rows(subject, encode_items(subject, [item], reads=one.reads & OUTSIDE), [0], [DropTokens(layer, 0.5, one)], [0])
+            except NotMeasurable as error:
+                missing[name] = str(error)
     return missing
 
 

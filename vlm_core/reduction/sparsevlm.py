@@ -107,7 +107,9 @@ def peaks(hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]
         Number of each token's centre.
     """
     n = len(hidden)
-    distances = torch.cdist(hidden, hidden, compute_mode="donot_use_mm_for_euclid_dist") / hidden.shape[1] ** 0.5
+    # By products, far faster for wide streams; in double precision, as they cancel between neighbours.
+    wide = hidden.double()
+    distances = (torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist") / hidden.shape[1] ** 0.5).fill_diagonal_(0.0)
     nearest = distances.topk(min(n, NEIGHBOURS + 1), dim=1, largest=False).values[:, 1:]
     density = -nearest.square().mean(1) if n > 1 else torch.zeros(n, device=hidden.device)
     # A number per token that grows with its density.

@@ -11,7 +11,7 @@ from PIL import Image
 
 import vlm_core.reduction.curves
 from vlm_core import sweep
-from vlm_core.reduction import FastV
+from vlm_core.reduction import Debiased, FastV
 from vlm_core.reduction.curves import (
     Cell,
     choose_drop,
@@ -223,3 +223,11 @@ def test_what_the_subject_lacks_is_named(monkeypatch, sensitive, grid_items):
 
     monkeypatch.setattr("vlm_core.subjects.embed.visuals", nowhere)
     assert unavailable(sensitive, grid_items[0], policies) == {"asks": "its image tokens have no places"}
+
+
+def test_a_subject_without_rotary_positions_lacks_what_reads_without_them(monkeypatch, sensitive, grid_items):
+    policies = {"stride": "stride", "debiased": Debiased(), "fastv": FastV()}
+    assert unavailable(sensitive, grid_items[0], policies) == {}
+    monkeypatch.setattr("vlm_core.seam.run.unrotated", lambda *call: None)
+    missing = unavailable(sensitive, grid_items[0], policies)
+    assert list(missing) == ["debiased"] and "layer 0 has no rotary positions" in missing["debiased"]
