@@ -41,7 +41,8 @@ class Nothing(Run):
         batch, anatomy = self._batch, self.anatomy
         program = Program.compile([None] * len(batch), anatomy.n_layers, anatomy.n_heads)
         groups = None if batch.labels is None else {"answer": batch.labels != -100}
-        super().__init__(anatomy, program, batch.image, batch.valid, items=batch.items, groups=groups, tokens=None if groups else batch.tokens)
+        tokens = None if groups else batch.tokens
+        super().__init__(anatomy, program, batch.image, batch.valid, items=batch.items, groups=groups, tokens=tokens)
         return getattr(self, name)
 
     def attention_layer(self, module: nn.Module) -> None:

@@ -118,9 +118,9 @@ class Run:
         self._named = _named(groups, valid) if groups else {}
         self._left = bool(program.drops or program.merges) and bool(valid[:, -1].all()) if left is None else left
         numbered = tuple(enumerate(self.observers))
-        self._attention_observers = [pair for pair in numbered if hasattr(pair[1], "attention")]
-        self._layer_observers = [pair for pair in numbered if hasattr(pair[1], "layer")]
-        self._site_observers = sited = [pair for pair in numbered if hasattr(pair[1], "site")]
+        self._attention_observers = [(number, one.attention) for number, one in numbered if hasattr(one, "attention")]
+        self._layer_observers = [(number, one.layer) for number, one in numbered if hasattr(one, "layer")]
+        self._site_observers = sited = [(number, one.site) for number, one in numbered if hasattr(one, "site")]
         self._attends = bool(self._attention_observers or sited)
         self._untouched = program.idle and self._steady
         self._idle = self._untouched and not (numbered or self.alert)
@@ -131,7 +131,7 @@ class Run:
             or not self._untouched
             or self._layer_observers
             or sited
-            or any(getattr(one, "reads_hidden", True) for _, one in self._attention_observers)
+            or any(getattr(one, "reads_hidden", True) for one in self.observers if hasattr(one, "attention"))
         )
         if tokens is not None and self._steady and not self._named:
             self._start = tokens
@@ -289,9 +289,9 @@ class Run:
     def _look(self, layer: int, hidden: torch.Tensor) -> None:
         self._entered = hidden
         for number, observer in self._layer_observers:
-            self._keep(number, layer, observer.layer(LayerView(layer, hidden, self.tokens.on(hidden.device))))
+            self._keep(number, layer, observer(LayerView(layer, hidden, self.tokens.on(hidden.device))))
         for number, observer in self._site_observers:
-            self._keep(number, layer, observer.site("residual", layer, hidden, self.tokens))
+            self._keep(number, layer, observer("residual", layer, hidden, self.tokens))
 
     def enter_model(self, args: tuple, kwargs: dict) -> dict | None:
         """Refuse, before the language model runs, what would break inside it; its inputs, where they must change."""
@@ -458,9 +458,9 @@ class Run:
     def _observe(self, view: AttentionView) -> None:
         layer = view.layer
         for number, observer in self._attention_observers:
-            self._keep(number, layer, observer.attention(view))
+            self._keep(number, layer, observer(view))
         for number, observer in self._site_observers:
-            self._keep(number, layer, observer.site("head", layer, view.output, view.tokens))
+            self._keep(number, layer, observer("head", layer, view.output, view.tokens))
 
     def leave(self, site: str, layer: int, output):
         """What the attention or MLP module of ``layer`` gives back, patched and observed; None where nothing changes."""
@@ -473,7 +473,7 @@ class Run:
         shaped = hidden.view(*tokens.valid.shape, -1)
         after = self._stream.apply(site, layer, shaped, self.elements_at[layer], tokens) if edited else shaped
         for number, observer in self._site_observers:
-            self._keep(number, layer, observer.site(site, layer, after, tokens))
+            self._keep(number, layer, observer(site, layer, after, tokens))
         if after is shaped:
             return None
         after = after.view(hidden.shape)

@@ -223,14 +223,15 @@ class _Asked:
 class _Shared:
     """What ``AttentionView.shares`` needs of the tokens: ``members`` ``[element, key, group]``, which keys belong to which group.
 
-    Attention whose values say which group a key belongs to gives the groups' shares, with no map of it in between. So where one sequence
-    attends causally, ``values`` ``[1, kv head, key, head_dim]`` hold the groups, and ``fused`` the positions of the queries (None for
-    all) with what is added to their scores (None for the causal order); where there are many queries of some only, it is None.
+    Where one sequence attends causally there are ways without a mean map in between. For all queries, attention whose values say which
+    group a key belongs to: ``values`` ``[1, kv head, key, head_dim]``. For some, one product of their attention with ``weights``
+    ``[query and key, group]``: ``few`` are their positions ``[query]``, what a causal order adds to their scores ``[1, query, key]``, and
+    those weights.
     """
 
     members: torch.Tensor
     values: torch.Tensor | None = None
-    fused: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+    few: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -342,42 +343,41 @@ class AttentionView:
         """Attention on groups of keys, averaged over a group of queries, ``[element, head, group]``; NaN where that has no member."""
         tokens, query, key = self.tokens, self.query, self.key
         asked = tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), lambda: self._shared(queries, groups))
-        if asked.fused is None or self.softcap is not None or ("mean", queries) in self._kept:
+        if (asked.values is None and asked.few is None) or self.softcap is not None or ("mean", queries) in self._kept:
             mean = self.mean(queries)
             with _as_it_is(mean):
                 return mean @ asked.members
         query, key = _constant(query), _constant(key)
         if query.dtype != torch.float32:
             query, key = query.float(), key.float()
-        positions, mask = asked.fused
-        if positions is not None:
-            query = query.index_select(2, positions)
-        if query.shape[1] != key.shape[1]:
-            # Heads that share keys are neighbours: their queries stand under one another.
-            query = query.view(1, key.shape[1], -1, query.shape[3])
-        attention = nn.functional.scaled_dot_product_attention
+        if asked.few is None:
+            attention = nn.functional.scaled_dot_product_attention
+            with _as_it_is(query):
+                return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
+        positions, later, weights = asked.few
+        # Heads that share keys are neighbours: their queries stand under one another.
+        few = query[0].index_select(1, positions).view(key.shape[1], -1, key.shape[3])
         with _as_it_is(query):
-            found = attention(query, key, asked.values, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
-        if query.shape[1] != self.query.shape[1]:
-            found = found.view(1, self.query.shape[1], -1, found.shape[3])
-        return found.mean(2)[..., : len(groups)]
+            found = torch.baddbmm(later, few, key[0].transpose(1, 2), alpha=self.scaling).softmax(-1)
+            return (found.view(query.shape[1], -1) @ weights)[None]
 
     def _shared(self, queries: str, groups: tuple[str, ...]) -> _Shared:
-        members = torch.stack([self.keys_of(group) for group in groups], dim=2).float()
         (n_elements, n_heads, n_queries, size), n_keys = self.query.shape, self.key.shape[2]
+        members = torch.stack([self.keys_of(group) for group in groups], dim=2).float()
         positions = self.tokens.members(queries)[0]
-        if n_elements > 1 or not self._causal or n_queries < n_keys or len(groups) > size or not positions.shape[1]:
+        n = positions.shape[1]
+        if n_elements > 1 or not self._causal or n_queries < n_keys or len(groups) > size or not n:
             return _Shared(members)
-        values = members.new_zeros(1, 1, n_keys, size)
-        values[0, 0, :, : len(groups)] = members[0]
-        values = values.expand(self.key.shape)
         sharing = n_heads // self.key.shape[1]
-        if positions.shape[1] == n_queries and sharing == 1:
-            return _Shared(members, values, (None, None))
-        if sharing * positions.shape[1] * n_keys > MASK_KEPT:
+        if n == n_queries and sharing == 1:
+            values = members.new_zeros(1, 1, n_keys, size)
+            values[0, 0, :, : len(groups)] = members[0]
+            return _Shared(members, values.expand(self.key.shape))
+        if sharing * n * n_keys > MASK_KEPT:
             return _Shared(members)
-        later = self.tokens.later(queries)
-        return _Shared(members, values, (positions[0], later if sharing == 1 else later.repeat(1, 1, sharing, 1)))
+        later = self.tokens.later(queries)[0]
+        weights = (members[0] / n).repeat(n, 1)
+        return _Shared(members, few=(positions[0], later if sharing == 1 else later.repeat(1, sharing, 1), weights))
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""

@@ -19,6 +19,7 @@ from vlm_core.families.anatomy import Anatomy, HeadId
 from vlm_core.families.layout import Layout, image_layouts
 from vlm_core.interventions import Intervention, require_row
 from vlm_core.interventions.numeric import integer
+from vlm_core.interventions.policy import Visual
 from vlm_core.items import item_field, item_number, require_items, take
 from vlm_core.placement import home
 from vlm_core.seam.nothing import Nothing
@@ -263,28 +264,32 @@ class Subject:
             raise TypeError(f"batch must be what subject.encode(images, prompts) gives, got {type(batch).__name__}")
         if interventions is None and items is None and groups is None and observers == ():
             return active(Nothing(self.anatomy, batch))
-        rows = interventions if isinstance(interventions, list) else [interventions]
-        for row in rows:
-            require_row(row)
         require_run(observers, items, groups)
         if batch.labels is not None:
             groups = {"answer": batch.labels != -100, **(groups or {})}
         items = batch.items if items is None else items
         if items is not None and len(items) != len(batch):
             raise ValueError(f"{len(items)} items were named for {len(batch)} prompts: give one number per prompt")
-        anatomy = self.anatomy
-        for row in dict.fromkeys(rows):
-            require_possible(row, anatomy)
-        rows = rows if isinstance(interventions, list) else rows * len(batch)
-        where = () if interventions is None else (self.device, anatomy.embedding.weight.dtype)
-        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, *where)
+        program, visual = self._compiled(interventions, batch)
         tokens = None if groups else batch.tokens
-        reads = asked_outside(set(rows))
-        visual = visuals(self, batch.inputs, batch.sizes, reads) if reads else None
         run = Run(
-            anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups, tokens=tokens, visual=visual
+            self.anatomy, program, batch.image, batch.valid, items=items, observers=observers, groups=groups, tokens=tokens, visual=visual
         )
         return active(run)
+
+    def _compiled(self, interventions: Intervention | tuple | Sequence | None, batch: Batch) -> tuple[Program, list[Visual] | None]:
+        anatomy = self.anatomy
+        if interventions is None:
+            return Program.compile([None] * len(batch), anatomy.n_layers, anatomy.n_heads), None
+        rows = interventions if isinstance(interventions, list) else [interventions]
+        for row in rows:
+            require_row(row)
+        for row in dict.fromkeys(rows):
+            require_possible(row, anatomy)
+        reads = asked_outside(set(rows))
+        rows = rows if isinstance(interventions, list) else rows * len(batch)
+        program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, self.device, anatomy.embedding.weight.dtype)
+        return program, visuals(self, batch.inputs, batch.sizes, reads) if reads else None
 
     def encode_items(self, items: Sequence, padding_side: str = "left") -> Batch:
         """``encode`` on the images and prompts of items, which stay named by their ids (``Batch.items``)."""
