@@ -29,7 +29,7 @@ class Nothing(Run):
     """
 
     plain = True
-    hears_layers = hears_modules = False
+    hears_layers = hears_modules = hears_attentions = False
 
     def __init__(self, anatomy: Anatomy, batch: Batch) -> None:
         self.anatomy = anatomy

@@ -135,7 +135,7 @@ class Run:
         )
         if tokens is not None and self._steady and not self._named:
             self._start = tokens
-        self._reads_unrotated = any(getattr(one, "reads_unrotated", False) for _, one in self._attention_observers)
+        self._reads_unrotated = any(getattr(one, "reads_unrotated", False) for one in self.observers)
         self.hears_attentions = self._reads_unrotated
         if not self._untouched:
             self._prepare_edits()

@@ -706,8 +706,10 @@ def test_sweeps_and_observations_inside_a_run_are_refused(subject, batch, work):
 
 def test_a_run_of_nothing_knows_what_any_run_knows(batch):
     subject = Subject(*tiny_llava())
-    with subject.intervene(None, batch) as nothing, pytest.raises(ValueError, match="observer 0 of this run kept nothing"):
+    with subject.intervene(None, batch) as nothing:
         logits(subject, batch)
+    assert "program" not in vars(nothing), "a plain pass worked out what nobody asked for"
+    with pytest.raises(ValueError, match="observer 0 of this run kept nothing"):
         nothing.record(0, 0)
     run = Run(subject.anatomy, _program(subject, None, batch), batch.image, batch.valid)
     assert torch.equal(nothing.tokens.group("question"), run.tokens.group("question"))
