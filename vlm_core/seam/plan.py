@@ -149,10 +149,34 @@ def _effect(row: Row, n_layers: int, n_heads: int) -> _Effect:
         knocks=tuple(knocks),
         edits=tuple(edits),
         touch=touches(row, n_layers),
-        positions=frozenset(group for part in parts(row) for group in _named_groups(part)),
-        needs=frozenset(need for part in parts(row) for need in _needs(part)),
+        positions=_positions(row),
+        needs=_row_needs(row),
         on_image=next((part for part in parts(row) if _is_on_image(part, n_layers)), None),
     )
+
+
+def _positions(row: Row) -> frozenset[Positions]:
+    return frozenset(group for part in parts(row) for group in _named_groups(part))
+
+
+def _row_needs(row: Row) -> frozenset[tuple[str, int | None]]:
+    return frozenset(need for part in parts(row) for need in _needs(part))
+
+
+def demands(row: Row, n_layers: int, n_heads: int) -> tuple[frozenset[tuple[str, int | None]], frozenset[Positions]]:
+    """What a row asks of a family and of its prompt: ``needs`` and ``positions`` of a ``Program``, without compiling one.
+
+    Raises
+    ------
+    ValueError
+        As ``Program.compile`` does for the row.
+    """
+    if isinstance(row, tuple):
+        effect = _effect(row, n_layers, n_heads)
+        return effect.needs, effect.positions
+    for part in parts(row):
+        _require_places(part, n_layers, n_heads)
+    return _row_needs(row), _positions(row)
 
 
 def _named_groups(part: Intervention) -> list[Positions]:

@@ -24,6 +24,7 @@ from vlm_core.errors import SubjectError
 from vlm_core.interventions.policy import Visual
 from vlm_core.items import item_field
 from vlm_core.seam.seam import Captured, active, capturing, current_run
+from vlm_core.subjects.remembering import prompt_key
 from vlm_core.subjects.visual import visuals
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ def encode_items(
 ) -> list[Encoded]:
     """Encode items (or the items' prompts with other ``images``) in batches of ``batch`` images.
 
+    Where the subject remembers prompts (``vlm_core.subjects.remembering``), those that it knows are not encoded again.
+
     Parameters
     ----------
     reads : collection of str
@@ -205,11 +208,26 @@ def encode_items(
     SubjectError
         Where a prompt came out of the processor without image tokens.
     """
+    pictures = [item_field(item, "image") for item in items] if images is None else images
+    prompts = [item_field(item, "prompt") for item in items]
+    known = subject.known_prompts
+    if known is None:
+        return _encode(subject, pictures, prompts, batch, reads)
+    state, keys = subject.weights_state(), [prompt_key(*one, reads) for one in zip(pictures, prompts, strict=True)]
+    encoded = dict(zip(keys, known.find(state, keys), strict=True))
+    missing = list({key: number for number, key in enumerate(keys) if encoded[key] is None}.values())
+    found = _encode(subject, [pictures[number] for number in missing], [prompts[number] for number in missing], batch, reads)
+    for number, one in zip(missing, found, strict=True):
+        encoded[keys[number]] = one
+        known.keep(state, keys[number], one)
+    return [encoded[key] for key in keys]
+
+
+def _encode(subject: Subject, pictures: Sequence, prompts: Sequence[str], batch: int, reads: Collection[str]) -> list[Encoded]:
     encoded: list[Encoded] = []
-    for start in range(0, len(items), batch):
-        chunk = items[start : start + batch]
-        pictures = [item_field(item, "image") for item in chunk] if images is None else images[start : start + batch]
-        prepared = subject.encode(pictures, [item_field(item, "prompt") for item in chunk], padding_side="right")
+    for start in range(0, len(prompts), batch):
+        some = slice(start, start + batch)
+        prepared = subject.encode(pictures[some], prompts[some], padding_side="right")
         with torch.inference_mode(), active(None):
             found = capture(subject, prepared.inputs)
             if reads:

@@ -29,6 +29,7 @@ from vlm_core.seam.seam import active, install
 from vlm_core.subjects.batch import Batch, encode
 from vlm_core.subjects.checkpoint import Checkpoint
 from vlm_core.subjects.fingerprint import settings_digest, weights_digest, weights_state
+from vlm_core.subjects.remembering import KnownPrompts
 from vlm_core.subjects.visual import asked_outside, visuals
 from vlm_core.subjects.wording import Wording
 
@@ -67,6 +68,7 @@ class Subject:
         self.checkpoint = checkpoint
         self.anatomy = Anatomy.of(model, name)
         self.seam = install(model, self.anatomy, name)
+        self.known_prompts: KnownPrompts | None = None  # see ``vlm_core.subjects.remembering``
         self._wording: Wording | None = None
         self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
         self._loaded_state = self.weights_state()

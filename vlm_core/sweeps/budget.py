@@ -19,7 +19,7 @@ from vlm_core.subjects.subject import Subject
 __all__ = ["NOTHING_FITS", "Budget", "free_bytes", "in_batches", "out_of_memory"]
 
 # On a CPU a batch is fastest while a layer's activations stay in the caches, yet has enough tokens for a matrix product to pay.
-_CACHE_BYTES = 6 * 2**20
+_CACHE_BYTES = 12 * 2**20
 _FEWEST_TOKENS, _MOST_TOKENS = 192, 2**16
 _SHARE_IN_FLIGHT, _SHARE_STORED = 0.25, 0.25
 

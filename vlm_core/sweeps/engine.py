@@ -28,7 +28,7 @@ from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches, out_of_memory
 from vlm_core.sweeps.prefix import forward_shared, grow_stems
 from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
-from vlm_core.sweeps.sharing import SuffixRow, entry_layer, why_not_shared
+from vlm_core.sweeps.sharing import SuffixRow, why_not_shared
 from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks
 
 __all__ = ["PATHS", "PathCounts", "RowJob", "choose_path", "run_rows"]
@@ -91,6 +91,27 @@ def _source_tokens(intervention: Row) -> tuple[tuple[str, int], ...]:
     return tuple(sorted((repr(part.queries), part.means.keys.shape[2]) for part in replaced))
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What of a prompt decides the paths of its rows."""
+
+    why_whole: str | None
+    contiguous: bool
+    n_deepstack: int
+
+    @classmethod
+    def of(cls, sequence: Encoded) -> _Shape:
+        image = sequence.image.nonzero()[:, 0]
+        n = len(image)
+        first, last = (int(image[0]), int(image[-1])) if n else (0, -1)
+        why = None
+        if not n:
+            why = "the prompt has no image tokens in its sequence"
+        elif last >= sequence.n_prompt - 1:
+            why = "the prompt ends with its image, so there is nothing after it to run alone"
+        return cls(why, last - first + 1 == n, len(sequence.deepstack))
+
+
 def choose_path(anatomy: Anatomy, sequence: Encoded, intervention: Row) -> tuple[str, str | None]:
     """The fastest path that is exact for a row, and why no faster one is (None where there is none).
 
@@ -99,20 +120,20 @@ def choose_path(anatomy: Anatomy, sequence: Encoded, intervention: Row) -> tuple
     path : {"shared prefix", "resume", "whole"}
     reason : str or None
     """
-    image = sequence.image.nonzero()[:, 0]
-    refusals = anatomy.family.refusals
-    if not len(image):
-        return "whole", "the prompt has no image tokens in its sequence"
-    if int(image[-1]) >= sequence.n_prompt - 1:
-        return "whole", "the prompt ends with its image, so there is nothing after it to run alone"
-    contiguous = int(image[-1] - image[0]) + 1 == len(image)
+    return _path(anatomy, _Shape.of(sequence), intervention)
+
+
+def _path(anatomy: Anatomy, shape: _Shape, intervention: Row) -> tuple[str, str | None]:
+    refusals, contiguous = anatomy.family.refusals, shape.contiguous
+    if shape.why_whole is not None:
+        return "whole", shape.why_whole
     reason = refusals.get("shared_prefix") or why_not_shared(intervention, anatomy.n_layers, contiguous)
     if reason is None:
         return "shared prefix", None
     layer = _resume_layer(intervention, anatomy.n_layers, contiguous)
-    if sequence.deepstack:
-        if layer < len(sequence.deepstack):
-            return "whole", f"{reason}, and visual features are added again up to layer {len(sequence.deepstack)}"
+    if shape.n_deepstack:
+        if layer < shape.n_deepstack:
+            return "whole", f"{reason}, and visual features are added again up to layer {shape.n_deepstack}"
     elif "resume" in refusals:
         return "whole", refusals["resume"]
     return "resume", reason
@@ -153,6 +174,9 @@ class _Engine:
         self.extended: dict[tuple[int, tuple[int, ...]], Encoded] = {}
         self._sizes: dict[str, int] = {}
         self._delivered: set[int] = set()
+        # What an intervention alone decides, found once for all its rows: by identity, as ``rows`` keeps every one of them.
+        self._touched: dict[int, int] = {}
+        self._shapes: dict[int, _Shape] = {}
 
     def run(self) -> PathCounts:
         decided = self._decide()
@@ -182,11 +206,13 @@ class _Engine:
         known: dict[tuple, tuple[str, str | None]] = {}
         decided = []
         for row in self.rows:
-            key = (row.prompt, row.intervention)
             if row.prompt in untouched:
-                known[key] = ("whole", None)
-            elif key not in known:
-                known[key] = choose_path(self.anatomy, self.prompts[row.prompt], row.intervention)
+                decided.append(("whole", None))
+                continue
+            shape = self._shape(row.prompt)
+            key = (id(row.intervention), shape)
+            if key not in known:
+                known[key] = _path(self.anatomy, shape, row.intervention)
             decided.append(known[key])
         # A trunk pays where some row starts after the first layer.
         pays = {row.prompt for row, (path, _) in zip(self.rows, decided, strict=True) if path == "shared prefix"}
@@ -198,8 +224,19 @@ class _Engine:
         return decided
 
     def _untouched_prompts(self) -> set[int]:
-        touched = {row.prompt for row in self.rows if touches(row.intervention, self.anatomy.n_layers).layer < self.anatomy.n_layers}
+        touched = {row.prompt for row in self.rows if self._first_touched(row.intervention) < self.anatomy.n_layers}
         return set(range(len(self.prompts))) - touched
+
+    def _shape(self, prompt: int) -> _Shape:
+        if prompt not in self._shapes:
+            self._shapes[prompt] = _Shape.of(self.prompts[prompt])
+        return self._shapes[prompt]
+
+    def _first_touched(self, intervention: Row) -> int:
+        """The first layer that an intervention touches; the number of layers for none."""
+        if id(intervention) not in self._touched:
+            self._touched[id(intervention)] = touches(intervention, self.anatomy.n_layers).layer
+        return self._touched[id(intervention)]
 
     def deliver(self, numbers: Sequence[int], hidden: torch.Tensor) -> None:
         """Hand over what some rows read, each row once."""
@@ -216,15 +253,13 @@ class _Engine:
 
     def _run_whole(self, numbers: list[int]) -> None:
         """Batches of rows of alike cost: the same drops, then alike length."""
-        n_layers = self.anatomy.n_layers
-
         def cost(number: int) -> tuple:
             row = self.rows[number]
             drops = tuple(
                 sorted((part.layer, part.keep) for part in parts(row.intervention) if isinstance(part, DropTokens | MergeTokens))
             )
             length = len(self.prompts[row.prompt]) + len(row.prefix)
-            return drops, length, row.prompt, row.prefix, touches(row.intervention, n_layers).layer
+            return drops, length, row.prompt, row.prefix, self._first_touched(row.intervention)
 
         ordered = sorted(numbers, key=cost)
         longest = max((len(self.prompts[self.rows[number].prompt]) + len(self.rows[number].prefix) for number in ordered), default=1)
@@ -317,7 +352,7 @@ class _Engine:
             recorded = [(prompt, max(prefixes[prompt], key=len)) for prompt in group]
             place = {key: number for number, prompt in enumerate(group) for key in keys if key[0] == prompt}
         starts = {number: self._start(number) for number in resumed}
-        entries = {number: entry_layer(self.rows[number].intervention, self.anatomy) for number in shared}
+        entries = {number: min(self._first_touched(self.rows[number].intervention), self.anatomy.n_layers - 1) for number in shared}
         several = not forked and len(keys) > len(group)
         recording = record_trunks(
             self.subject,
@@ -339,7 +374,7 @@ class _Engine:
 
         def shared_batch(numbers: Sequence[int]) -> None:
             batch = [SuffixRow(stem(number), self.rows[number].intervention, self.rows[number].reads) for number in numbers]
-            self.deliver(numbers, forward_shared(self.subject, recording, batch))
+            self.deliver(numbers, forward_shared(self.subject, recording, batch, [entries[number] for number in numbers]))
 
         def resumed_batch(numbers: Sequence[int]) -> None:
             distinct = list(dict.fromkeys(map(stem, numbers)))
@@ -365,5 +400,4 @@ class _Engine:
 
     def _start(self, number: int) -> int:
         row = self.rows[number]
-        image = self.prompts[row.prompt].image.nonzero()[:, 0]
-        return _resume_layer(row.intervention, self.anatomy.n_layers, int(image[-1] - image[0]) + 1 == len(image))
+        return _resume_layer(row.intervention, self.anatomy.n_layers, self._shape(row.prompt).contiguous)

@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_core.items import item_field
 from vlm_core.seam.tower import recording
 from vlm_core.subjects.embed import Encoded, encode_items
+from vlm_core.subjects.remembering import prompt_key
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import free_bytes
 
@@ -89,7 +91,12 @@ class Prompt:
 
 
 def prompts_of(subject: Subject, items: Sequence, batch: int = 32) -> list[Prompt]:
-    """The prompts of items as the processor lays them out."""
+    """The prompts of items as the processor lays them out; those that the subject remembers (``vlm_core.subjects.remembering``) are known."""
+    if subject.known_prompts is not None:
+        keys = [prompt_key(item_field(item, "image"), item_field(item, "prompt")) for item in items]
+        encoded = subject.known_prompts.find(subject.weights_state(), keys)
+        if None not in encoded:
+            return [Prompt.of(one) for one in encoded]
     prompts = []
     for start in range(0, len(items), batch):
         prepared = subject.encode_items(items[start : start + batch], padding_side="right")

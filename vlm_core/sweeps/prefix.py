@@ -60,13 +60,17 @@ def grow_stems(subject: Subject, recording: Recording, sequences: Sequence[tuple
     return stems
 
 
-def forward_shared(subject: Subject, recording: Recording, rows: Sequence[SuffixRow]) -> torch.Tensor:
+def forward_shared(
+    subject: Subject, recording: Recording, rows: Sequence[SuffixRow], entries: Sequence[int] | None = None
+) -> torch.Tensor:
     """Run rows that leave their prefix untouched.
 
     Parameters
     ----------
     rows : sequence of SuffixRow
         Their stems must hold the suffix at ``entry_layer`` of their intervention.
+    entries : sequence of int, optional
+        That layer of each row, where it is known.
 
     Returns
     -------
@@ -75,7 +79,7 @@ def forward_shared(subject: Subject, recording: Recording, rows: Sequence[Suffix
     """
     anatomy = subject.anatomy
     require_runnable(rows, anatomy)
-    firsts = np.array([entry_layer(row.intervention, anatomy) for row in rows])
+    firsts = np.array([entry_layer(row.intervention, anatomy) for row in rows] if entries is None else entries)
     numbers = np.array([row.stem.trunk.number for row in rows])
     order = np.lexsort((numbers, firsts))
     ordered = [rows[number] for number in order]

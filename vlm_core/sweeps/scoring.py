@@ -130,6 +130,35 @@ def candidate_metric(number: int) -> str:
     return f"candidate {number}"
 
 
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """The terms that the reads of one prefix of an item say.
+
+    Parameters
+    ----------
+    candidates, places, tokens : int arrays ``[term]``
+        A term's candidate, its read among those of this prefix, and its token.
+    telling : tuple of int
+        Which of these terms, if any, is ``CandidateSet.telling``.
+    n_reads : int
+    """
+
+    candidates: np.ndarray
+    places: np.ndarray
+    tokens: np.ndarray
+    telling: tuple[int, ...]
+    n_reads: int
+
+    @classmethod
+    def of(cls, one: CandidateSet, prefix: int) -> _Terms:
+        own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
+        place = {read: number for number, read in enumerate(own)}
+        chosen = [number for number, (_, read, _) in enumerate(one.terms.tolist()) if read in place]
+        terms = one.terms[chosen].reshape(-1, 3)
+        telling = tuple(k for k, number in enumerate(chosen) if number == one.telling)
+        return cls(terms[:, 0], np.array([place[read] for read in terms[:, 1].tolist()], dtype=np.int64), terms[:, 2], telling, len(own))
+
+
 class RowScores:
     """Summed log-probabilities ``[row, candidate]`` and answer logits ``[row]``, filled batch by batch.
 
@@ -150,34 +179,37 @@ class RowScores:
         self.subject, self.candidates, self.rows, self.pairs = subject, candidates, rows, pairs
         self.sums = np.full((len(rows), max(one.n for one in candidates)), -np.inf)
         self.logits = np.zeros(len(rows))
+        self._terms: dict[tuple[int, int], _Terms] = {}
+
+    def _terms_of(self, item: int, prefix: int) -> _Terms:
+        if (item, prefix) not in self._terms:
+            self._terms[item, prefix] = _Terms.of(self.candidates[item], prefix)
+        return self._terms[item, prefix]
 
     def consume(self, jobs: Sequence[int], hidden: torch.Tensor) -> None:
         """Add what the reads of some (row, prefix) pairs say; ``hidden`` ``[n, hidden]`` job by job."""
         rows, numbers, reads, tokens, telling = [], [], [], [], []
-        start = 0
+        start = terms = 0
         for job in jobs:
             row, prefix = self.pairs[job]
-            one = self.candidates[self.rows[row][0]]
-            own = [read for read, (read_prefix, _) in enumerate(one.reads) if read_prefix == prefix]
-            place = {read: start + offset for offset, read in enumerate(own)}
-            start += len(own)
-            for term, (candidate, read, token) in enumerate(one.terms.tolist()):
-                if read in place:
-                    telling += [(row, len(rows))] * (term == one.telling)
-                    rows.append(row)
-                    numbers.append(candidate)
-                    reads.append(place[read])
-                    tokens.append(token)
+            own = self._terms_of(self.rows[row][0], prefix)
+            rows.append(np.full(len(own.candidates), row))
+            numbers.append(own.candidates)
+            reads.append(own.places + start)
+            tokens.append(own.tokens)
+            telling += [(row, terms + term) for term in own.telling]
+            start += own.n_reads
+            terms += len(own.candidates)
+        rows, numbers, reads, tokens = map(np.concatenate, (rows, numbers, reads, tokens))
         read = read_logits(self.subject, hidden)
         with torch.inference_mode():
             normaliser = read.logsumexp(1)
-            index = torch.tensor(reads, device=read.device)
-            raw = read[index, torch.tensor(tokens, device=read.device)]
+            index = torch.as_tensor(reads, device=read.device)
+            raw = read[index, torch.as_tensor(tokens, device=read.device)]
             finite = raw.isfinite() & normaliser[index].isfinite()
             raw = raw.masked_fill(~finite, torch.nan)
             log_probabilities = (raw - normaliser[index]).cpu().numpy().astype(float)
         raw = raw.cpu().numpy()
-        rows, numbers = np.array(rows), np.array(numbers)
         touched = self.sums[rows, numbers]
         self.sums[rows, numbers] = np.where(np.isneginf(touched), 0.0, touched)
         np.add.at(self.sums, (rows, numbers), log_probabilities)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vlm_core.interventions import ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Row, ZeroHeads, parts, touches
-from vlm_core.seam.plan import Program, require_fit
+from vlm_core.seam.plan import demands, require_fit
 from vlm_core.sweeps.trunk import Stem
 
 __all__ = ["LayerPlan", "SuffixRow", "compile_rows", "entry_layer", "require_runnable", "why_not_shared"]
@@ -69,11 +69,12 @@ def entry_layer(intervention, anatomy) -> int:
 
 def require_runnable(rows: Sequence[SuffixRow], anatomy) -> None:
     """Refuse what a whole run would refuse."""
-    program = Program.compile([row.intervention for row in rows], anatomy.n_layers, anatomy.n_heads)
-    for capability, layer in program.needs:
+    asked = {id(row.intervention): row.intervention for row in rows}
+    demanded = {known: demands(intervention, anatomy.n_layers, anatomy.n_heads) for known, intervention in asked.items()}
+    for capability, layer in frozenset().union(*(needs for needs, _ in demanded.values())):
         anatomy.require(capability, () if layer is None else (layer,))
-    for row, positions in zip(rows, program.positions, strict=True):
-        for group in positions:
+    for row in rows:
+        for group in demanded[id(row.intervention)][1]:
             row.stem.members(group)
 
 
@@ -91,38 +92,36 @@ def compile_rows(rows: Sequence[SuffixRow], anatomy) -> dict[int, LayerPlan]:
     """What is done to rows, layer by layer; layers in which nothing is are not there."""
     plan: dict[int, LayerPlan] = {}
     n_rows, n_heads = len(rows), anatomy.n_heads
-    masks: dict[tuple, torch.Tensor] = {}
-
-    def mask(kind: str, layer: int, *key, width: int | None = n_heads) -> torch.Tensor:
-        name = (kind, layer, *key)
-        if name not in masks:
-            shape = (n_rows,) if width is None else (n_rows, width)
-            masks[name] = torch.zeros(shape, dtype=torch.bool)
-        return masks[name]
-
+    places: dict[tuple, tuple[list[int], list[int]]] = {}
+    knocked: dict[tuple, list[int]] = {}
     sources: dict[int, object] = {}
     for number, row in enumerate(rows):
         for part in parts(row.intervention):
             if isinstance(part, KnockOut):
                 for layer in part.layers:
-                    mask("knock", layer, part.queries, part.keys, width=None)[number] = True
+                    knocked.setdefault((layer, part.queries, part.keys), []).append(number)
                 continue
             means = getattr(part, "means", None)
-            if means is not None:
+            if means is not None and id(means) not in sources:
                 require_fit(means.values.shape, anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
             sources[id(means)] = means
+            kind, queries = type(part).__name__, part.queries
             for layer, head in part.heads:
-                mask(type(part).__name__, layer, part.queries, id(means))[number, head] = True
-    for (kind, layer, *key), chosen in masks.items():
+                at = places.setdefault((kind, layer, queries, id(means)), ([], []))
+                at[0].append(number)
+                at[1].append(head)
+    for (layer, queries, keys), numbers in knocked.items():
+        chosen = torch.zeros(n_rows, dtype=torch.bool)
+        chosen[numbers] = True
+        plan.setdefault(layer, LayerPlan()).knocks.append((queries, keys, chosen))
+    for (kind, layer, queries, source), at in places.items():
+        chosen, means = torch.zeros(n_rows, n_heads, dtype=torch.bool), sources[source]
+        chosen[at] = True
         entry = plan.setdefault(layer, LayerPlan())
-        if kind == "knock":
-            entry.knocks.append((key[0], key[1], chosen))
-            continue
-        queries, source = key[0], sources[key[1]]
         if kind == "ZeroHeads":
             entry.zero.append((queries, chosen))
         elif kind == "MeanHeads":
-            entry.mean.append((queries, chosen, source.values[layer]))
+            entry.mean.append((queries, chosen, means.values[layer]))
         else:
-            entry.image_kv.append((queries, chosen, source.keys[layer], source.values[layer]))
+            entry.image_kv.append((queries, chosen, means.keys[layer], means.values[layer]))
     return plan

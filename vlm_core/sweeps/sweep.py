@@ -376,14 +376,13 @@ def _measure(subject: Subject, block: _Block, prompts: list[Prompt] | None = Non
         subject, encoded, jobs, [item_number(item) for item in items], scores.consume, Budget.of(subject, plan.batch_rows)
     )
     values = score_candidates([candidates[position] for position, _ in rows], scores.sums, scores.logits)
-    per_row = {
-        "item": [str(item_field(items[position], "id")) for position, _ in rows],
-        "cluster": [str(item_field(items[position], "scene_id")) for position, _ in rows],
-        "task": [str(item_field(items[position], "task")) for position, _ in rows],
-        "intervention": [label for _, label in rows],
-    }
     repeat = len(metrics)
-    columns = {name: np.repeat(np.array(column, dtype=object), repeat) for name, column in per_row.items()}
+    positions = np.repeat([position for position, _ in rows], repeat)
+    names = {"item": "id", "cluster": "scene_id", "task": "task"}
+    columns = {
+        name: np.array([str(item_field(item, field)) for item in items], dtype=object)[positions] for name, field in names.items()
+    }
+    columns["intervention"] = np.repeat(np.array([label for _, label in rows], dtype=object), repeat)
     columns["metric"] = np.tile(np.array(metrics, dtype=object), len(rows))
     # Other blocks may hold items with more candidates.
     beyond = np.where(np.isnan(values["logit"]), np.nan, -np.inf)

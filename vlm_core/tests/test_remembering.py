@@ -1,0 +1,108 @@
+"""A prompt is encoded once while its subject remembers, and never from weights or pixels that are others."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from vlm_core import AttentionMass, ZeroHeads, observe, sweep
+from vlm_core.subjects.embed import encode_items
+from vlm_core.subjects.remembering import KnownPrompts, prompt_key, remembering
+from vlm_core.sweeps.features import Prompt, prompts_of
+from vlm_core.tests.tiny import make_items, tiny_subject
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A subject, and how many prompts its processor was given, call by call."""
+    subject, calls = tiny_subject(), []
+    original = subject.encode
+
+    def encode(images, prompts, *args, **kwargs):
+        calls.append(len(prompts))
+        return original(images, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(subject, "encode", encode)
+    return subject, calls
+
+
+def test_sweeps_and_observers_share_what_was_encoded(counted):
+    subject, calls = counted
+    items, rows = make_items(5), {"none": None, "zero": ZeroHeads([(0, 1)])}
+    fresh, fresh_mass = sweep(subject, items, rows), observe(subject, items, AttentionMass("text", ("image",)))
+    del calls[:]
+    with remembering(subject) as known:
+        for _ in range(2):
+            remembered, mass = sweep(subject, items, rows), observe(subject, items, AttentionMass("text", ("image",)))
+            pd.testing.assert_frame_equal(remembered, fresh)
+            torch.testing.assert_close(torch.from_numpy(mass), torch.from_numpy(fresh_mass))
+        assert sum(calls) == len(known) == len({prompt_key(item["image"], item["prompt"]) for item in items})
+    encode_items(subject, items)
+    assert sum(calls) == len(known) + len(items), "outside the context nothing is remembered"
+
+
+def test_one_pixel_or_one_word_makes_another_prompt(counted):
+    subject, calls = counted
+    item = make_items(1)[0]
+    painted: Image.Image = item["image"].copy()
+    painted.putpixel((0, 0), tuple(255 - value for value in painted.getpixel((0, 0))))
+    others = [item, {**item, "image": painted}, {**item, "prompt": item["prompt"] + " really"}, {**item, "image": item["image"].copy()}]
+    with remembering(subject):
+        found = encode_items(subject, others)
+        assert sum(calls) == 3 and found[0] is found[3]
+        again = encode_items(subject, others[1:])
+    for one, fresh in zip(again, encode_items(subject, others[1:]), strict=True):
+        torch.testing.assert_close(one.embeds, fresh.embeds)
+
+
+def test_other_images_are_remembered_as_what_was_shown(counted):
+    subject, _ = counted
+    items = make_items(2)
+    swapped = [items[1]["image"], items[0]["image"]]
+    with remembering(subject):
+        encode_items(subject, items)
+        found = encode_items(subject, items, images=swapped)
+    for one, fresh in zip(found, encode_items(subject, items, images=swapped), strict=True):
+        torch.testing.assert_close(one.embeds, fresh.embeds)
+
+
+def test_weights_that_change_end_the_memory():
+    subject, items = tiny_subject(), make_items(3)
+    with remembering(subject) as known:
+        before = encode_items(subject, items)
+        with torch.no_grad():
+            subject.anatomy.embedding.weight.add_(1.0)
+        after = encode_items(subject, items)
+        assert len(known) == len({prompt_key(item["image"], item["prompt"]) for item in items})
+    assert not torch.equal(before[0].embeds, after[0].embeds)
+    torch.testing.assert_close(after[0].embeds, encode_items(subject, items)[0].embeds)
+
+
+def test_prompts_are_known_without_the_processor(counted):
+    subject, calls = counted
+    items = make_items(4)
+    fresh = prompts_of(subject, items)
+    with remembering(subject):
+        encode_items(subject, items)
+        del calls[:]
+        for one, plain in zip(prompts_of(subject, items), fresh, strict=True):
+            assert isinstance(one, Prompt) and torch.equal(one.ids, plain.ids) and torch.equal(one.image, plain.image)
+        assert not calls
+
+
+def test_the_prompt_used_longest_ago_goes_first():
+    subject, items = tiny_subject(), make_items(3)
+    state, encoded = subject.weights_state(), encode_items(subject, items)
+    measured = KnownPrompts(2**30)
+    measured.find(state, [])
+    measured.keep(state, ("a", ""), encoded[0])
+    known = KnownPrompts(2 * measured.bytes)
+    known.find(state, [])
+    for name in "ab":
+        known.keep(state, (name, ""), encoded[0])
+    known.find(state, [("a", "")])
+    known.keep(state, ("c", ""), encoded[0])
+    assert known.bytes == 2 * measured.bytes
+    assert [one is not None for one in known.find(state, [(name, "") for name in "abc"])] == [True, False, True]
