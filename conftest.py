@@ -1,5 +1,6 @@
 pytest_plugins = [
     "reports.plugin",
+    "fixtures.ordering",
     "fixtures.subjects",
     "fixtures.probe_sets",
     "fixtures.measurements",

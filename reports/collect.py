@@ -101,7 +101,7 @@ class Run:
         (self.folder / "records.jsonl").write_text("".join(record.dumps(entry) + "\n" for entry in records), encoding="utf-8")
         identity = self._identity(exit_code=exit_code, partial_families=partial_families)
         self._write_json("run.json", {**identity, "files": sorted(tables + artifacts)})
-        page.render(self.folder)
+        page.render(self.folder, {key: one for payload in self._received for key, one in payload["drawings"].items()})
         return self._settle()
 
     def _settle(self):

@@ -61,14 +61,11 @@ def accuracy_bars(data):
 
 
 def head_map(data):
-    """``{"values": [layer][head], "marks"?: [{layer, head, label?}], "value_label"?, "links"?: {"layer.head": url}}``; one hue for values."""
+    """``{"values": [layer][head], "marks"?: [{layer, head, label?}], "value_label"?}``; one hue for values; cells are groups ``cell-layer-head``."""
     values = _matrix(data["values"])
     layers, heads = values.shape
     figure, axes = _axes(height=max(2.0, 0.9 + 0.3 * layers))
     tips = _cells(axes, values, lambda row, column, value: f"layer {row}, head {column}: {value}")
-    for cell in axes.patches:
-        _, row, column = cell.get_gid().split("-")
-        cell.set_url(data.get("links", {}).get(f"{row}.{column}"))
     for mark in data.get("marks", ()):
         axes.add_patch(
             Rectangle(

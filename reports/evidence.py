@@ -58,6 +58,7 @@ class Evidence:
         self.record = None
         self.started = time.monotonic()
         self._figures = []
+        self._drawings = {}
         self._tables = []
         self._artifacts = []
         self._about = {"subject": {}, "data": {}}
@@ -148,8 +149,8 @@ class Evidence:
     def figure(self, kind, data, *, title, caption, alt):
         """Leave a figure of a registered kind; see ``reports.drawings`` for the data each takes.
 
-        A claim that is not supported raises in `decide`: draw first, then decide. The figure is drawn once
-        here, so that data that cannot be drawn fails the test that made it.
+        A claim that is not supported raises in `decide`: draw first, then decide. The figure is drawn
+        here, so that data that cannot be drawn fails the test that made it; the run's page takes this drawing.
         """
         from reports import figures
 
@@ -159,7 +160,8 @@ class Evidence:
         data = record.to_builtins(data, f"figure {title!r}")
         if kind == "accuracy_bars" and isinstance(data, list):
             data = {"bars": data}
-        figures.render(kind, data, prefix="check", label=alt)
+        figures.check(kind, data)
+        self._drawings[figures.key(kind, data)] = figures.draw(kind, data)
         self._figures.append({"kind": kind, "title": title, "caption": caption, "alt": alt, "data": data})
 
     def about(self, subject=None, data=None):
@@ -177,6 +179,7 @@ class Evidence:
             "tables": self._tables,
             "artifacts": self._artifacts,
             "figures": self._figures if self.record is None else [],
+            "drawings": self._drawings,
             "about": self._about,
         }
 

@@ -3,16 +3,20 @@
 A kind is a function in ``reports.drawings`` plus the keys its data must have; ``KINDS`` is the whole list.
 
 ``check``   refuse unknown kinds and incomplete data, where the figure is made
-``render``  data to SVG text: real text, CSS variables for colours, stable ids
+``draw``    data to a drawing, the costly part; ``key`` names it, so that a figure drawn once is known again
+``render``  data, or their drawing, to SVG text for a page: real text, CSS variables for colours, stable ids
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
 from pathlib import Path
 from typing import NamedTuple
+
+from reports import record
 
 STYLE = Path(__file__).parent / "figures.mplstyle"
 
@@ -78,22 +82,24 @@ def check(kind, data):
             raise ValueError(f"figure {kind!r} needs {missing[0]!r} in each of its {rule.entries}")
 
 
-def render(kind, data, *, prefix, label):
-    """Draw a figure as one SVG element.
+def key(kind, data):
+    """What a drawing is known by: the same for the same figure, before and after its data were stored."""
+    return hashlib.sha256(record.dumps([kind, data], sort_keys=True).encode()).hexdigest()
+
+
+def draw(kind, data):
+    """Draw a figure, for no page yet.
 
     Parameters
     ----------
     kind : str
     data : dict
         As stored in a record.
-    prefix : str
-        Makes ids unique on a page with many figures.
-    label : str
-        The text alternative.
 
     Returns
     -------
-    str
+    dict
+        ``svg`` and ``tips``, builtins: what ``render`` makes a page's element of.
     """
     import matplotlib as mpl
     import matplotlib.style
@@ -107,10 +113,35 @@ def render(kind, data, *, prefix, label):
         FigureCanvasSVG(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _for_page(out.getvalue(), prefix=prefix, label=label, tips=tips)
+    return {"svg": out.getvalue(), "tips": tips}
 
 
-def _for_page(svg, *, prefix, label, tips):
+def render(kind, data, *, prefix, label, links=None, drawing=None):
+    """A figure as one SVG element.
+
+    Parameters
+    ----------
+    kind : str
+    data : dict
+        As stored in a record.
+    prefix : str
+        Makes ids unique on a page with many figures.
+    label : str
+        The text alternative.
+    links : dict, optional
+        Addresses that drawn groups lead to, by the groups' ids.
+    drawing : dict, optional
+        What ``draw`` made of the figure; drawn anew where it is not given.
+
+    Returns
+    -------
+    str
+    """
+    drawing = drawing or draw(kind, data)
+    return _for_page(drawing["svg"], prefix=prefix, label=label, tips=drawing["tips"], links=links or {})
+
+
+def _for_page(svg, *, prefix, label, tips, links):
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
@@ -119,6 +150,8 @@ def _for_page(svg, *, prefix, label, tips):
         f'viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label, quote=True)}">'
     )
     svg = opening + svg[svg.index(">") + 1 :]
+    if links:
+        svg = re.sub(r'<g id="([^"]+)">\s*(<path [^>]*/>)\s*</g>', lambda found: _linked(found, links), svg)
     for gid, text in tips.items():
         svg = svg.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>", 1)
     svg = re.sub(r'<g id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|[A-Za-z]*Collection)_\d+">', "<g>", svg)
@@ -135,6 +168,12 @@ def _for_page(svg, *, prefix, label, tips):
     for name, colour in COLOURS.items():
         svg = re.sub(rf"{colour}\b", f"var(--fig-{name})", svg, flags=re.IGNORECASE)
     return svg
+
+
+def _linked(found, links):
+    """A drawn group, its shape leading to the group's address where it has one."""
+    gid, shape = found.groups()
+    return found[0] if gid not in links else f'<g id="{gid}"><a xlink:href="{html.escape(links[gid], quote=True)}">{shape}</a></g>'
 
 
 def _unique(name, prefix, seen):

@@ -17,7 +17,7 @@ from reports import figures, heads, recipes, record, summary, wording
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(folder):
+def render(folder, drawings=None):
     """Render the report of a run directory.
 
     Parameters
@@ -25,6 +25,8 @@ def render(folder):
     folder : pathlib.Path
         Holds ``run.json`` and ``evidence.json`` (or, of a killed run, ``records.jsonl``), and what else the page shows where it is there
         (``head-report.json``, ``token-recipe.json``).
+    drawings : dict, optional
+        Figures that are drawn already, by ``reports.figures.key``; others are drawn from their data.
 
     Returns
     -------
@@ -32,15 +34,15 @@ def render(folder):
     """
     identity, records = record.load_run(folder)
     target = folder / "report.html"
-    target.write_text(text(identity, records, heads.load(folder), recipes.load(folder)), encoding="utf-8")
+    target.write_text(text(identity, records, heads.load(folder), recipes.load(folder), drawings), encoding="utf-8")
     return target
 
 
-def text(identity, records, described=None, recipe=None):
-    """The page as text; ``described``: the head report, ``recipe``: the token recipe, if there are any."""
+def text(identity, records, described=None, recipe=None, drawings=None):
+    """The page as text; ``described``: the head report, ``recipe``: the token recipe, if there are any; ``drawings``: see ``render``."""
     model = summary.page(identity, records)
     return _environment().get_template("report.html.j2").render(
-        model, heads=heads.section(described), recipe=recipes.section(recipe), svg=_FigureWriter(heads.links(described))
+        model, heads=heads.section(described), recipe=recipes.section(recipe), svg=_FigureWriter(heads.links(described), drawings or {})
     )
 
 
@@ -84,16 +86,19 @@ def shown(value):
 
 
 class _FigureWriter:
-    """Draws figures for one page, each with ids of its own; cells of head maps lead to the cards of their heads."""
+    """Puts figures on one page, each with ids of its own; cells of head maps lead to the cards of their heads."""
 
-    def __init__(self, links):
-        self._drawn = 0
-        self._links = links
+    def __init__(self, links, drawings):
+        self._count = 0
+        self._links = {f"cell-{name.replace('.', '-')}": address for name, address in links.items()}
+        self._drawings = drawings
 
     def __call__(self, figure):
-        self._drawn += 1
-        data = {**figure["data"], "links": self._links} if figure["kind"] == "head_map" else figure["data"]
-        return markupsafe.Markup(figures.render(figure["kind"], data, prefix=f"f{self._drawn}", label=figure["alt"]))
+        self._count += 1
+        kind, data = figure["kind"], figure["data"]
+        links = self._links if kind == "head_map" else None
+        drawing = self._drawings.get(figures.key(kind, data))
+        return markupsafe.Markup(figures.render(kind, data, prefix=f"f{self._count}", label=figure["alt"], links=links, drawing=drawing))
 
 
 def _inline(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from reports import figures, page, record, summary, wording
@@ -133,8 +134,6 @@ def test_a_figure_keeps_real_text_and_follows_the_page_colours():
 
 
 def test_a_cell_of_a_head_map_tells_its_value():
-    import numpy as np
-
     svg = figures.render(**_drawable(sample_run.head_map(np.random.default_rng(0))), prefix="a", label="map")
     assert "<title>layer 3, head 2: 0.42</title>" in svg
 
@@ -220,3 +219,20 @@ def test_only_what_json_can_hold_becomes_a_record():
         record.to_builtins({"model": object()}, "details")
     with pytest.raises(ValueError, match="not JSON compliant"):
         record.dumps({"a": float("nan")})
+
+
+def test_a_page_takes_figures_that_are_drawn_already_and_is_the_same(tmp_path, monkeypatch):
+    entries = sample_run.records()
+    folder = sample_run.write(tmp_path, entries)
+    again = page.render(folder).read_text(encoding="utf-8")
+    shown = [(figure["kind"], figure["data"]) for entry in entries for figure in entry["figures"]]
+    drawings = {figures.key(kind, data): figures.draw(kind, data) for kind, data in shown}
+    monkeypatch.setattr(figures, "draw", lambda kind, data: pytest.fail("a figure was drawn twice"))
+    assert page.render(folder, drawings).read_text(encoding="utf-8") == again
+
+
+def test_groups_of_a_drawing_lead_where_they_are_told_to():
+    data = sample_run.head_map(np.random.default_rng(0))["data"]
+    svg = figures.render("head_map", data, prefix="a", label="map", links={"cell-0-1": "#head-0.1", "cell-9-9": "#nowhere"})
+    assert re.findall(r'<a href="#([^"]+)" tabindex="-1"><path ', svg) == ["head-0.1"]
+    assert re.search(r"<title>layer 0, head 1: [^<]*</title><a ", svg), "the cell that leads there is that head's"

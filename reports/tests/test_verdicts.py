@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from reports import figures
+
 from .suites import CRASHING, EXPLORATORY, INCONCLUSIVE, INVALID, REFUTED, SUPPORTED
 
 pytest_plugins = ["pytester"]
@@ -252,6 +254,20 @@ def test_tests_without_claims_leave_nothing(suite):
     result = suite.run()
     assert result.ret == 0 and not suite.runs.exists()
     assert "= claims =" not in result.stdout.str() and "report" not in result.stdout.str()
+
+
+def test_a_figure_is_drawn_once_in_the_test_that_made_it(suite, monkeypatch):
+    drawn, draw = [], figures.draw
+    monkeypatch.setattr(figures, "draw", lambda kind, data: drawn.append(kind) or draw(kind, data))
+    suite.write("""
+@pytest.mark.claim(ONE)
+def test_figure(evidence):
+    evidence.figure("null_histogram", {"draws": [0.1, 1 / 3], "observed": 0.2}, title="Draws", caption="All of them.", alt="two draws")
+    evidence.decide(ONE, effects(0.5), clusters=clusters())
+""")
+    suite.run("-q")
+    assert drawn == ["null_histogram"]
+    assert 'aria-label="two draws"' in (suite.runs / "latest" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_figure_that_cannot_be_drawn_fails_the_test_that_made_it(suite):

@@ -101,13 +101,14 @@ def compile_rows(rows: Sequence[SuffixRow], anatomy) -> dict[int, LayerPlan]:
                 for layer in part.layers:
                     knocked.setdefault((layer, part.queries, part.keys), []).append(number)
                 continue
+            if not isinstance(part, _SHAREABLE):
+                continue  # it does nothing: `why_not_shared`
             means = getattr(part, "means", None)
             if means is not None and id(means) not in sources:
                 require_fit(means.values.shape, anatomy.n_layers, anatomy.n_heads, anatomy.head_dim)
             sources[id(means)] = means
-            kind, queries = type(part).__name__, part.queries
             for layer, head in part.heads:
-                at = places.setdefault((kind, layer, queries, id(means)), ([], []))
+                at = places.setdefault((type(part).__name__, layer, part.queries, id(means)), ([], []))
                 at[0].append(number)
                 at[1].append(head)
     for (layer, queries, keys), numbers in knocked.items():

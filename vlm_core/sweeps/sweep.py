@@ -46,8 +46,9 @@ from vlm_core.sweeps.shards import ShardStore
 __all__ = ["progress_bar", "sweep"]
 
 COLUMNS = ("item", "cluster", "task", "intervention", "metric", "value")
-_BLOCK_ITEMS = 128
-_BLOCK_ROWS = 4096
+# Small enough that processes which need the same sweep have something to share.
+_BLOCK_ITEMS = 64
+_BLOCK_ROWS = 2048
 
 
 @dataclass(eq=False)
