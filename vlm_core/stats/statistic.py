@@ -12,7 +12,7 @@ A statistic is written once, as a function of how often each cluster is drawn; t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +23,7 @@ from .intervals import N_RESAMPLES, Bounds, Estimate, expanded_level, student_bo
 from .permutation import never_zero
 
 _TIED = 1e-12
+_KEPT_COUNTS = 2**24  # draws × clusters of a bootstrap whose draws are kept for the next statistic
 
 
 def per_cluster(values: ArrayLike, clusters: ArrayLike) -> np.ndarray:
@@ -45,6 +46,19 @@ def per_cluster(values: ArrayLike, clusters: ArrayLike) -> np.ndarray:
     sums = np.zeros((codes.max() + 1, *values.shape[1:]))
     np.add.at(sums, codes, values)
     return sums
+
+
+def _resamples(rng: int | np.random.Generator, n: int, n_resamples: int, at_once: int) -> Iterator[np.ndarray]:
+    """How often each of ``n`` clusters is drawn, ``[draw, cluster]``, at most ``at_once`` draws together."""
+    rng = np.random.default_rng(rng)
+    for start in range(0, n_resamples, at_once):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(at_once, n_resamples - start))
+
+
+@lru_cache(maxsize=4)
+def _known_resamples(seed: int, n: int, n_resamples: int, at_once: int) -> tuple[np.ndarray, ...]:
+    """The same for a seed, drawn once for all statistics of as many clusters."""
+    return tuple(counts.astype(np.min_scalar_type(n)) for counts in _resamples(seed, n, n_resamples, at_once))
 
 
 def estimate_statistic(
@@ -90,15 +104,12 @@ def estimate_statistic(
     n = np.unique(clusters).size
     if n < 3:
         raise ValueError(f"{n} clusters: bounds of a statistic need at least three")
-    rng = np.random.default_rng(rng)
     level = max(expanded_level(smallest_alpha, n), 1.25e-4)
     n_resamples = max(n_resamples, int(np.ceil(25 / level)))
     value = float(_values(statistic, np.ones((1, n)))[0])
-    draws = []
-    while sum(map(len, draws)) < n_resamples:
-        size = min(draws_at_once, n_resamples - sum(map(len, draws)))
-        draws.append(_values(statistic, rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)))
-    drawn = np.sort(np.concatenate(draws))
+    seeded = isinstance(rng, int) and n * n_resamples <= _KEPT_COUNTS
+    resamples = (_known_resamples if seeded else _resamples)(rng, n, n_resamples, draws_at_once)
+    drawn = np.sort(np.concatenate([_values(statistic, counts.astype(float)) for counts in resamples]))
     if np.ptp(drawn) <= 1e-9 * max(1.0, abs(value)):
         return None
     left_out = _left_out(statistic, n, draws_at_once)

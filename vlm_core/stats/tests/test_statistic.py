@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import vlm_core.stats.statistic as bootstrap
 from vlm_core.stats import (
     Claim,
     Equivalence,
@@ -195,3 +196,29 @@ def test_friedman_is_scipys_and_compares_within_blocks():
     assert 0 < friedman(np.arange(4000)[:, None] + np.arange(3))[0] <= 2.3e-16  # too small for a float: a bound, no 0
     with pytest.raises(ValueError, match="two or more of each"):
         friedman(np.ones((1, 4)))
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_draws_kept_for_the_next_statistic_are_those_of_the_seed(n):
+    values, clusters = np.random.default_rng(n).standard_normal(2 * n), np.repeat(np.arange(n), 2)
+    sums = per_cluster(values, clusters)
+    found = [
+        estimate_statistic(lambda weights, k=k: weights @ sums**k / n, clusters, n_resamples=2500, rng=rng).bounds(0.025)
+        for k in (1, 2)
+        for rng in (7, np.random.default_rng(7))
+    ]
+    assert found[0] == found[1] and found[2] == found[3] and found[0] != found[2]
+    other = estimate_statistic(lambda weights: weights @ sums / n, clusters, n_resamples=2500, rng=8)
+    assert other.bounds(0.025) != found[0]
+
+
+def test_draws_of_a_seed_are_made_once(monkeypatch):
+    made, resamples = [], bootstrap._resamples
+    monkeypatch.setattr(bootstrap, "_resamples", lambda *asked: made.append(asked) or resamples(*asked))
+    bootstrap._known_resamples.cache_clear()
+    for k in range(3):
+        estimate_statistic(lambda weights, k=k: weights @ np.arange(k, k + 9.0), np.arange(9), rng=1234)
+    assert len(made) == 1
+    monkeypatch.setattr(bootstrap, "_KEPT_COUNTS", 0)
+    estimate_statistic(lambda weights: weights @ np.arange(9.0), np.arange(9), rng=1234)
+    assert len(made) == 2, "more than may be kept is drawn anew"
