@@ -86,10 +86,17 @@ class Visual:
     column: torch.Tensor
     tower: tuple[TowerLayer, ...] = ()
 
-    def neighbours(self) -> torch.Tensor:
-        """Which tokens touch which in their grid, up, down, left or right: BoolTensor ``[image token, image token]``."""
-        same = (self.grid[:, None] == self.grid) & (self.grid >= 0)
-        return same & ((self.row[:, None] - self.row).abs() + (self.column[:, None] - self.column).abs() == 1)
+    def neighbours(self, of: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Which tokens touch which in their grid, up, down, left or right: BoolTensor ``[image token, image token]``.
+
+        Parameters
+        ----------
+        of : LongTensor ``[n]``, optional
+            The tokens of the first axis. Default: all.
+        """
+        grid, row, column = (one[of, None] for one in (self.grid, self.row, self.column))
+        # Tokens without a place all have the same one, outside every grid: none lies beside another.
+        return (grid == self.grid) & ((row - self.row).abs() + (column - self.column).abs() == 1)
 
 
 @dataclass(frozen=True, eq=False)

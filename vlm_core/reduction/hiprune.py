@@ -60,7 +60,7 @@ class HiPrune(Policy):
         anchors = by_object[: max(1, int(self.objects * keep / 5 + 0.5))]
         taken = torch.zeros(len(seen), dtype=torch.bool, device=anchors.device)
         taken[anchors] = True
-        beside = seen.once(("neighbours",), seen.outside().neighbours)[anchors].any(0) & ~taken
+        beside = seen.outside().neighbours(anchors).any(0) & ~taken
         taken[by_object[beside[by_object]][: keep - len(anchors)]] = True
         taken[by_last[~taken[by_last]][: keep - int(taken.sum())]] = True
         return Choice(taken.nonzero()[:, 0])

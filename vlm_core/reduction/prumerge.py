@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from vlm_core.interventions.numeric import boolean
-from vlm_core.interventions.policy import Choice, Policy, Seen
+from vlm_core.interventions.policy import Choice, Policy, Seen, TowerLayer
 from vlm_core.reduction.baselines import spaced
 from vlm_core.reduction.tower import last_layers, share
 
@@ -88,11 +88,11 @@ class PruMerge(Policy):
         return Choice(kept, mix)
 
     @staticmethod
-    def _ranked(seen_by, placed: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    def _ranked(seen_by: TowerLayer, placed: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
         """Candidates, those that receive most first; how many of them are outliers; unit keys."""
-        received = seen_by.received.float()
-        if not bool(placed.any()):
-            return torch.arange(len(placed), device=placed.device), 0, normalize(seen_by.keys.float(), dim=1)
-        low, high = torch.quantile(received[placed], torch.tensor([0.25, 0.75], device=received.device))
-        order = received.masked_fill(~placed, -1.0).argsort(descending=True, stable=True)
-        return order, int((placed & (received > high + 1.5 * (high - low))).sum()), normalize(seen_by.keys.float(), dim=1)
+        received = seen_by.received
+        # Where no token has a place all receive nothing, and none is an outlier.
+        among = received[placed] if bool(placed.any()) else received
+        low, high = torch.quantile(among, torch.tensor([0.25, 0.75], device=received.device))
+        order = received.argsort(descending=True, stable=True)
+        return order, int((received > high + 1.5 * (high - low)).sum()), normalize(seen_by.keys.float(), dim=1)

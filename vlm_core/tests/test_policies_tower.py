@@ -16,21 +16,28 @@ from vlm_core.tests.test_policies import kept
 from vlm_core.tests.test_seam import logits
 from vlm_core.tests.tiny import make_items, tiny_subject
 
-SIZES = [(2, 3, 2), (3, 4, 5), (3, 4, 12), (5, 7, 8), (8, 8, 16), (8, 8, 60)]
-"""Rows and columns of a grid behind a class token, and how many of the tokens stay."""
+SIZES = [(2, 3, 2), (2, 3, 6), (2, 3, 8), (3, 4, 5), (3, 4, 13), (5, 7, 8), (8, 8, 16), (8, 8, 60)]
+"""Rows and columns of a grid, and how many of the tokens stay."""
+N_OUTSIDE = 3
+"""Tokens without a place beside the grid: one before it and two after it."""
 
 
 def visual_of(rows: int, columns: int, seed: int = 0, layers: int = 4, size: int = 6, outliers: int = 0) -> Visual:
-    """A class token and a grid; ``outliers`` of its tokens receive ten times as much in the last layers."""
+    """A class token, a grid, two tokens without a place. Two patches of the grid receive nothing, ``outliers`` ten times as much."""
     generator = torch.Generator().manual_seed(100 + seed)
     n = rows * columns
     place = torch.arange(n)
-    grid, row, column = (torch.cat([torch.tensor([-1]), one]) for one in (torch.zeros(n, dtype=torch.long), place // columns, place % columns))
+    ends = torch.tensor([-1]), torch.tensor([-1, -1])
+    grid, row, column = (torch.cat([ends[0], one, ends[1]]) for one in (torch.zeros_like(place), place // columns, place % columns))
     tower = []
     for layer in range(layers):
-        received = torch.cat([torch.zeros(1), 0.5 + torch.rand(n, generator=generator)])
-        received[1 + torch.randperm(n, generator=generator)[:outliers]] *= 10
-        keys = torch.cat([torch.zeros(1, size), torch.randn(n, size, generator=generator)]) if layer >= layers - 2 else None
+        received = torch.randn(n, generator=generator).exp()
+        order = torch.randperm(n, generator=generator)
+        received[order[:outliers]] *= 10
+        received[order[-2:]] = 0
+        received = torch.cat([torch.zeros(1), received, torch.zeros(2)])
+        keys = torch.cat([torch.zeros(1, size), torch.randn(n, size, generator=generator), torch.zeros(2, size)])
+        keys = keys if layer >= layers - 2 else None
         tower.append(TowerLayer(received / received.sum(), keys))
     return Visual(grid, row, column, tuple(tower))
 
@@ -39,9 +46,14 @@ def cosine(one: list[float], other: list[float]) -> float:
     return sum(a * b for a, b in zip(one, other, strict=True)) / math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
 
 
-def ranked(received: list[float], among: list[int]) -> list[int]:
-    """The class token, number 0, comes last."""
-    return sorted(among, key=lambda token: (token == 0, -received[token], token))
+def placed(visual: Visual) -> list[int]:
+    return [token for token, grid in enumerate(visual.grid.tolist()) if grid >= 0]
+
+
+def ranked(visual: Visual, layer: int, among: list[int]) -> list[int]:
+    """Tokens without a place come last."""
+    received, inside = visual.tower[layer].received.tolist(), placed(visual)
+    return sorted(among, key=lambda token: (token not in inside, -received[token], token))
 
 
 def mixed(weights: dict[int, dict[int, float]], n: int) -> torch.Tensor:
@@ -64,11 +76,10 @@ def agrees(policy, seen, keep: int, weights: dict[int, dict[int, float]]) -> Non
 
 
 def slow_visionzip(visual: Visual, keep: int, share: float, layer: int) -> dict[int, dict[int, float]]:
-    received, keys = visual.tower[layer].received.tolist(), visual.tower[layer].keys.tolist()
-    n = len(received)
-    n_dominant = max(1, math.floor(keep * share + 0.5)) if keep < n - 1 else keep
-    dominant = ranked(received, list(range(n)))[:n_dominant]
-    rest = [token for token in range(1, n) if token not in dominant]
+    keys, inside = visual.tower[layer].keys.tolist(), placed(visual)
+    n_dominant = max(1, math.floor(keep * share + 0.5)) if keep < len(inside) else keep
+    dominant = ranked(visual, layer, list(range(len(keys))))[:n_dominant]
+    rest = [token for token in inside if token not in dominant]
     targets = [rest[number * (len(rest) // (keep - n_dominant))] for number in range(keep - n_dominant)]
     joined: dict[int, list[int]] = {target: [] for target in targets}
     for token in rest if targets else ():
@@ -88,7 +99,7 @@ def test_visionzip_is_its_definition(rows, columns, keep, seed, settings):
     visual = visual_of(rows, columns, seed)
     policy = VisionZip(**settings)
     expected = slow_visionzip(visual, keep, policy.dominant, policy.layer)
-    agrees(policy, seen_of(rows * columns + 1, seed=seed, visual=visual), keep, expected)
+    agrees(policy, seen_of(rows * columns + N_OUTSIDE, seed=seed, visual=visual), keep, expected)
 
 
 def test_visionzip_by_hand():
@@ -106,23 +117,23 @@ def test_visionzip_by_hand():
 def test_visionzip_keeps_54_dominant_tokens_of_64_as_published():
     for keep, dominant in ((64, 54), (128, 108), (192, 162)):
         visual = visual_of(24, 24)
-        mix = VisionZip().choose(seen_of(577, visual=visual), keep).mix
+        mix = VisionZip().choose(seen_of(576 + N_OUTSIDE, visual=visual), keep).mix
         assert int(((mix == 1).sum(1) == 1).sum()) == dominant and len(mix) == keep
 
 
 def test_which_tokens_visionzip_merges_into_depends_on_their_order():
     visual = visual_of(4, 5)
-    assert not same_tokens(VisionZip(0.5), 21, 8, 0, visual)
-    assert same_tokens(VisionZip(1.0), 21, 8, 0, visual)
+    assert not same_tokens(VisionZip(0.5), 20 + N_OUTSIDE, 8, 0, visual)
+    assert same_tokens(VisionZip(1.0), 20 + N_OUTSIDE, 8, 0, visual)
 
 
 # -- PruMerge ---------------------------------------------------------------------------------------------------------
 
 
 def slow_prumerge(visual: Visual, keep: int, share: float, layer: int, adaptive: bool) -> dict[int, dict[int, float]]:
-    received, keys = visual.tower[layer].received.tolist(), visual.tower[layer].keys.tolist()
+    received, keys, inside = visual.tower[layer].received.tolist(), visual.tower[layer].keys.tolist(), placed(visual)
     n = len(received)
-    ordered = sorted(received[1:])
+    ordered = sorted(received[token] for token in inside)
 
     def quartile(part: float) -> float:
         place = part * (len(ordered) - 1)
@@ -130,8 +141,8 @@ def slow_prumerge(visual: Visual, keep: int, share: float, layer: int, adaptive:
         return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
     bound = quartile(0.75) + 1.5 * (quartile(0.75) - quartile(0.25))
-    order = ranked(received, list(range(n)))
-    outliers = [token for token in order if token and received[token] > bound]
+    order = ranked(visual, layer, list(range(n)))
+    outliers = [token for token in order if token in inside and received[token] > bound]
     if adaptive:
         stay = outliers or order[:1]
     else:
@@ -142,8 +153,8 @@ def slow_prumerge(visual: Visual, keep: int, share: float, layer: int, adaptive:
     k = min(max(1, math.floor(n * share + 0.5)), n - 1)
     weights = {token: {token: 1.0} for token in stay}
     for token in stay:
-        if token:
-            likeness = {other: cosine(keys[token], keys[other]) if other else 0.0 for other in range(n) if other != token}
+        if token in inside:
+            likeness = {other: cosine(keys[token], keys[other]) if other in inside else 0.0 for other in range(n) if other != token}
             for other in sorted(likeness, key=lambda one: -likeness[one])[:k]:
                 weights[token][other] = received[other]
     return weights
@@ -156,7 +167,18 @@ def test_prumerge_is_its_definition(rows, columns, keep, outliers, settings):
     visual = visual_of(rows, columns, seed=outliers, outliers=outliers)
     policy = PruMerge(**settings)
     expected = slow_prumerge(visual, keep, policy.neighbours, policy.layer, policy.adaptive)
-    agrees(policy, seen_of(rows * columns + 1, visual=visual), keep, expected)
+    agrees(policy, seen_of(rows * columns + N_OUTSIDE, visual=visual), keep, expected)
+
+
+def test_tokens_of_no_grid_are_spread_evenly():
+    """After a policy that left none with a place: nothing stands out, nothing is added."""
+    outside = torch.full((9,), -1)
+    nothing = TowerLayer(torch.zeros(9), torch.zeros(9, 4))
+    seen = seen_of(9, visual=Visual(outside, outside, outside, (nothing, nothing)))
+    for policy, expected in ((PruMerge(), [1, 4, 7]), (VisionZip(), [0, 1, 2]), (HiPrune(), [0, 1, 2])):
+        choice = policy.choose(seen, 3)
+        assert choice.kept.tolist() == expected
+        assert choice.mix is None or torch.equal(choice.mix, torch.eye(9)[expected])
 
 
 def test_prumerge_by_hand():
@@ -177,18 +199,17 @@ def test_prumerge_by_hand():
 
 def test_outliers_move_with_the_tokens_and_evenly_spaced_ones_do_not():
     visual = visual_of(5, 5, outliers=4)
-    assert same_tokens(PruMerge(adaptive=True), 26, 4, 0, visual)
-    assert same_tokens(PruMerge(), 26, 3, 0, visual)
-    assert not same_tokens(PruMerge(), 26, 10, 0, visual)
+    assert same_tokens(PruMerge(adaptive=True), 25 + N_OUTSIDE, 4, 0, visual)
+    assert same_tokens(PruMerge(), 25 + N_OUTSIDE, 3, 0, visual)
+    assert not same_tokens(PruMerge(), 25 + N_OUTSIDE, 10, 0, visual)
 
 
 # -- HiPrune ----------------------------------------------------------------------------------------------------------
 
 
 def slow_hiprune(visual: Visual, keep: int, share: float, layer: int) -> list[int]:
-    by_object, by_last = visual.tower[layer].received.tolist(), visual.tower[-1].received.tolist()
-    tokens = list(range(len(by_object)))
-    stay = ranked(by_object, tokens)[: max(1, math.floor(share * keep / 5 + 0.5))]
+    tokens = list(range(len(visual.grid)))
+    stay = ranked(visual, layer, tokens)[: max(1, math.floor(share * keep / 5 + 0.5))]
     places = list(zip(visual.grid.tolist(), visual.row.tolist(), visual.column.tolist(), strict=True))
     beside = set()
     for anchor in stay:
@@ -196,8 +217,8 @@ def slow_hiprune(visual: Visual, keep: int, share: float, layer: int) -> list[in
             (grid, row, column), (other, y, x) = places[anchor], places[token]
             if grid == other >= 0 and abs(row - y) + abs(column - x) == 1 and token not in stay:
                 beside.add(token)
-    stay = stay + ranked(by_object, sorted(beside))[: keep - len(stay)]
-    return sorted(stay + ranked(by_last, [token for token in tokens if token not in stay])[: keep - len(stay)])
+    stay = stay + ranked(visual, layer, sorted(beside))[: keep - len(stay)]
+    return sorted(stay + ranked(visual, -1, [token for token in tokens if token not in stay])[: keep - len(stay)])
 
 
 @pytest.mark.parametrize(("rows", "columns", "keep"), SIZES)
@@ -208,7 +229,7 @@ def test_hiprune_is_its_definition(rows, columns, keep, seed, settings):
     policy = HiPrune(**settings)
     layer = 1 if policy.object_layer is None else policy.object_layer  # the middle of four
     expected = slow_hiprune(visual, keep, policy.objects, layer)
-    agrees(policy, seen_of(rows * columns + 1, seed=seed, visual=visual), keep, {token: {token: 1.0} for token in expected})
+    agrees(policy, seen_of(rows * columns + N_OUTSIDE, seed=seed, visual=visual), keep, {token: {token: 1.0} for token in expected})
 
 
 def test_hiprune_by_hand():
@@ -225,9 +246,18 @@ def test_hiprune_by_hand():
     assert HiPrune(object_layer=0).choose(seen_of(9, visual=visual), 3).kept.tolist() == [5, 7, 8]
 
 
+def test_hiprune_keeps_what_lies_beside_an_anchor_on_its_own_grid():
+    # Two rows of three, each a grid of its own. Beside the middle of the first are its ends, not the ends of the second.
+    place = torch.arange(6)
+    middle, last = torch.zeros(6), torch.zeros(6)
+    middle[1], last[4] = 1.0, 1.0
+    visual = Visual(place // 3, torch.zeros_like(place), place % 3, tuple(TowerLayer(one) for one in (last, middle, last)))
+    assert HiPrune().choose(seen_of(6, visual=visual), 4).kept.tolist() == [0, 1, 2, 4]
+
+
 def test_hiprune_moves_with_the_tokens():
     for seed in range(5):
-        assert same_tokens(HiPrune(0.5), 26, 9, seed, visual_of(5, 5, seed))
+        assert same_tokens(HiPrune(0.5), 25 + N_OUTSIDE, 9, seed, visual_of(5, 5, seed))
 
 
 # -- in a model -------------------------------------------------------------------------------------------------------
