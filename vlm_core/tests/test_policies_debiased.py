@@ -142,15 +142,25 @@ def test_a_dropped_position_leaves_the_question_as_it_was(subject):
 
 
 def test_gradients_pass_by(subject):
-    """What is asked beside a pass takes no part in it."""
+    """What is asked beside a pass takes no part in it, and keeps nothing for a way back."""
+    kept_for_a_way_back = []
+
+    class Reads:
+        reads_unrotated = True
+        reads_hidden = False
+
+        def attention(self, view):
+            kept_for_a_way_back.append(view.unrotated.query.requires_grad)
+
     batch = subject.encode_items(make_items(2))
     weight = subject.anatomy.layers[0].self_attn.q_proj.weight
     found = []
     for policy in (Debiased(1.0), "stride"):
-        with subject.intervene(DropTokens(1, 0.5, policy), batch):
+        with subject.intervene(DropTokens(1, 0.5, policy), batch, observers=[Reads()]):
             loss = subject.model(**batch.inputs).logits[:, -1].logsumexp(-1).sum()
         found.append(torch.autograd.grad(loss, weight)[0])
     assert torch.equal(*found) and found[0].abs().max() > 0
+    assert len(kept_for_a_way_back) == 6 and not any(kept_for_a_way_back)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
