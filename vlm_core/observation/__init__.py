@@ -1,8 +1,9 @@
 """What can be read from a forward pass.
 
 ``attention``          where heads attend: mass on token groups, entropy, top tokens, the full map
-``image_attention``    attention on every image token, and its overlap with an object
+``image_attention``    attention on every image token, its overlap with an object, how few tokens hold it
 ``outputs``            head outputs, the residual stream
+``likeness``           how alike a group's tokens are in the residual stream
 ``position``           how far back heads look, and what rotary positions do to them
 ``sinks``, ``lens``, ``gradients``, ``means``   attention sinks, projections to words, gradients, streaming means
 ``at``                 an observer in some layers and heads only

@@ -1,6 +1,7 @@
 """Attention on the tokens of the image, one by one, and how it falls on an object.
 
 ``ImageAttention``     attention on every image token
+``TopShare``           how much of it the most attended tokens hold
 ``MaskIoU``            overlap of the binarised attention with an object's mask (Head Impact)
 """
 
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from vlm_core.families.anatomy import Anatomy
+from vlm_core.interventions.numeric import real
 from vlm_core.observation.declaring import freeze, require_groups, require_images, require_names
 from vlm_core.seam.views import AttentionView, Tokens
 
-__all__ = ["ImageAttention", "MaskIoU"]
+__all__ = ["ImageAttention", "MaskIoU", "TopShare"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,56 @@ class ImageAttention:
         """``[element, head, image token]`` of one layer."""
         attention, present = _on_image(view, self.queries)
         return attention.masked_fill(~present[:, None], torch.nan)
+
+
+@dataclass(frozen=True)
+class TopShare:
+    """Share of a head's image attention that its most attended image tokens hold: ``[item, layer, head]``.
+
+    Attention is averaged over the queries first. NaN where a head gives the image no attention. Keys of a cross-attention that no head
+    attends to are not counted: they fill up tiles.
+
+    Parameters
+    ----------
+    queries : str
+        A token group: whose attention.
+    share : float
+        Of the image's tokens, above 0 and at most 1: ``round(share * n)`` of them, at least one. A head that attends evenly gives them that
+        share.
+    """
+
+    reads_hidden = False
+
+    queries: str = "last"
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        require_names(self, "queries")
+        object.__setattr__(self, "share", real(self.share, "share of TopShare"))
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share of TopShare must lie above 0 and be at most 1, got {self.share}")
+
+    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries)
+            require_images(self, tokens)
+
+    @property
+    def axes(self) -> tuple:
+        """Head."""
+        return (("head", None),)
+
+    def attention(self, view: AttentionView) -> torch.Tensor:
+        """``[element, head]`` of one layer."""
+        attention, present = _on_image(view, self.queries)
+        if view.crossed:
+            present = (attention > 0).any(1)
+        falling = attention.masked_fill(~present[:, None], 0.0).sort(dim=2, descending=True).values
+        count = (self.share * present.sum(1)).round().clamp(min=1)
+        top = torch.arange(falling.shape[2], device=falling.device) < count[:, None]
+        # 0 / 0 of a head that does not see the image is NaN.
+        return (falling * top[:, None]).sum(2) / falling.sum(2)
 
 
 @dataclass(frozen=True)

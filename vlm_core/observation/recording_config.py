@@ -36,8 +36,9 @@ from vlm_core.interventions.numeric import boolean
 from vlm_core.observation.at import At
 from vlm_core.observation.attention import AttentionEntropy, AttentionMass, FullAttention, TopTokens
 from vlm_core.observation.gradients import HeadGradients, ImageGradients, IntegratedGradients
-from vlm_core.observation.image_attention import ImageAttention, MaskIoU
+from vlm_core.observation.image_attention import ImageAttention, MaskIoU, TopShare
 from vlm_core.observation.lens import DirectLogits, LogitLens
+from vlm_core.observation.likeness import TokenLikeness
 from vlm_core.observation.means import KeyValues
 from vlm_core.observation.outputs import HeadOutputs, HiddenStates
 from vlm_core.observation.position import RelativeDistance, RotaryBias
@@ -51,6 +52,7 @@ KINDS: dict[str, type] = {
     "sink_mass": SinkMass,
     "mask_iou": MaskIoU,
     "image_attention": ImageAttention,
+    "top_share": TopShare,
     "top_tokens": TopTokens,
     "relative_distance": RelativeDistance,
     "rotary_bias": RotaryBias,
@@ -58,6 +60,7 @@ KINDS: dict[str, type] = {
     "head_outputs": HeadOutputs,
     "direct_logits": DirectLogits,
     "hidden_states": HiddenStates,
+    "token_likeness": TokenLikeness,
     "logit_lens": LogitLens,
     "key_values": KeyValues,
     "head_gradients": HeadGradients,

@@ -6,6 +6,14 @@ forward pass, under ``generate`` and in sweeps.
 ``declared()``                  every policy with its usual settings, by name
 ``keep_tokens(vlm, recipe)``    a model that keeps fewer tokens in every call (`vlm_core.reduction.keeping`)
 ``Recipe``                      what a measured reduction comes to (`vlm_core.reduction.recipe`)
+
+Measured on a subject, each in a module of its own:
+
+``image_groups``    an object's image tokens, those around it, the rest, those whose norm stands out
+``redundancy``      how alike image tokens are in every layer
+``utility``         what an answer loses without each of them, and without groups
+``horizon``         the layer from which it needs none of them
+``kept_rows``       where on the image the tokens lie that a policy keeps
 """
 
 from vlm_core.interventions.policy import Policy

@@ -9,6 +9,7 @@ NumPy, SciPy and pandas only: a report can be rendered, and a verdict re-read, w
 """
 
 from .claims import Claim, ClaimTest, Equivalence, NonInferiority, Superiority, Trend
+from .counts import GoodnessOfFit, goodness_of_fit
 from .descriptive import Interval, interval, interval_each
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
@@ -25,6 +26,7 @@ __all__ = [
     "Decision",
     "Equivalence",
     "Estimate",
+    "GoodnessOfFit",
     "Interval",
     "NonInferiority",
     "Superiority",
@@ -34,6 +36,7 @@ __all__ = [
     "estimate_mean",
     "estimate_statistic",
     "friedman",
+    "goodness_of_fit",
     "holm",
     "interval",
     "interval_each",

@@ -5,6 +5,7 @@
 ``replace_object_tokens(...)``            answers under replaced object tokens with rings, and as many random, high-norm and gradient tokens
 ``ObjectTokens``                          whether they were right, item by item
 ``smallest_ring(...)``                    the ring with which the object is gone
+``embedding_norms(subject, items)``       lengths of image tokens' embeddings; ``high_norm_level(...)`` from where on one stands out
 """
 
 from __future__ import annotations
@@ -21,14 +22,23 @@ from vlm_core.families.layout import Layout, image_layouts, object_tokens
 from vlm_core.interventions import ReplaceTokens, Vector
 from vlm_core.items import item_field, take
 from vlm_core.observation.gradients import IntegratedGradients
-from vlm_core.observation.observing import observe
+from vlm_core.observation.observing import observe, observed, prepare
 from vlm_core.observation.outputs import HiddenStates
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.sweep import sweep
 from vlm_core.tables import wide
 from vlm_core.tracing.places import Masks, mask_of
 
-__all__ = ["CONTROLS", "ObjectTokens", "item_layouts", "object_groups", "replace_object_tokens", "smallest_ring"]
+__all__ = [
+    "CONTROLS",
+    "ObjectTokens",
+    "embedding_norms",
+    "high_norm_level",
+    "item_layouts",
+    "object_groups",
+    "replace_object_tokens",
+    "smallest_ring",
+]
 
 CONTROLS = {
     "random": "as many tokens drawn from those outside the object",
@@ -202,8 +212,8 @@ def replace_object_tokens(
     if not kept:
         raise NotMeasurable("no item shows its object in its image tokens: nothing can be replaced")
     items, layouts, shown = ([one[index] for index in kept] for one in (items, layouts, shown))
-    norms = _norms(subject, items, layouts) if high_norm else [np.zeros(len(layout)) for layout in layouts]
-    level = _register_level(norms)
+    norms = embedding_norms(subject, items) if high_norm else [np.zeros(len(layout)) for layout in layouts]
+    level = high_norm_level(norms)
     gradients = _gradients(subject, items[:gradient_items], layouts) if gradient_items else []
     named, assignments, taken = {}, [], {ring: [] for ring in rings}
     for index, (item, layout, own) in enumerate(zip(items, layouts, shown, strict=True)):
@@ -256,13 +266,17 @@ def _highest(values: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
     return among[np.argsort(-values[among], kind="stable")[:count]]
 
 
-def _norms(subject: Subject, items: list, layouts: list[Layout]) -> list[np.ndarray]:
-    """Length of every image token's embedding as it enters the first layer, ``[image token]`` an item."""
-    states = observe(subject, items, HiddenStates(layers=(0,), positions="image tokens"))[:, 0]
-    return [np.linalg.norm(own[: len(layout)], axis=1) for own, layout in zip(states, layouts, strict=True)]
+def embedding_norms(subject: Subject, items: Sequence) -> list[np.ndarray]:
+    """Length of every image token's embedding as it enters the first layer, ``[image token]`` an item. The embeddings are not kept."""
+    norms, ready = [], prepare(subject, items, [HiddenStates(layers=(0,), positions="image tokens")])
+    for some in observed(subject, items, ready):
+        lengths = some.values[0][""][:, 0].norm(dim=-1).numpy()
+        norms += [own[: int(one.image.sum())] for own, one in zip(lengths, some.encoded, strict=True)]
+    return norms
 
 
-def _register_level(norms: list[np.ndarray]) -> float:
+def high_norm_level(norms: Sequence[np.ndarray]) -> float:
+    """The length above which an image token stands out among all those of some items (``REGISTER_SD``)."""
     every = np.concatenate(norms)
     return float(every.mean() + REGISTER_SD * every.std())
 
