@@ -122,8 +122,8 @@ def kept_rows(
     Notes
     -----
     A token lies in the row that holds the centre of its box on the original image, whatever tile or thumbnail it belongs to; tokens without
-    a place (a class token, ends of rows) are counted nowhere. FEATHER (Endo et al. 2024) reports a mean kept position of 81 % for early
-    attention.
+    a place (a class token, ends of rows) are counted nowhere. That attention of early layers keeps what lies at the bottom was found by Endo,
+    Wang & Yeung-Levy, ICCV 2025, arXiv:2412.13180.
     """
     if not isinstance(drop, DropTokens):
         raise TypeError(f"drop must be a DropTokens, got {drop!r:.60} ({type(drop).__name__}): say layer, fraction and policy")
