@@ -69,7 +69,8 @@ def information_horizon(table: pd.DataFrame, margin: float, alpha: float = 0.05)
     bound that reaches the margin, the test is a fixed sequence: the chance that any layer passes whose true loss is at least the margin is
     at most alpha in each task, with no adjustment for the number of layers (Maurer, Hothorn & Lehmacher 1995). The price is the reading: a
     layer after which a later one fails is no horizon, whatever its own loss. Where a task is answered no better than by chance, no layer's
-    tokens matter and the horizon is 0: look at ``accuracy`` first.
+    tokens matter and the horizon is 0: look at ``accuracy`` first. Where nothing is lost in any of n scenes, the bound is
+    1 - alpha^(1/n): a margin of 5 points takes 59 scenes at alpha 0.05, with fewer no layer can pass.
     """
     if not 0.0 < margin < 1.0 or not 0.0 < alpha < 0.5:
         raise ValueError(f"margin must lie between 0 and 1 and alpha between 0 and 0.5, got {margin!r} and {alpha!r}")

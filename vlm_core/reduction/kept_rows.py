@@ -61,7 +61,8 @@ class KeptRows:
 
     def interval(self, confidence: float = 0.95) -> Interval:
         """The mean of ``bias`` over items with its cluster interval: scenes are resampled, never tokens."""
-        return interval(self.bias(), np.asarray(self.clusters), confidence)
+        most = (-float(self.uniform.max()), 1.0 - float(self.uniform.min()))
+        return interval(self.bias(), np.asarray(self.clusters), confidence, bounds=most)
 
     def fit(self, n_resamples: int = 9999, rng: int = 0) -> GoodnessOfFit:
         """χ² against uniform keeping with Cohen's w; its p-value flips whole scenes (`vlm_core.stats.goodness_of_fit`)."""
@@ -87,7 +88,7 @@ class _Left:
             return None
         tokens, (where, real) = view.tokens, view.tokens.members("image")
         origin = where if tokens.index is None else tokens.index.gather(1, where)
-        return (origin - tokens.start[:, None]).masked_fill(~real, -1)
+        return origin.masked_fill(~real, -1)  # prompts are filled up on the right: a column is a position
 
 
 def kept_rows(

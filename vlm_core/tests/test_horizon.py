@@ -67,6 +67,12 @@ def test_bounds_are_those_of_the_paired_losses(alpha):
     assert found.margin == 0.05 and found.alpha == alpha
 
 
+@pytest.mark.parametrize(("n_scenes", "passes"), [(58, False), (59, True)])
+def test_how_many_scenes_a_margin_takes(n_scenes, passes):
+    found = information_horizon(table({"lossless": (0.0,) * 4}, n=2 * n_scenes), 0.05)
+    assert pd.notna(found.horizons.loc["lossless", "layer"]) == passes and found.horizons.loc["lossless", "n_clusters"] == n_scenes
+
+
 def test_items_may_come_in_any_order():
     rows = table({"one": (0.3, 0.1, 0.02, 0.0), "two": (0.5, 0.0, 0.0, 0.0)}, n=60)
     one, other = (information_horizon(some, 0.1) for some in (rows, rows.sample(frac=1.0, random_state=0)))
