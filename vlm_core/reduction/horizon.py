@@ -46,8 +46,8 @@ def information_horizon(table: pd.DataFrame, margin: float, alpha: float = 0.05)
     Parameters
     ----------
     table : DataFrame
-        From `vlm_core.tokens.drop_table` with the fractions 0 and 1 among ``keeps``: what it costs to drop everything, against the same
-        items' answers with all tokens. Rows of other fractions are left aside.
+        From `vlm_core.reduction.curves.drop_table` with the fractions 0 and 1 among ``keeps``: what it costs to drop everything, against
+        the same items' answers with all tokens. Rows of other fractions are left aside.
     margin : float
         Of accuracy, above 0.
     alpha : float

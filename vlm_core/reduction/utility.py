@@ -160,8 +160,9 @@ def marginal_utility(
         return {label: found.get(label, nobody) for label in sets_of_tokens}
 
     table = sweep(
-        subject, items, rows, metrics=("margin",), assignments=assignments, groups=named, batch_rows=batch_rows, store=store, progress=progress
-    )
+        subject, items, rows, metrics=("margin",), assignments=assignments, groups=named, batch_rows=batch_rows, store=store,
+        progress=progress,
+    )  # fmt: skip
     found = wide(table, "margin")
     losses = found.drop(columns=["cluster", "task", "full"]).rsub(found["full"], axis=0)
     about = {name: {"item": name, **found.loc[name, ["cluster", "task"]]} for name in found.index}

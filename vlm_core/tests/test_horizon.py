@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from vlm_core import information_horizon
+from vlm_core.reduction.curves import drop_table
 from vlm_core.stats import estimate_mean
 from vlm_core.tests.tiny import make_items
-from vlm_core.tokens import drop_table
 
 LAYERS = (0, 2, 4, 5)
 
@@ -96,7 +96,7 @@ def test_a_layer_passes_wrongly_no_more_often_than_declared():
 
 def test_of_a_subject(subject):
     items = make_items(8)
-    measured = drop_table(subject, items, layers=(0, 1, 2), keeps=(0.0, 1.0), policies=("random", "stride"))
+    measured = drop_table(subject, items, layers=(0, 1, 2), keeps=(0.0, 1.0), policies={"random": "random", "stride": "stride"})
     found = information_horizon(measured, 0.5)
     assert found.curves["task"].unique().tolist() == ["color", "shape"] and found.curves["layer"].tolist() == [0, 1, 2] * 2
     full = measured[(measured["keep"] == 1) & (measured["task"] == "color")].drop_duplicates("item")["correct"].mean()
