@@ -147,7 +147,7 @@ def test_only_runs_that_read_it_ask(subject, monkeypatch):
 def test_rotary_bias_in_some_layers_and_heads(subject, gqa_subject):
     items = make_items(2)
     for one in (subject, gqa_subject):
-        whole, some = observe(one, items, [RotaryBias(), At(RotaryBias(), layers=(2, 0), heads=(3, 1))])
+        whole, some = observe(one, items, RotaryBias()), observe(one, items, At(RotaryBias(), layers=(2, 0), heads=(3, 1)))
         np.testing.assert_allclose(some, whole[:, [0, 2]][:, :, [3, 1]], rtol=1e-5, atol=1e-7)
 
 

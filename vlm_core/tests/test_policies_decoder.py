@@ -229,6 +229,15 @@ def test_density_peaks_by_hand():
     assert peaks(torch.tensor([[0.0], [1.0], [3.0], [10.0]]), 1)[0].tolist() == [2]
 
 
+def test_every_centre_has_itself_where_all_are_alike():
+    centres, cluster = peaks(torch.ones(5, 3), 3)
+    assert centres.tolist() == [0, 1, 2] and cluster.tolist() == [0, 1, 2, 0, 0]
+    seen = seen_of(30)
+    seen.stream[:] = 1.0
+    choice = SparseVLM(1.0, 0.3).choose(seen, 12)
+    torch.testing.assert_close(choice.mix.sum(1), torch.ones(12))
+
+
 def test_sparsevlm_by_hand():
     """Ten tokens on a line, rated in order: two stay, the best four of the rest become one at 3, which is in the thick of them."""
     line = [100.0, 90.0, 0.0, 1.0, 3.0, 10.0, 200.0, 300.0, 400.0, 500.0]
