@@ -26,6 +26,7 @@ from vlm_core.interventions.declaration import Declared
 from vlm_core.interventions.numeric import shown
 
 if TYPE_CHECKING:
+    from vlm_core.families.anatomy import Anatomy
     from vlm_core.seam.views import AttentionView
 
 __all__ = ["KEYED", "READS", "Choice", "Policy", "Ranked", "Seen", "TowerLayer", "Visual", "policy_kinds"]
@@ -323,6 +324,14 @@ class Policy(Declared):
         """Refuse a layer that this policy cannot come before, with a ``ValueError`` of one sentence; by default those without one before."""
         if self.looks_back and layer == 0:
             raise ValueError(f"policy '{self.name}' needs a layer before the drop to read attention from: use layer >= 1")
+
+    def require_possible(self, anatomy: Anatomy) -> None:
+        """Refuse a model that the policy is not for, before anything runs.
+
+        Raises
+        ------
+        ValueError
+        """
 
     @abstractmethod
     def choose(self, seen: Seen, keep: int) -> Choice:

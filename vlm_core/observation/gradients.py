@@ -3,6 +3,7 @@
 ``HeadGradients``         with respect to a gate on every head's output: gradient x gate, the cheap rival of ablation
 ``ImageGradients``        with respect to the embeddings of the image tokens
 ``IntegratedGradients``   the same integrated from a baseline image, one attribution per image token
+``final_hidden(...)``, ``next_logits(...)``   the pass that they are of
 
 They are observers with passes of their own (``measure``), so ``observe`` and a recording take them like any other. The
 forward pass is the model's own under a ``Run`` whose heads have gates; nothing is re-implemented.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm_core.errors import SubjectError
+from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, item_number
 from vlm_core.observation.lens import target_tokens
@@ -25,7 +27,7 @@ from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded, batch_groups, batch_sequences
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["HeadGradients", "ImageGradients", "IntegratedGradients"]
+__all__ = ["HeadGradients", "ImageGradients", "IntegratedGradients", "final_hidden", "next_logits"]
 
 TARGETS = ("logit", "margin")
 # A pass that remembers everything for its way back takes several times the memory of one that does not.
@@ -81,10 +83,22 @@ def _own(value):
     return value
 
 
-def _hidden(
+def final_hidden(
     subject: Subject, sequences: Sequence[Encoded], numbers: Sequence[int], intervention=None, gates=None, images=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states ``[sequence, token, hidden]``, differentiable as in `_score`, and where its last prompt token is."""
+    """Final hidden states ``[sequence, token, hidden]``, differentiable, and where each prompt's last token is among them, ``[sequence]``.
+
+    Parameters
+    ----------
+    numbers : sequence of int, one per sequence
+        Of their items.
+    intervention : Row
+        On all of them.
+    gates : Tensor ``[sequence, layer, head]``, optional
+        What every head's output is multiplied by.
+    images : Tensor ``[sequence, image token, hidden]``, optional
+        Embeddings of the image tokens instead of their own, for sequences with equally many.
+    """
     anatomy = subject.anatomy
     inputs, image, valid = batch_sequences(subject, sequences)
     inputs = {name: _own(value) for name, value in inputs.items()}
@@ -103,7 +117,8 @@ def _hidden(
     return hidden, run.tokens.last.to(hidden.device)
 
 
-def _logits(anatomy, hidden: torch.Tensor) -> torch.Tensor:
+def next_logits(anatomy: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
+    """Next-token logits ``[..., vocabulary]`` in float32 of final hidden states ``[..., hidden]``, differentiable."""
     logits = anatomy.head(hidden).float()
     return logits if anatomy.logit_softcap is None else torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
 
@@ -121,8 +136,8 @@ def _score(
 
     ``gates`` ``[sequence, layer, head]``; ``images`` ``[sequence, image token, hidden]``, for sequences with equally many.
     """
-    hidden, last = _hidden(subject, sequences, numbers, intervention, gates, images)
-    logits = _logits(subject.anatomy, hidden[torch.arange(len(sequences), device=hidden.device), last])
+    hidden, last = final_hidden(subject, sequences, numbers, intervention, gates, images)
+    logits = next_logits(subject.anatomy, hidden[torch.arange(len(sequences), device=hidden.device), last])
     tokens = tokens.to(logits.device)
     picked = logits.gather(1, tokens.clamp(min=0))
     if picked.shape[1] == 1:
@@ -147,13 +162,13 @@ def _margins(
             owners.append(number)
         reads.append([(rows[one[:-1]], one) for one in tokens])
         answers.append(candidates.index(answer))
-    hidden, _ = _hidden(subject, extended, [numbers[owner] for owner in owners], intervention, gates[owners])
+    hidden, _ = final_hidden(subject, extended, [numbers[owner] for owner in owners], intervention, gates[owners])
     margins = []
     for answer, candidates in zip(answers, reads, strict=True):
         scores = []
         for row, tokens in candidates:
             where = torch.arange(len(extended[row]) - len(tokens), len(extended[row]), device=hidden.device)
-            chances = _logits(subject.anatomy, hidden[row, where]).log_softmax(-1)
+            chances = next_logits(subject.anatomy, hidden[row, where]).log_softmax(-1)
             scores.append(chances[torch.arange(len(tokens)), list(tokens)].sum())
         scores = torch.stack(scores)
         rivals = torch.arange(len(candidates), device=scores.device) != answer

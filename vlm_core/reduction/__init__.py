@@ -22,6 +22,7 @@ from vlm_core.reduction.dart import DART
 from vlm_core.reduction.debiased import Debiased
 from vlm_core.reduction.divprune import DivPrune
 from vlm_core.reduction.fastv import FastV
+from vlm_core.reduction.gate import LearnedGate
 from vlm_core.reduction.guided import HeadGuided
 from vlm_core.reduction.hiprune import HiPrune
 from vlm_core.reduction.pooling import Pooling
@@ -39,6 +40,7 @@ __all__ = [
     "FastV",
     "HeadGuided",
     "HiPrune",
+    "LearnedGate",
     "Pooling",
     "PruMerge",
     "Random",
@@ -56,7 +58,8 @@ __all__ = [
 def declared() -> dict[str, Policy]:
     """Every policy with its usual settings (and FastV as its paper words it), by the name that tables have.
 
-    Not ``HeadGuided``, which has no usual heads, nor ``pyramid``, which is several drops.
+    Not ``HeadGuided``, which has no usual heads, nor ``LearnedGate``, which is trained on a subject, nor ``pyramid``, which is several
+    drops.
     """
     policies = (
         Random(),

@@ -41,6 +41,7 @@ from vlm_core.interventions import (
     parts,
     touches,
 )
+from vlm_core.interventions.policy import Policy
 from vlm_core.seam.views import GROUPS
 
 __all__ = ["Program", "Replacement", "forget", "parts", "place_of", "require_fit", "require_possible", "require_width", "source_of"]
@@ -484,6 +485,8 @@ def require_possible(row: Row, anatomy, named: bool = True) -> None:
                 require_width(part, "head", layer, hidden_size, n_heads, head_dim)
         elif isinstance(part, Steer | ReplaceTokens):
             require_width(part, "residual", 0, hidden_size, n_heads, head_dim)
+        elif isinstance(part, DropTokens) and isinstance(part.policy, Policy) and part.decides:
+            part.policy.require_possible(anatomy)
         if not named:
             for group in _named_groups(part):
                 if isinstance(group, str) and group not in GROUPS:

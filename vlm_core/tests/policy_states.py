@@ -3,6 +3,7 @@
 ``seen_of(...)``      what a policy sees: an image between a preamble and a question, random streams, queries and keys
 ``permuted(...)``     the same with the image tokens' contents in another order
 ``attention_of(...)`` the attention that it stands for, in plain loops
+``drawn_gate(...)``   a gate that nobody trained
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import replace
 import torch
 
 from vlm_core.interventions.policy import Seen, Visual
+from vlm_core.interventions.sources import GateWeights
+from vlm_core.reduction import LearnedGate
 from vlm_core.seam.views import AttentionView, Tokens
 
 N_PREAMBLE = 2
@@ -100,3 +103,11 @@ def same_tokens(policy, n: int, keep: int, seed: int, visual: Visual | None = No
     mix = torch.zeros_like(other.mix)
     mix[:, order] = other.mix
     return torch.allclose(mix[order[other.kept].argsort()], plain.mix, atol=1e-6)
+
+
+def drawn_gate(hidden: int, width: int = 5, seed: int = 0) -> LearnedGate:
+    """A gate of random weights that belongs to no subject."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"token": (width, hidden), "question": (width, hidden), "bias": (width,), "out": (width,), "direct": (hidden,)}
+    weights = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    return LearnedGate(GateWeights(**weights, subject=torch.zeros(0, hidden)))

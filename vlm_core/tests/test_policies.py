@@ -13,11 +13,12 @@ from vlm_core import DropTokens, MergeTokens, sweep
 from vlm_core.interventions.policy import Choice, Policy, Ranked, Seen
 from vlm_core.interventions.stored import load_interventions, save_interventions
 from vlm_core.reduction import FastV, declared
+from vlm_core.tests.policy_states import drawn_gate
 from vlm_core.tests.test_drop import N_IMAGE, step_by_step
 from vlm_core.tests.test_seam import logits
 from vlm_core.tests.tiny import make_items, tiny_llava
 
-POLICIES = declared()
+POLICIES = {**declared(), "gate": drawn_gate(32)}
 EARLIEST = {name: 1 if policy.looks_back else 0 for name, policy in POLICIES.items()}
 
 

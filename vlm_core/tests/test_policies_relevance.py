@@ -12,32 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_core import DropTokens, sweep
-from vlm_core.interventions.policy import Seen, Visual
+from vlm_core.interventions.policy import Visual
 from vlm_core.interventions.sources import Couplings
 from vlm_core.interventions.stored import load_interventions, save_interventions
 from vlm_core.reduction import RelevanceBudget
 from vlm_core.reduction.relevance import SCORES
 from vlm_core.reduction.relevance_maps import asked_otherwise, calibrated, relevance_maps
+from vlm_core.tests.policy_states import attention_of, permuted, seen_of
 from vlm_core.tests.tiny import make_items, normal
 
 ITEM = 7
 
 
-def seen_of(rows, columns, hidden=8, unplaced=0, seed=0, asked=3, grids=1):
-    """Candidates of ``grids`` grids after tokens without a place, and a question, of normal numbers."""
-    n = unplaced + grids * rows * columns
+def image_of(rows, columns, hidden=8, unplaced=0, seed=0, asked=3, grids=1):
+    """Candidates of ``grids`` grids after tokens without a place, and a question."""
     cells = [(grid, row, column) for grid in range(grids) for row in range(rows) for column in range(columns)]
     places = torch.tensor([(-1, -1, -1)] * unplaced + cells).T
-    return Seen(
-        layer=1,
-        stream=normal(n + asked, hidden, seed=seed),
-        candidates=torch.arange(n),
-        question=torch.arange(n, n + asked),
-        ordinals=torch.arange(n),
-        n_started=n,
-        item=ITEM,
-        visual=Visual(*places),
-    )
+    return seen_of(places.shape[1], asked, hidden, seed=seed, item=ITEM, visual=Visual(*places))
 
 
 def given_by(values):
@@ -122,7 +113,7 @@ def slow(policy, seen, keep, coupling):
 )
 def test_it_is_its_definition_in_plain_loops(shape, options):
     for seed in range(3):
-        seen = seen_of(**shape, seed=seed)
+        seen = image_of(**shape, seed=seed)
         n = len(seen)
         coupling = normal(n, seed=100 + seed).square().tolist()
         policy = RelevanceBudget(given_by(coupling), **options)
@@ -135,11 +126,11 @@ def test_it_is_its_definition_in_plain_loops(shape, options):
 
 def test_by_hand():
     """A 2 x 4 grid of one-hot streams: a cosine is 1 between two alike, else 0."""
-    seen = seen_of(2, 4, hidden=3)
+    seen = image_of(2, 4, hidden=3)
     a, b, c = torch.eye(3)
     #   a a | c c
     #   a b | c c
-    seen.stream[:8] = torch.stack([a, a, c, c, a, b, c, c])
+    seen.stream[seen.candidates] = torch.stack([a, a, c, c, a, b, c, c])
     policy = RelevanceBudget(given_by([0, 0, 6, 2, 0, 0, 0, 0]), regions=1, explore=0.5, diversify=1.0, particularise=1.0)
     found = policy.relevance(seen)
     # 1 - mean cosine with seven others: a 5/7, b 1, c 4/7; from 0 to 1: a 1/3, b 1, c 0.
@@ -164,13 +155,20 @@ def test_by_hand():
 
 
 def test_similarity_by_hand():
-    seen = seen_of(2, 2, hidden=4, asked=2)
-    seen.stream[:] = torch.eye(4)[[0, 1, 2, 3, 0, 1]]
+    seen = image_of(2, 2, hidden=4, asked=2)
+    seen.stream[seen.candidates], seen.stream[seen.question] = torch.eye(4), torch.eye(4)[:2]
     found = RelevanceBudget("similarity").couplings(seen)
     touched = (math.exp(10) + 1) / 2
     torch.testing.assert_close(found, torch.tensor([touched, touched, 1.0, 1.0]), rtol=1e-5, atol=0)
     nothing = replace(seen, question=torch.tensor([], dtype=torch.long), _kept={})
     assert RelevanceBudget("similarity").couplings(nothing).tolist() == [1.0] * 4
+
+
+def test_attention_by_hand():
+    seen = image_of(3, 3, seed=2)
+    asked = [[attention_of(seen.before, head, query) for head in range(4)] for query in seen.question.tolist()]
+    expected = torch.tensor(asked).mean((0, 1))[seen.candidates]
+    torch.testing.assert_close(RelevanceBudget().couplings(seen), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_attention_of_the_question_is_what_the_model_prints(subject, eager_subject):
@@ -189,7 +187,7 @@ def test_attention_of_the_question_is_what_the_model_prints(subject, eager_subje
 @given(data=st.data())
 def test_floors_ceilings_and_totals_hold(data):
     rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(2, 9))
-    seen = seen_of(rows, columns, unplaced=data.draw(st.integers(0, 2)), seed=data.draw(st.integers(0, 50)))
+    seen = image_of(rows, columns, unplaced=data.draw(st.integers(0, 2)), seed=data.draw(st.integers(0, 50)))
     n = len(seen)
     floor, ceiling = data.draw(st.floats(0, 1)), data.draw(st.floats(1, 4))
     elasticity = data.draw(st.floats(0, 1)) * min(1 - floor, ceiling - 1)
@@ -214,7 +212,7 @@ def test_floors_ceilings_and_totals_hold(data):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_region_that_the_question_couples_to_more_never_gets_fewer_tokens(data):
-    seen = seen_of(6, 6, seed=data.draw(st.integers(0, 20)))
+    seen = image_of(6, 6, seed=data.draw(st.integers(0, 20)))
     coupling = np.array(data.draw(st.lists(st.floats(0.1, 10), min_size=36, max_size=36)))
     tensions = {name: data.draw(st.floats(0, 1)) for name in ("particularise", "explore", "diversify")}
     region = RelevanceBudget(given_by(coupling), regions=3).relevance(seen).region.numpy()
@@ -232,21 +230,20 @@ def test_a_region_that_the_question_couples_to_more_never_gets_fewer_tokens(data
 def test_the_order_of_candidates_does_not_matter():
     """But for which of two alike goes first: tokens have places, so that moving both moves the choice."""
     for seed in range(5):
-        seen = seen_of(6, 6, unplaced=1, seed=seed)
+        seen = image_of(6, 6, unplaced=1, seed=seed)
         order = torch.randperm(37, generator=torch.Generator().manual_seed(seed))
-        places = Visual(seen.visual.grid[order], seen.visual.row[order], seen.visual.column[order])
-        moved = replace(seen, stream=torch.cat([seen.stream[:37][order], seen.stream[37:]]), visual=places, _kept={})
-        for keep in (4, 12, 30):
-            policy = RelevanceBudget("similarity", regions=3)
+        moved = permuted(seen, order)
+        for keep, coupling in ((4, "similarity"), (12, "attention"), (30, "none")):
+            policy = RelevanceBudget(coupling, regions=3)
             assert sorted(order[policy.choose(moved, keep).kept].tolist()) == policy.choose(seen, keep).kept.tolist()
 
 
 def test_where_a_token_lies_matters():
     """Streams that change places without their grid are another image."""
-    seen = seen_of(6, 6)
+    seen = image_of(6, 6)
     order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
-    moved = replace(seen, stream=torch.cat([seen.stream[:36][order], seen.stream[36:]]), _kept={})
     policy = RelevanceBudget("similarity", regions=3)
+    moved = replace(permuted(seen, order), ordinals=seen.ordinals)
     assert sorted(order[policy.choose(moved, 12).kept].tolist()) != policy.choose(seen, 12).kept.tolist()
 
 
@@ -270,7 +267,7 @@ def test_settings_that_mean_nothing_are_refused(options, sentence):
 
 
 def test_couplings_must_be_of_the_item():
-    seen = seen_of(2, 2)
+    seen = image_of(2, 2)
     with pytest.raises(ValueError, match="not those of item number 8"):
         RelevanceBudget(given_by([1, 1, 1, 1])).choose(replace(seen, item=8, _kept={}), 2)
     with pytest.raises(ValueError, match="couplings to 3 image tokens"):
