@@ -4,6 +4,8 @@ Every policy is a frozen declaration (`vlm_core.interventions.policy.Policy`): `
 forward pass, under ``generate`` and in sweeps.
 
 ``declared()``                  every policy with its usual settings, by name
+``train_gate(vlm, items, ...)`` a learned gate of one subject (`vlm_core.reduction.gate_training`)
+``relevance_maps(...)``         what relevance budgets see, their calibration and their control (`vlm_core.reduction.relevance_maps`)
 ``keep_tokens(vlm, recipe)``    a model that keeps fewer tokens in every call (`vlm_core.reduction.keeping`)
 ``Recipe``                      what a measured reduction comes to (`vlm_core.reduction.recipe`)
 

@@ -134,7 +134,7 @@ def _trained(
 
 
 def _count(done: float, n: int, count: int) -> int:
-    """Gates that are open of ``n``, when ``done`` of the training is over: from half of them, geometrically, to ``count`` after two thirds."""
+    """Gates that are open of ``n`` when ``done`` of the training is over: from half of them, geometrically, ``count`` after two thirds."""
     if count >= n / 2:
         return count
     return max(count, round(n / 2 * (2 * count / n) ** min(1.0, 1.5 * done)))
