@@ -143,7 +143,7 @@ def tower_layers(
     Parameters
     ----------
     inputs : mapping
-        Processor outputs of all prompts.
+        Processor outputs of all prompts, or what the model is called with.
     layouts : sequence of Layout, one per prompt
 
     Returns
@@ -156,7 +156,7 @@ def tower_layers(
     ------
     NotMeasurable
         Where image tokens are no pooled patches (learned queries, cross-attention), where the tower leads its patches with more than a
-        class token, or where its attention cannot be seen.
+        class token, where its attention cannot be seen, or without the images.
     """
     family = anatomy.family
     for layout in layouts:
@@ -169,11 +169,18 @@ def tower_layers(
     if not grids:
         return [()] * len(layouts)
     sizes = [prod(patches.view) for patches in grids for _ in range(prod(patches.views))]
+    # Of what the model is called with: not what its answer or a cache is about.
+    given = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
+    if "pixel_values" not in given:
+        raise NotMeasurable(
+            "what the vision tower attends to is not known without the images, which generate() sees before it calls the model: generate "
+            "inside subject.intervene(...), or choose a policy that does not read the tower"
+        )
     recorded = _Recording(sizes)
     token = _RECORDING.set(recorded)
     try:
         with _renamed(model), active(None), torch.no_grad(), capturing():
-            anatomy.base(**inputs, use_cache=False)
+            anatomy.base(**given, use_cache=False)
     except Captured:
         pass
     finally:
@@ -185,19 +192,22 @@ def tower_layers(
         )
     order = _order(family.patch_order, grids, model.config.vision_config)
     found: list[list[TowerLayer]] = [[] for _ in layouts]
+    device = anatomy.embedding.weight.device
+    pooled = [_Grid.of(layout, device) for layout in layouts]
     for one in recorded.layers.values():
-        received = torch.cat(one.received)
+        # The tower may lie on another device than the language model.
+        received = torch.cat(one.received).to(device)
         if len(received) != sum(sizes):
             raise NotMeasurable(
                 f"the vision tower of model_type '{family.model_type}' attends over {len(received)} tokens for images of {sum(sizes)} "
                 f"patches, so that it is not known which is which: choose a policy that does not read the tower"
             )
         received = received[order]
-        keys = None if one.keys is None else torch.cat(one.keys)[order]
+        keys = None if one.keys is None else torch.cat(one.keys).to(device)[order]
         start = 0
-        for layers, layout in zip(found, layouts, strict=True):
+        for layers, layout, own in zip(found, layouts, pooled, strict=True):
             part = slice(start, start + sum(map(_count, layout.patches)))
-            layers.append(_pooled(layout, received[part], None if keys is None else keys[part], recorded.led))
+            layers.append(_pooled(len(layout), own, received[part], None if keys is None else keys[part], recorded.led))
             start = part.stop
     return [tuple(layers) for layers in found]
 
@@ -206,24 +216,48 @@ def _count(patches: Patches) -> int:
     return prod(patches.view) * prod(patches.views)
 
 
-def _pooled(layout: Layout, received: torch.Tensor, keys: torch.Tensor | None, led: bool) -> TowerLayer:
-    """One layer's patches of one prompt, view by view in raster order, as its image tokens."""
-    device = received.device
-    got = torch.zeros(len(layout), device=device)
-    seen = None if keys is None else torch.zeros(len(layout), keys.shape[1], device=device, dtype=keys.dtype)
-    start = 0
-    for grid, patches in enumerate(layout.patches):
-        here = layout.grid == grid
-        at, row, column = (torch.as_tensor(one, device=device) for one in (here.nonzero()[0], layout.row[here], layout.column[here]))
-        part = slice(start, start + _count(patches))
-        down, across = (_shares(patches, axis, int(place.max()) + 1).to(device) for axis, place in enumerate((row, column)))
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Where the tokens of a grid lie and which patches of the prompt they show.
+
+    ``at`` ``[token]`` among the image tokens, ``row`` and ``column`` in the grid; ``part`` of the prompt's patches; ``down``
+    ``[row, patch]`` and ``across`` ``[column, patch]`` the share of each patch that lies under a token.
+    """
+
+    patches: Patches
+    at: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    part: slice
+    down: torch.Tensor
+    across: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> list[_Grid]:
+        """Every grid of a prompt."""
+        found, start = [], 0
+        for number, patches in enumerate(layout.patches):
+            here = layout.grid == number
+            at, row, column = (torch.as_tensor(one, device=device) for one in (here.nonzero()[0], layout.row[here], layout.column[here]))
+            part = slice(start, start + _count(patches))
+            shares = (_shares(patches, axis, int(place.max()) + 1).to(device) for axis, place in enumerate((row, column)))
+            found.append(cls(patches, at, row, column, part, *shares))
+            start = part.stop
+        return found
+
+
+def _pooled(n: int, grids: Sequence[_Grid], received: torch.Tensor, keys: torch.Tensor | None, led: bool) -> TowerLayer:
+    """One layer's patches of one prompt, view by view in raster order, as its ``n`` image tokens."""
+    got = torch.zeros(n, device=received.device)
+    seen = None if keys is None else keys.new_zeros(n, keys.shape[1])
+    for grid in grids:
         # A class token is one query a view; else each of its patches is one.
-        canvas = _canvas(received[part], patches) / (1 if led else prod(patches.view))
-        got[at] = torch.einsum("ra,cb,ab->rc", down, across, canvas)[row, column]
+        canvas = _canvas(received[grid.part], grid.patches) / (1 if led else prod(grid.patches.view))
+        got[grid.at] = torch.einsum("ra,cb,ab->rc", grid.down, grid.across, canvas)[grid.row, grid.column]
         if seen is not None:
-            means = [shares / shares.sum(1, keepdim=True) for shares in (down, across)]
-            seen[at] = torch.einsum("ra,cb,abd->rcd", *means, _canvas(keys[part].float(), patches))[row, column].to(keys.dtype)
-        start = part.stop
+            down, across = (shares / shares.sum(1, keepdim=True) for shares in (grid.down, grid.across))
+            means = torch.einsum("ra,cb,abd->rcd", down, across, _canvas(keys[grid.part].float(), grid.patches))
+            seen[grid.at] = means[grid.row, grid.column].to(keys.dtype)
     return TowerLayer(got, seen)
 
 

@@ -10,6 +10,7 @@ import torch
 from vlm_core import DropTokens, NotMeasurable
 from vlm_core.interventions.policy import TowerLayer, Visual
 from vlm_core.reduction import HiPrune, PruMerge, VisionZip
+from vlm_core.reduction.keeping import keep_tokens
 from vlm_core.tests.policy_states import same_tokens, seen_of
 from vlm_core.tests.test_drop import N_IMAGE
 from vlm_core.tests.test_policies import kept
@@ -276,6 +277,19 @@ def test_they_rank_by_the_tower_of_the_prompt_s_own_image():
         for row in range(4):
             received = maps[-2][row, :, 0, 1:].mean(0)
             assert kept(run, batch, row) == (1 + received.topk(5).indices).sort().values.tolist()
+
+
+def test_a_model_that_keeps_fewer_tokens_looks_at_its_tower_in_every_call():
+    """Called with labels, a cache and the like, as a trainer does. ``generate`` holds the images back, which is said."""
+    subject = tiny_subject()
+    batch, row = subject.encode_items(make_items(3)), DropTokens(1, 0.3, VisionZip())
+    with subject.intervene(row, batch), torch.inference_mode():
+        last = subject.model(**batch.inputs).logits[:, -1]
+    with keep_tokens(subject, row), torch.inference_mode():
+        found = subject.model(**batch.inputs, labels=batch.inputs["input_ids"], use_cache=True)
+        torch.testing.assert_close(found.logits[:, -1], last)
+        with pytest.raises(NotMeasurable, match="not known without the images, .*: generate inside subject.intervene"):
+            subject.model.generate(**batch.inputs, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
