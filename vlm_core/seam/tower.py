@@ -169,8 +169,8 @@ def tower_layers(
     if not grids:
         return [()] * len(layouts)
     sizes = [prod(patches.view) for patches in grids for _ in range(prod(patches.views))]
-    # Of what the model is called with: not what its answer or a cache is about.
-    given = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
+    # Of what the model is called with: not a cache, nor how long an output should be.
+    given = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if "pixel_values" not in given:
         raise NotMeasurable(
             "what the vision tower attends to is not known without the images, which generate() sees before it calls the model: generate "

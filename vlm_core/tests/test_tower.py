@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -15,7 +16,7 @@ from vlm_core import NotMeasurable, Subject, ZeroHeads
 from vlm_core.families.layout import image_layouts
 from vlm_core.families.tiling import Patches
 from vlm_core.interventions.policy import KEYED
-from vlm_core.seam.tower import TOWER_NAMES, patch_places
+from vlm_core.seam.tower import TOWER_NAMES, patch_places, tower_layers
 from vlm_core.subjects.visual import visuals
 from vlm_core.tests.family_processors import PROCESSORS, VARIANTS
 from vlm_core.tests.layout_oracle import PLACED, PROMPT, QUERIES, boxes_hold, picture
@@ -260,3 +261,16 @@ def test_an_active_run_and_other_threads_change_nothing():
         assert torch.equal(logits, plain[at])
         for layers, own in zip(one, expected[at], strict=True):
             assert all(torch.equal(a.received, b.received) and torch.equal(a.keys, b.keys) for a, b in zip(layers, own, strict=True))
+
+
+def test_a_tower_that_is_not_what_is_thought_is_refused(monkeypatch):
+    """More tokens than a class token and the patches, or an attention of its own."""
+    subject = tiny_subject()
+    batch = subject.encode_items(make_items(2))
+    layouts = image_layouts(subject.anatomy.family, subject.model.config, subject.processor, batch.inputs, batch.sizes)
+    fewer = [replace(layout, patches=(replace(layout.patches[0], view=(3, 4)),)) for layout in layouts]
+    with pytest.raises(NotMeasurable, match="attends over 34 tokens for images of 24 patches, so that it is not known which is which"):
+        tower_layers(subject.model, subject.anatomy, batch.inputs, fewer)
+    monkeypatch.setitem(AttentionInterface._global_mapping, TOWER_NAMES["sdpa"], AttentionInterface._global_mapping["sdpa"])
+    with pytest.raises(NotMeasurable, match="does not dispatch its attention through transformers' AttentionInterface"):
+        towers(subject, batch)
