@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ class _Seen(Exception):
     pass
 
 
-def features_of(subject: Subject, inputs: dict, size: tuple[int, int] | None = None) -> list[torch.Tensor]:
+def features_of(subject: Subject, inputs: dict) -> list[torch.Tensor]:
     """What the language model receives for each prompt's image tokens ``[image token, hidden]``."""
     received = {}
 
@@ -128,13 +128,11 @@ def expected(name: str, layout: Layout, block, image: int = 0) -> tuple[np.ndarr
     return must, may
 
 
-def changes_follow(
-    name: str, subject: Subject, pixels: np.ndarray, layout: Layout, image: int, encode, read=features_of
-) -> tuple[int, int]:
-    """Perturb blocks of one image and compare the tokens whose ``read`` changes with the boxes; counts of decided tokens."""
+def changes_follow(name: str, subject: Subject, pixels: np.ndarray, layout: Layout, image: int, encode) -> tuple[int, int]:
+    """Perturb blocks of one image and compare the tokens that change with the boxes; counts of decided tokens."""
     blocks = blocks_of(*pixels.shape[:2])
     inputs = encode([Image.fromarray(pixels), *(Image.fromarray(with_block(pixels, block)) for block in blocks)])
-    plain, *changed = read(subject, inputs)
+    plain, *changed = features_of(subject, inputs)
     assert len(plain) == len(layout)
     moved = [((features - plain).abs().amax(1) > 1e-5 * plain.abs().max()).numpy() for features in changed]
     hit = missed = 0
@@ -146,18 +144,15 @@ def changes_follow(
     return hit, missed
 
 
-def boxes_hold(name: str, read=features_of) -> None:
-    """Exactly the tokens over changed pixels change, for one image of every size.
-
-    ``read(subject, inputs, size)`` gives ``[image token, feature]`` for each prompt; by default what the language model receives.
-    """
+def boxes_hold(name: str) -> None:
+    """Exactly the tokens over changed pixels change, for one image of every size."""
     subject = subject_of(name)
     hit = missed = 0
     for size in SIZES:
         pixels = picture(size)
         (layout,) = layouts_of(subject, [Image.fromarray(pixels)])
         counts = changes_follow(
-            name, subject, pixels, layout, 0, lambda images: subject.encode(images, [PROMPT] * len(images)).inputs, partial(read, size=size)
+            name, subject, pixels, layout, 0, lambda images: subject.encode(images, [PROMPT] * len(images)).inputs
         )
         hit, missed = hit + counts[0], missed + counts[1]
     assert hit > 30 and missed > 60

@@ -19,7 +19,7 @@ from vlm_core.interventions.policy import KEYED
 from vlm_core.seam.tower import TOWER_NAMES, patch_places, tower_layers
 from vlm_core.subjects.visual import visuals
 from vlm_core.tests.family_processors import PROCESSORS, VARIANTS
-from vlm_core.tests.layout_oracle import PLACED, PROMPT, QUERIES, boxes_hold, picture
+from vlm_core.tests.layout_oracle import PLACED, PROMPT, QUERIES, SIZES, changes_follow, layouts_of, picture, subject_of
 from vlm_core.tests.tiny import make_items, tiny_subject
 
 PACKED = [name for name in PLACED if name != "mllama"]
@@ -153,14 +153,24 @@ def test_what_is_received_is_the_class_token_s_row_of_the_maps_that_the_tower_re
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_exactly_the_tokens_over_changed_pixels_have_other_keys(name):
+def test_exactly_the_tokens_over_changed_pixels_have_other_keys(name, monkeypatch):
     """Where the tower's attention adds nothing, a patch's key follows from its own pixels."""
+    subject = subject_of(name)
+    hit = missed = 0
+    for size in SIZES:
+        pixels = picture(size)
+        (layout,) = layouts_of(subject, [Image.fromarray(pixels)])
 
-    def keys_of(subject, inputs, size):
-        found = visuals(subject, inputs, [[size]] * len(inputs["input_ids"]), {"tower"})
-        return [one.tower[-1].keys for one in found]
+        def keys_of(subject, inputs, size=size):
+            found = visuals(subject, inputs, [[size]] * len(inputs["input_ids"]), {"tower"})
+            return [one.tower[-1].keys for one in found]
 
-    boxes_hold(name, keys_of)
+        monkeypatch.setattr("vlm_core.tests.layout_oracle.features_of", keys_of)
+        counts = changes_follow(
+            name, subject, pixels, layout, 0, lambda images: subject.encode(images, [PROMPT] * len(images)).inputs
+        )
+        hit, missed = hit + counts[0], missed + counts[1]
+    assert hit > 30 and missed > 60
 
 
 def test_queries_that_are_looked_at_in_blocks_add_up(monkeypatch):
