@@ -9,5 +9,6 @@ pytest_plugins = [
     "fixtures.tracing_measurements",
     "fixtures.mask_measurements",
     "fixtures.token_measurements",
+    "fixtures.redundancy_measurements",
     "fixtures.students",
 ]

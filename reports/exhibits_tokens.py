@@ -5,10 +5,15 @@ Nothing is measured here and no verdict depends on it.
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 import pandas as pd
 
+from reports.drawings import overlay_tile
 from reports.exhibits import mean_with_interval
+from vlm_core.stats import interval
 
 REFERENCE_POLICIES = ("random", "stride", "pooling")  # drawn in grey: what an informed policy has to beat
 
@@ -126,8 +131,8 @@ def saved_against_lost(evidence, points: list[dict], chosen: str | None) -> None
     )  # fmt: skip
 
 
-def horizon(evidence, task: str, table: pd.DataFrame, margin: float, chosen: int, latest: int) -> None:
-    """Accuracy lost when every visual token goes from a layer on, discovery items, with the layer that is chosen by it."""
+def horizon(evidence, task: str, table: pd.DataFrame, margin: float, tested: int) -> None:
+    """Accuracy when every visual token goes from a layer on, discovery items; ``tested``: the layer that is put to the test on others."""
     full = table[table["keep"] == 1].drop_duplicates("item").set_index("item")["correct"]
     points = []
     for layer, cell in table[table["keep"] == 0].groupby("layer"):
@@ -142,6 +147,161 @@ def horizon(evidence, task: str, table: pd.DataFrame, margin: float, chosen: int
             "x_label": "layer from which all visual tokens are gone",
         },
         title=f"{task}: from where on nothing more is read from visual tokens",
-        caption=f"Discovery items, 95 % cluster intervals. Layer {chosen} is taken to confirmation items; layers up to {latest} (3/4 of the depth) count.",
+        caption=f"Discovery items, 95 % cluster intervals. On confirmation items, layer {tested} (3/4 of the depth) is put to the test.",
         alt=f"Accuracy on {task} when all visual tokens go from layer: " + ", ".join(f"{p['x']}: {p['y']:.2f}" for p in points),
     )
+
+
+def redundancy(evidence, found, measure: str) -> None:
+    """``token-redundancy.csv`` (every measure, layer, group and task) and one measure by layer, a line a group of image tokens.
+
+    Parameters
+    ----------
+    found : vlm_core.reduction.redundancy.Redundancy
+    measure : str
+    """
+    tables = [found.curves().assign(task="all")] + [found.curves(task).assign(task=task) for task in dict.fromkeys(found.tasks)]
+    evidence.table("token-redundancy.csv", pd.concat(tables, ignore_index=True))
+    curves = tables[0][(tables[0]["measure"] == measure) & tables[0]["mean"].notna()]
+    series = [
+        {
+            "name": group,
+            "role": "baseline" if group == "all" else None,
+            "points": [{"x": int(row.layer), "y": float(row.mean), "lower": float(row.lower), "upper": float(row.upper)} for row in rows.itertuples()],
+        }
+        for group, rows in curves.groupby("group", sort=False)
+    ]
+    sizes = ", ".join(f"{group} {size:.0f}" for group, size in zip(found.groups, found.sizes.mean(0), strict=True))
+    evidence.figure(
+        "keep_curves",
+        {"series": series, "x_label": "layer that the tokens enter", "y_label": measure},
+        title=f"Visual tokens by layer: {measure}",
+        caption=f"{len(found.items)} confirmation items of all tasks, 95 % cluster bands. Mean tokens a group: {sizes}; groups of different sizes compare by how they change.",
+        alt=f"Lines of {measure} by layer, one a group of image tokens: {', '.join(one['name'] for one in series)}.",
+    )
+
+
+def utility(evidence, found) -> None:
+    """``token-utility.csv`` and what the answer's margin loses without each group of image tokens, beside as many random ones.
+
+    ``found``: `vlm_core.reduction.utility.MarginalUtility`.
+    """
+    evidence.table("token-utility.csv", found.groups.assign(layer=found.layer))
+    bars = []
+    for group, rows in found.groups.groupby("group", sort=False):
+        for name, column, role in ((group, "loss", "targeted"), (f"{group}: as many random ones", "random", "random")):
+            if group == "all" and column == "random":
+                continue
+            known = rows[rows[column].notna()]
+            mean = interval(known[column].to_numpy(float), known["cluster"])
+            bars.append({"label": name, "value": mean.estimate, "lower": mean.lower, "upper": mean.upper, "role": role})
+    evidence.figure(
+        "accuracy_bars",
+        {"bars": bars, "x_label": "margin of the answer lost (nats)"},
+        title=f"What the answer loses without groups of image tokens, from layer {found.layer} on",
+        caption=f"{found.groups['item'].nunique()} confirmation items of all tasks, 95 % cluster intervals.",
+        alt="Bars of the margin lost without: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
+    )
+
+
+def head_shares(evidence, masses, heads) -> None:
+    """The share of its image attention that each head gives to its most attended quarter of tokens, as a map with some heads marked."""
+    with np.errstate(invalid="ignore"):
+        known = np.isfinite(masses.per_item)
+        values = np.where(known, masses.per_item, 0.0).sum(0) / known.sum(0)
+    evidence.figure(
+        "head_map",
+        {
+            "values": [[None if np.isnan(one) else float(one) for one in row] for row in values],
+            "marks": [{"layer": head.layer, "head": head.head} for head in heads],
+            "value_label": f"on the most attended {masses.share:.0%} of tokens",
+        },
+        title="How few image tokens each head looks at",
+        caption=f"{len(masses.items)} confirmation items of all tasks: share of a head's attention on the image that its most attended {masses.share:.0%} of tokens "
+        "hold. Outlined: the heads of highest attribution.",
+        alt=f"Map of {values.shape[0]} layers by {values.shape[1]} heads, from {np.nanmin(values):.2f} to {np.nanmax(values):.2f}.",
+    )
+
+
+def kept_rows(evidence, found, policy: str) -> None:
+    """``token-kept-rows.csv`` and where on the image the tokens lie that a policy keeps, from top to bottom, against keeping evenly."""
+    histogram = found.histogram()
+    evidence.table("token-kept-rows.csv", histogram.assign(policy=policy, layer=found.drop.layer, keep=found.drop.keep))
+    lean = found.interval()
+    evidence.figure(
+        "accuracy_bars",
+        {
+            "bars": [{"label": f"row {row.row}", "value": float(row.kept), "role": "targeted"} for row in histogram.itertuples()],
+            "chance": float(histogram["uniform"].mean()),
+            "x_label": "share of the kept tokens",
+        },
+        title=f"Rows of the image that {policy} keeps, from the top",
+        caption=f"{len(found.items)} confirmation items of all tasks, {found.drop.keep:g} of the tokens kept from layer {found.drop.layer} on. The line (chance) is what even keeping "
+        f"gives. Kept tokens lie {lean.estimate:+.3f} [{lean.lower:+.3f}, {lean.upper:+.3f}] of the image's height below the mean.",
+        alt="Bars, one a row of the image from the top: " + ", ".join(f"{row.kept:.2f}" for row in histogram.itertuples()),
+    )
+
+
+SHOWN_SIDE, GAP = 96, 4  # pixels of a small picture's side, and between two
+_DOMINANT = {"propositional": (27, 110, 194), "perspectival": (46, 139, 87), "participatory": (214, 95, 0)}
+
+
+def relevance(evidence, items, maps) -> None:
+    """Two questions to one image: what each patch scores, which score dominates each region, what is kept.
+
+    Parameters
+    ----------
+    items : sequence of dict
+        Of one image.
+    maps : sequence of vlm_core.reduction.relevance_maps.RelevanceMap
+        Of the same items.
+    """
+    scores = tuple(_DOMINANT)
+    columns = ("image", *scores, "dominates", "kept")
+    sheet = np.full((len(items) * (SHOWN_SIDE + GAP), len(columns) * (SHOWN_SIDE + GAP), 3), 255, dtype=np.uint8)
+    for row, (item, found) in enumerate(zip(items, maps, strict=True)):
+        pixels = np.asarray(item["image"].convert("RGB").resize((SHOWN_SIDE, SHOWN_SIDE), 0))
+        drawn = [pixels]
+        for score in found.scores:
+            heat = _on_grid(found, score)
+            top = np.nanmax(heat)
+            drawn.append(overlay_tile(pixels, heat / top if top > 0 else heat * 0, np.zeros(pixels.shape[:2], dtype=bool)))
+        colours = np.array([_DOMINANT[name] for name in found.dominant])[found.region]
+        painted = np.stack([_on_grid(found, colours[:, channel].astype(float)) for channel in range(3)], axis=-1)
+        drawn.append(np.where(np.isnan(painted), pixels, 0.5 * pixels + 0.5 * np.nan_to_num(painted)).astype(np.uint8))
+        kept = _on_grid(found, found.kept.astype(float))
+        drawn.append(np.where(np.nan_to_num(kept)[..., None] > 0, pixels, 255 - (255 - pixels) // 5).astype(np.uint8))
+        for column, tile in enumerate(drawn):
+            top, left = row * (SHOWN_SIDE + GAP), column * (SHOWN_SIDE + GAP)
+            sheet[top : top + SHOWN_SIDE, left : left + SHOWN_SIDE] = tile
+    out = io.BytesIO()
+    _image(sheet).save(out, "PNG", optimize=True)
+    asked = "; ".join(f"“{item['prompt']}” keeps {int(found.kept.sum())} of {found.kept.size} tokens" for item, found in zip(items, maps, strict=True))
+    dominated = ", ".join(
+        f"{name} {sum(one == name for found in maps for one in found.dominant)}" for name in scores
+    )  # regions, both questions together
+    evidence.figure(
+        "overlay_sheet",
+        {"image": base64.b64encode(out.getvalue()).decode()},
+        title="Two questions, one image: where the budget goes",
+        caption=f"Row by row: {asked}. From left to right: the image; what a patch says that others do not (propositional); how it stands out from its surround "
+        f"(perspectival); what the question attends to (participatory); which score dominates a region (blue, green, orange in that order; regions: {dominated}); what is kept.",
+        alt=f"Two rows of six small pictures, one row a question to the same image: {asked}.",
+    )
+
+
+def _on_grid(found, values: np.ndarray) -> np.ndarray:
+    """One number per image token as a picture; NaN where no token lies. Of several grids, the one with most tokens."""
+    placed = found.grid >= 0
+    largest = np.bincount(found.grid[placed]).argmax()
+    chosen = found.grid == largest
+    drawn = np.full((found.row[chosen].max() + 1, found.column[chosen].max() + 1), np.nan)
+    drawn[found.row[chosen], found.column[chosen]] = np.asarray(values, dtype=float)[chosen]
+    down, across = (np.arange(SHOWN_SIDE) * side // SHOWN_SIDE for side in drawn.shape)
+    return drawn[down][:, across]
+
+
+def _image(pixels: np.ndarray):
+    from PIL import Image
+
+    return Image.fromarray(pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from vlm_core.reduction.curves import Cell, losses
@@ -22,3 +23,9 @@ def nothing_saves_nothing(pairs: pd.DataFrame, limit: float = 0.1) -> Control:
     saved = interval(pairs["saved"].to_numpy(), pairs["round"], confidence=0.99)
     passed = -limit < saved.lower and saved.upper < limit
     return Control("a run timed against itself", "negative", passed, saved.estimate, f"a saving surely within ±{limit:g}")
+
+
+def better_than(name: str, gain, clusters) -> Control:
+    """Control: a gain whose lower 95 % bound is above 0."""
+    found = interval(np.asarray(gain, dtype=float), clusters, confidence=0.90)
+    return Control(name, "positive", found.lower > 0, found.lower, "a gain surely above 0")

@@ -1,6 +1,7 @@
 """H2: the reduction that discovery items lead to really saves: in arithmetic, and on the clock.
 
-The recipe is the reduction that saves most operations among those that lose less than 2.5 points over all tasks, and less than 5 in any, on discovery items. Time is that of the
+Of the reductions that lose less than 2.5 points over all tasks, and less than 5 in any, on discovery items, the eight that save most operations are timed, and the fastest is the
+recipe. Time is that of the
 language model on prompts (their images' features given), 16 at a time, with everything that the policy computes, paired and interleaved with the untouched model.
 """
 

@@ -28,11 +28,11 @@ LITERATURE = {
 @pytest.mark.claim(INFORMED)
 @pytest.mark.parametrize("against", REFERENCES)
 def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, confirmed, evidence):
-    if against not in policies.reducers:
+    if against in policies.missing:
         evidence.decide(INFORMED, None, missing=f"{against} is not possible here: {policies.missing[against]}")
         return
     layer, table = early(subject), curves()
-    informed = [name for name, one in policies.reducers.items() if name not in REFERENCES and getattr(one, "exact", True)]
+    informed = [name for name in policies.exact if name not in REFERENCES]
     chosen = choose_drop(table[(table["layer"] == layer) & table["policy"].isin(informed)], keep=KEPT)
     reference = Cell(layer, KEPT, against)
     both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]

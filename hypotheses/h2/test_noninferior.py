@@ -1,6 +1,6 @@
 """H2: half of the visual tokens can go from mid-depth on.
 
-Policy and layer are chosen on discovery items, task by task. A dropped token leaves the sequence for good; kept tokens keep their
+Policy and layer are chosen on discovery items, task by task; between policies that do equally well there, by how they do on all tasks. A dropped token leaves the sequence for good; kept tokens keep their
 positions.
 """
 
@@ -24,8 +24,8 @@ NONINFERIOR = Claim(
 @pytest.mark.claim(NONINFERIOR)
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
 def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves, confirmed, policies, evidence):
-    table = curves()[curves()["task"] == task]
-    chosen = choose_drop(table[table["layer"].isin(mid_depth(subject)) & table["policy"].map(dropping(policies))], keep=0.5)
+    candidates = curves()[curves()["layer"].isin(mid_depth(subject)) & curves()["policy"].isin(policies.exact)]
+    chosen, table = choose_drop(candidates, 0.5, task), curves()[curves()["task"] == task]
     measured = confirmed(chosen)
     lost = losses(measured[measured["task"] == task], chosen)
     exhibits_tokens.drop_curves(evidence, table, task, early(subject))
@@ -43,7 +43,3 @@ def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves,
         },
     )  # fmt: skip
 
-
-def dropping(policies):
-    """Whether a policy keeps exactly as many tokens as asked, in every prompt."""
-    return lambda name: getattr(policies.reducers[name], "exact", True)

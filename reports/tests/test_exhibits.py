@@ -274,10 +274,10 @@ def test_only_the_best_of_many_policies_are_drawn(evidence):
 
 def test_losing_every_token_is_drawn_against_the_margin(evidence):
     table = sensitivity((2, 5, 9, 9))
-    exhibits_tokens.horizon(evidence, "color", table, 0.05, 2, 3)
+    exhibits_tokens.horizon(evidence, "color", table, 0.05, 2)
     _, figure = one_figure(evidence)
     assert [point["y"] for point in figure["data"]["points"]] == [0.2, 0.5, 0.9, 0.9]
-    assert figure["data"]["reference"] == pytest.approx(0.85) and "Layer 2 is taken to confirmation" in figure["caption"]
+    assert figure["data"]["reference"] == pytest.approx(0.85) and "layer 2 (3/4 of the depth) is put to the test" in figure["caption"]
 
 
 def test_a_cell_that_was_not_measured_is_shown_as_such(evidence):

@@ -4,6 +4,7 @@
 ``wording_agreement``    Kendall's W between rankings made on the same scenes, asked in other words
 ``attribution_depth``    mean depth of the heads, weighted by attribution
 ``attention_agreement``  Spearman's ρ between attribution and attention mass over heads, of one task
+``moved_heads``          how far something moves which heads matter, beyond what other scenes would
 
 The first three take one attribution a task, are computed task by task and averaged over tasks, so that a task with large margins counts
 no more than another; bounds come from leaving out or resampling scenes, of all tasks together. A correlation has a sign, so that opposite
@@ -23,7 +24,9 @@ from vlm_core.errors import NotMeasurable
 from vlm_core.heads.attribution import HeadAttribution
 from vlm_core.stats import Estimate, estimate_statistic, jackknife_statistic, kendall_w, per_cluster
 
-__all__ = ["Correlation", "OverTasks", "attention_agreement", "attribution_depth", "scene_agreement", "wording_agreement"]
+__all__ = [
+    "Correlation", "Moved", "OverTasks", "attention_agreement", "attribution_depth", "moved_heads", "scene_agreement", "wording_agreement",
+]  # fmt: skip
 
 SPLITS = 20
 """Random ways to part a task's scenes, averaged over: so that the one way that was drawn decides nothing."""
@@ -68,6 +71,25 @@ class Correlation:
     estimate: Estimate | None
     measured: float
     reliability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """How far the order of heads moves between two conditions.
+
+    Attributes
+    ----------
+    estimate : Estimate, or None where it is the same whichever scene is left out
+        The geometric mean of both reliabilities, less the agreement across; 0 where nothing moves.
+    across : float
+        Rank correlation between one half of the scenes in one condition and the other half in the other.
+    reliabilities : (float, float)
+        Between halves of the scenes, within each condition.
+    """
+
+    estimate: Estimate | None
+    across: float
+    reliabilities: tuple[float, float]
 
 
 class _Maps:
@@ -250,6 +272,53 @@ def attention_agreement(attribution: HeadAttribution, masses: ArrayLike, seed: i
     measured, reliability = (float(one[0]) for one in parts(np.ones((1, every.size))))
     estimate = jackknife_statistic(corrected, attribution.clusters, draws_at_once=100)
     return Correlation(estimate, measured, reliability)
+
+
+def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], seed: int = 0) -> Moved:
+    """How much less heads are ranked alike across two conditions than within them.
+
+    Every correlation is between disjoint halves of the scenes (mean over ``SPLITS`` halvings), so that no noise is shared. Noise alone makes
+    rankings differ, in one condition perhaps more than in the other; if the true orders were the same, the agreement across would be
+    the geometric mean of the two within (Spearman 1904), and that is what it is held against.
+
+    Parameters
+    ----------
+    before, after : ``[item, layer, head]``
+        What each head is worth, item by item; NaN in layers that see no image.
+    clusters : sequence of str, one per item
+    seed : int
+        Of the halves.
+
+    Raises
+    ------
+    ValueError
+        For shapes that differ, or fewer than four scenes.
+
+    Notes
+    -----
+    Bounds by the jackknife over scenes. A reliability below 0 counts as 0: rankings that do not agree with themselves cannot be said to have moved.
+    """
+    before, after = (np.asarray(one, dtype=float) for one in (before, after))
+    if before.shape != after.shape or len(before) != len(clusters):
+        raise ValueError(f"heads' worth before {before.shape} and after {after.shape} must be of the same items and heads, {len(clusters)} of them")
+    every = np.unique(clusters)
+    if every.size < 4:
+        raise ValueError(f"{every.size} scenes: halves of them need at least four")
+    layers = np.flatnonzero(np.isfinite(before).all((0, 2)) & np.isfinite(after).all((0, 2)))
+    maps = [_Maps(one, clusters, every, layers) for one in (before, after)]
+    splits = maps[0].split(2, seed)
+
+    def parts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        (a, b), (c, d) = (np.moveaxis(one.parted(weights, splits, 2), 2, 0) for one in maps)
+        within = (np.maximum(_spearman(one, other).mean(1), 0.0) for one, other in ((a, b), (c, d)))
+        return *within, (_spearman(a, d).mean(1) + _spearman(b, c).mean(1)) / 2
+
+    def moved(weights: np.ndarray) -> np.ndarray:
+        first, second, across = parts(weights)
+        return np.sqrt(first * second) - across
+
+    first, second, across = (float(one[0]) for one in parts(np.ones((1, every.size))))
+    return Moved(jackknife_statistic(moved, clusters, limits=(-2.0, 2.0), draws_at_once=100), across, (first, second))
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:

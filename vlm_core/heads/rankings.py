@@ -16,7 +16,7 @@ import numpy as np
 
 from vlm_core.families.anatomy import HeadId
 from vlm_core.heads.ranking import image_map
-from vlm_core.interventions import Intervention
+from vlm_core.interventions import Intervention, Row, parts
 from vlm_core.items import item_field
 from vlm_core.observation.attention import AttentionMass
 from vlm_core.observation.gradients import HeadGradients
@@ -105,6 +105,7 @@ def without_each_head(
     remove: Removal,
     *,
     metric: str = "margin",
+    under: Row = None,
     store: str | Path | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> SingleHeads:
@@ -116,6 +117,8 @@ def without_each_head(
         ``remove(heads)`` is the intervention, such as ``lambda heads: ReplaceImageKV(heads, means, queries="text")``.
     metric : str
         As in ``vlm_core.sweep``.
+    under : Row
+        In force all the time, "untouched" included: fewer tokens, for instance.
 
     Raises
     ------
@@ -126,6 +129,8 @@ def without_each_head(
         raise ValueError("ablating single heads needs at least one item")
     heads = list(subject.image_heads)
     conditions = {"untouched": None, "all": remove(heads)} | {f"{layer}.{head}": remove([HeadId(layer, head)]) for layer, head in heads}
+    if under is not None:
+        conditions = {label: (*parts(row), *parts(under)) for label, row in conditions.items()}
     table = sweep(subject, items, conditions, metrics=(metric,), store=store, progress=progress)
     values = table["value"].to_numpy(float).reshape(len(items), len(conditions))
     return SingleHeads(

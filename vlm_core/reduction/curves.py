@@ -1,16 +1,18 @@
 """How many visual tokens a subject needs, from which layer on, kept by which policy.
 
 ``reducers(...)``        the policies to compare, by name, simplest first
+``holds_exactly(...)``   whether one keeps as many tokens as asked, everywhere
 ``unavailable(...)``     those that need what a subject does not have, with the reason
 ``drop_table(...)``      accuracy under every combination of layer, keep fraction and policy
 ``choose_drop(...)``     the layer and policy that lose least at a given fraction, on discovery items
-``choose_recipe(...)``   the reduction that saves most among those that lose little, on discovery items
-``early``, ``mid_depth``, ``spread``    layers
+``harmless(...)``        what loses little on discovery items, and ``choose_recipe(...)`` the one of these that saves most
+``early``, ``asked_by``, ``mid_depth``, ``spread``    layers
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,9 @@ from vlm_core.errors import NotMeasurable, SubjectError
 from vlm_core.interventions import DropTokens, Row
 from vlm_core.interventions.numeric import shown
 from vlm_core.interventions.policy import Policy
+from vlm_core.interventions.tokens import DROP_POLICIES
 from vlm_core.reduction import declared
+from vlm_core.reduction.pyramid import N_STAGES, pyramid_of
 from vlm_core.subjects.embed import encode_items
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
@@ -32,10 +36,13 @@ __all__ = [
     "REFERENCES",
     "Cell",
     "Reducer",
+    "asked_by",
     "choose_drop",
     "choose_recipe",
     "drop_table",
     "early",
+    "harmless",
+    "holds_exactly",
     "losses",
     "mid_depth",
     "reducers",
@@ -48,7 +55,7 @@ REFERENCES = ("random", "stride", "pooling")
 """Policies that know nothing of what the tokens carry: what an informed one has to beat."""
 
 Reducer = str | Policy | Callable[[int, float], Row]
-"""``"random"`` or ``"stride"``, a policy, or a function of (layer, keep) for what takes several steps."""
+"""``"random"`` or ``"stride"``, a policy, or a function of (layer, keep) for what takes several steps, None where these do not fit."""
 
 
 class Cell(NamedTuple):
@@ -62,6 +69,14 @@ class Cell(NamedTuple):
 def early(subject: Subject) -> int:
     """The layer at which FastV drops tokens: 2 of 32, in proportion, and never before the second (a policy reads the layer before)."""
     return max(1, round(subject.anatomy.n_layers * 2 / 32))
+
+
+def asked_by(subject: Subject) -> int:
+    """The first layer, from the early one on, before which words of the question have attended to one another.
+
+    What a policy reads of the question in the first layer's attention is each word by itself.
+    """
+    return max(2, early(subject))
 
 
 def mid_depth(subject: Subject) -> tuple[int, ...]:
@@ -84,14 +99,25 @@ def spread_between(first: int, last: int, most: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(k) for k in np.linspace(first, last, min(most, last - first + 1)).round()))
 
 
-def reducers(**more: Reducer) -> dict[str, Reducer]:
+def reducers(subject: Subject, **more: Reducer) -> dict[str, Reducer]:
     """Every policy that comes with the library, by name, those that know least first; and ``more``."""
-    found: dict[str, Reducer] = {"random": "random", "stride": "stride"}
     policies = declared()
     first = [name for name in REFERENCES if name in policies]
-    for name in (*first, *(name for name in policies if name not in first)):
-        found.setdefault(name, policies[name])
-    return {**found, **more}
+    found: dict[str, Reducer] = {name: policies[name] for name in (*first, *(name for name in policies if name not in first))}
+    # What these strings name is drawn for a whole batch at once.
+    found |= {name: name for name in DROP_POLICIES if name in found}
+    return {**found, "pyramid": partial(_staged, subject.anatomy.n_layers), **more}
+
+
+def _staged(n_layers: int, layer: int, keep: float) -> Row:
+    if layer == 0 or n_layers - layer < N_STAGES:
+        return None
+    return pyramid_of(keep, n_layers, layer)
+
+
+def holds_exactly(reducer: Reducer) -> bool:
+    """Whether as many tokens stay as asked, in every prompt and in every layer from the first on."""
+    return isinstance(reducer, str) or (isinstance(reducer, Policy) and reducer.exact)
 
 
 def unavailable(subject: Subject, item, among: Mapping[str, Reducer]) -> dict[str, str]:
@@ -132,8 +158,14 @@ def row_of(reducer: Reducer, layer: int, keep: float, seed: int = 0) -> Row:
     return DropTokens(layer, keep, reducer) if isinstance(reducer, Policy) else reducer(layer, keep)
 
 
-def _possible(reducer: Reducer, layer: int) -> bool:
-    return layer > 0 or not (isinstance(reducer, Policy) and reducer.looks_back)
+def _possible(reducer: Reducer, layer: int, keep: float) -> bool:
+    if isinstance(reducer, Policy):
+        try:
+            reducer.require_layer(layer)
+        except ValueError:
+            return False
+        return True
+    return isinstance(reducer, str) or reducer(layer, keep) is not None
 
 
 def drop_table(
@@ -169,7 +201,7 @@ def drop_table(
         for layer in layers
         for keep in keeps
         for name, reducer in policies.items()
-        if keep in (0, 1) or _possible(reducer, layer)
+        if keep in (0, 1) or _possible(reducer, layer, keep)
     ]
     labels = {cell: "full" if cell.keep == 1 else f"{cell.layer}/{shown(cell.keep)}/{'any' if cell.keep == 0 else cell.policy}" for cell in grid}
     interventions = {label: row_of(policies[cell.policy], cell.layer, cell.keep, seed) for cell, label in labels.items()}
@@ -179,10 +211,16 @@ def drop_table(
     return merged[["item", "cluster", "task", "layer", "keep", "policy", "correct"]]
 
 
-def choose_drop(table: pd.DataFrame, keep: float) -> Cell:
+def choose_drop(table: pd.DataFrame, keep: float, task: str | None = None) -> Cell:
     """The layer and policy with the highest accuracy at ``keep``, from a discovery `drop_table`.
 
-    Ties go to the earliest layer (it saves most), then to the policy that the table has first.
+    Ties go to the highest accuracy over all tasks of the table, then to the earliest layer (it saves most), then to the policy that the
+    table has first.
+
+    Parameters
+    ----------
+    task : str, optional
+        Whose accuracy it is. Default: all tasks together.
 
     Raises
     ------
@@ -190,11 +228,13 @@ def choose_drop(table: pd.DataFrame, keep: float) -> Cell:
         If the table has no rows at this fraction.
     """
     rows = table[table["keep"] == keep]
+    if task is not None:
+        rows = rows[rows["task"] == task]
     if rows.empty:
-        raise ValueError(f"the table has no rows at keep = {shown(keep)}")
-    mean = rows.groupby(["layer", "policy"], sort=False)["correct"].mean()
+        raise ValueError(f"the table has no rows at keep = {shown(keep)}" + (f" of task '{task}'" if task is not None else ""))
+    mean, over_all = (one.groupby(["layer", "policy"], sort=False)["correct"].mean() for one in (rows, table[table["keep"] == keep]))
     order = {policy: i for i, policy in enumerate(table["policy"].drop_duplicates())}
-    layer, policy = max(mean.index, key=lambda cell: (round(mean[cell], 12), -cell[0], -order[cell[1]]))
+    layer, policy = max(mean.index, key=lambda cell: (round(mean[cell], 12), round(over_all[cell], 12), -cell[0], -order[cell[1]]))
     return Cell(int(layer), float(keep), policy)
 
 
@@ -215,23 +255,10 @@ def losses(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     return found.reset_index(drop=True)
 
 
-def choose_recipe(table: pd.DataFrame, saved: Callable[[Cell], float], margin: float) -> Cell | None:
-    """The cell that saves most among those that lose little on discovery items.
+def harmless(table: pd.DataFrame, margin: float) -> list[Cell]:
+    """Cells that lose little on discovery items: less than half of ``margin`` over all tasks, and less than ``margin`` in every one.
 
-    Little: less than half of ``margin`` over all tasks, and less than ``margin`` in every one. That is a choice and no claim: what it loses is
-    decided on other items. Ties go to the smaller loss, then to the policy that the table has first.
-
-    Parameters
-    ----------
-    table : DataFrame
-        A discovery `drop_table`, the untouched subject among it.
-    saved : callable
-        Share of operations saved by a cell.
-
-    Returns
-    -------
-    Cell or None
-        None where no cell qualifies.
+    That is a choice and no claim: what they lose is decided on other items. In the table's order, those of smaller loss first.
     """
     order = {policy: i for i, policy in enumerate(table["policy"].drop_duplicates())}
     cells = table[table["keep"] < 1][["layer", "keep", "policy"]].drop_duplicates().itertuples(index=False, name=None)
@@ -239,5 +266,29 @@ def choose_recipe(table: pd.DataFrame, saved: Callable[[Cell], float], margin: f
     for cell in (Cell(int(layer), float(keep), policy) for layer, keep, policy in cells):
         by_task = losses(table, cell).groupby("task")["loss"].mean()
         if by_task.mean() < margin / 2 and (by_task < margin).all():
-            fine.append((-round(saved(cell), 9), round(by_task.mean(), 12), order[cell.policy], cell))
-    return min(fine)[-1] if fine else None
+            fine.append((round(by_task.mean(), 12), order[cell.policy], cell))
+    return [cell for *_, cell in sorted(fine)]
+
+
+def choose_recipe(
+    cells: Sequence[Cell], operations: Callable[[Cell], float], seconds: Callable[[Cell], float], timed: int = 8
+) -> Cell | None:
+    """Of the ``timed`` cells that save most operations, the one that saves most time.
+
+    Operations alone would choose a policy that computes more than it saves; the clock alone would have to run for all. Ties go to the
+    cell that comes first.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        Those that qualify (`harmless`), better ones first.
+    operations, seconds : callable
+        Share of the prefill's operations, and of its measured time, that a cell saves.
+
+    Returns
+    -------
+    Cell or None
+        None where no cell qualifies.
+    """
+    first = sorted(cells, key=lambda cell: -round(operations(cell), 9))[:timed]
+    return max(first, key=seconds) if first else None

@@ -14,10 +14,13 @@ from vlm_core import sweep
 from vlm_core.reduction import Debiased, FastV
 from vlm_core.reduction.curves import (
     Cell,
+    asked_by,
     choose_drop,
     choose_recipe,
     drop_table,
     early,
+    harmless,
+    holds_exactly,
     losses,
     mid_depth,
     reducers,
@@ -136,12 +139,17 @@ def test_the_best_cell_at_the_fraction_is_chosen():
     assert choose_drop(table, 0.25) == Cell(4, 0.25, "stride")
 
 
-def test_ties_go_to_the_earliest_layer_then_to_the_first_policy():
+def test_ties_go_to_the_best_over_all_tasks_then_to_the_earliest_layer_then_to_the_first_policy():
     layers = graded({(4, 0.5, "random"): 8, (3, 0.5, "attention"): 8, (5, 0.5, "stride"): 8})
     assert choose_drop(layers, 0.5)[::2] == (3, "attention")
     policies = graded({(2, 0.5, "random"): 7, (3, 0.5, "stride"): 8, (3, 0.5, "attention"): 8})
     assert choose_drop(policies, 0.5).policy == "stride"
     assert choose_drop(policies[::-1], 0.5).policy == "attention"
+    tasks = pd.concat([policies.assign(task="a"), graded({(3, 0.5, "stride"): 2, (3, 0.5, "attention"): 5}).assign(task="b")])
+    assert choose_drop(tasks, 0.5, "a").policy == "attention"
+    assert choose_drop(tasks[tasks["task"] == "a"], 0.5, "a").policy == "stride"
+    with pytest.raises(ValueError, match="no rows at keep = 0.5 of task 'c'"):
+        choose_drop(tasks, 0.5, "c")
 
 
 def test_a_fraction_that_was_not_measured_is_refused():
@@ -175,40 +183,53 @@ def test_losses_are_paired_by_item():
         losses(table[table["keep"] < 1], CHEAP)
 
 
-def test_the_recipe_saves_most_of_what_loses_little():
-    saved = {CHEAP: 0.6, DEAR: 0.2, LOSSY: 0.9}.get
+def test_what_loses_little_is_harmless():
     table = measured({DEAR: (0, 0), CHEAP: (3, 3), LOSSY: (60, 0)})
-    assert choose_recipe(table, saved, 0.05) == CHEAP
-    assert choose_recipe(table, saved, 0.5) == LOSSY
-    assert choose_recipe(table, saved, 0.01) == DEAR
-    assert choose_recipe(measured({LOSSY: (60, 0)}), saved, 0.05) is None
+    assert harmless(table, 0.05) == [DEAR, CHEAP]
+    assert harmless(table, 0.5) == [DEAR, CHEAP, LOSSY]
+    assert harmless(table, 0.01) == [DEAR]
+    assert harmless(measured({LOSSY: (60, 0)}), 0.05) == []
 
 
-def test_a_recipe_spares_every_task():
+def test_every_task_is_spared():
     """Two items in a hundred over all, but all of them in one task of four."""
-    table = measured({CHEAP: (9, 0), DEAR: (0, 0)})
-    others = measured({CHEAP: (0, 0), DEAR: (0, 0)})
+    table = measured({CHEAP: (9, 0)})
+    others = measured({CHEAP: (0, 0)})
     others = others.assign(task=others["task"].map({"a": "c", "b": "d"}), item="other " + others["item"])
     table = pd.concat([table, others], ignore_index=True)
-    saved = {CHEAP: 0.6, DEAR: 0.2}.get
-    assert choose_recipe(table, saved, 0.061) == CHEAP
-    assert choose_recipe(table, saved, 0.059) == DEAR
+    assert harmless(table, 0.061) == [CHEAP]
+    assert harmless(table, 0.059) == []
 
 
-def test_equal_savings_go_to_the_smaller_loss_then_to_the_first_policy():
-    table = measured({CHEAP: (1, 1), DEAR: (0, 0)})
-    assert choose_recipe(table, lambda cell: 0.5, 0.05) == DEAR
-    again = measured({Cell(1, 0.5, "stride"): (0, 0), Cell(1, 0.5, "fastv"): (0, 0)})
-    assert choose_recipe(again, lambda cell: 0.5, 0.05).policy == "stride"
+def test_the_recipe_is_the_fastest_of_what_saves_most_operations():
+    operations, seconds = {CHEAP: 0.6, DEAR: 0.2, LOSSY: 0.9}.get, {CHEAP: 0.1, DEAR: 0.5, LOSSY: 0.3}.get
+    assert choose_recipe([DEAR, CHEAP, LOSSY], operations, seconds) == DEAR
+    assert choose_recipe([DEAR, CHEAP, LOSSY], operations, seconds, timed=2) == LOSSY, "what is not timed cannot be chosen"
+    assert choose_recipe([CHEAP, DEAR], operations, lambda cell: 0.1) == CHEAP
+    assert choose_recipe([], operations, seconds) is None
+    asked = []
+    choose_recipe([DEAR, CHEAP, LOSSY], operations, lambda cell: asked.append(cell) or 0.0, timed=1)
+    assert asked == [LOSSY], "the clock runs for no more than it must"
 
 
-def test_the_references_come_first_and_more_last():
-    found = reducers(mine=FastV())
-    assert list(found)[:2] == ["random", "stride"] and list(found)[-1] == "mine" and "fastv" in found
+def test_the_references_come_first_and_more_last(sensitive):
+    found = reducers(sensitive, mine=FastV())
+    assert list(found)[:3] == ["random", "stride", "pooling"] and list(found)[-1] == "mine" and "fastv" in found
+    assert [name for name, one in found.items() if not holds_exactly(one)] == ["prumerge(adaptive True)", "pyramid"]
+
+
+def test_stages_are_left_out_where_they_do_not_fit(sensitive, grid_items):
+    pyramid = reducers(sensitive)["pyramid"]
+    table = drop_table(sensitive, grid_items[:2], layers=LAYERS, keeps=(0.5, 1.0), policies={"stride": "stride", "pyramid": pyramid})
+    assert set(table.loc[table["keep"] < 1, "policy"]) == {"stride"}
+    deeper = tiny_subject(layers=6)
+    row = reducers(deeper)["pyramid"](1, 0.5)
+    assert [part.layer for part in row] == [1, 3, 4] and reducers(deeper)["pyramid"](4, 0.5) is None
 
 
 def test_early_is_the_second_of_thirty_two():
     assert [early(deep(n)) for n in (2, 6, 24, 32, 80)] == [1, 1, 2, 2, 5]
+    assert [asked_by(deep(n)) for n in (6, 32, 80)] == [2, 2, 5]
 
 
 def test_what_the_subject_lacks_is_named(monkeypatch, sensitive, grid_items):
