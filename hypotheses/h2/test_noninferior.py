@@ -1,6 +1,7 @@
 """H2: half of the visual tokens can go from mid-depth on.
 
-Policy and layer are chosen on discovery items, task by task; between policies that do equally well there, by how they do on all tasks. A dropped token leaves the sequence for good; kept tokens keep their
+Policy and layer are chosen on discovery items, task by task; between policies that do equally well there, by how they do on all tasks and
+by the margin of the answer. A dropped token leaves the sequence for good; kept tokens keep their
 positions.
 """
 

@@ -194,7 +194,7 @@ def drop_table(
     Returns
     -------
     DataFrame
-        ``item, cluster, task, layer, keep, policy, correct``; ``keep = 1`` is the untouched subject.
+        ``item, cluster, task, layer, keep, policy, correct, margin``; ``keep = 1`` is the untouched subject.
     """
     grid = [
         Cell(layer, keep, name)
@@ -205,17 +205,20 @@ def drop_table(
     ]
     labels = {cell: "full" if cell.keep == 1 else f"{cell.layer}/{shown(cell.keep)}/{'any' if cell.keep == 0 else cell.policy}" for cell in grid}
     interventions = {label: row_of(policies[cell.policy], cell.layer, cell.keep, seed) for cell, label in labels.items()}
-    measured = sweep(subject, items, interventions, metrics=("correct",), store=store, progress=progress)
+    measured = sweep(subject, items, interventions, metrics=("correct", "margin"), store=store, progress=progress)
+    # Metrics of a row follow one another.
+    rows = measured[measured["metric"] == "correct"].rename(columns={"value": "correct"}).reset_index(drop=True)
+    rows["margin"] = measured.loc[measured["metric"] == "margin", "value"].to_numpy()
     cells = pd.DataFrame([(*cell, label) for cell, label in labels.items()], columns=["layer", "keep", "policy", "intervention"])
-    merged = measured.merge(cells, on="intervention", how="inner").rename(columns={"value": "correct"})
-    return merged[["item", "cluster", "task", "layer", "keep", "policy", "correct"]]
+    merged = rows.merge(cells, on="intervention", how="inner")
+    return merged[["item", "cluster", "task", "layer", "keep", "policy", "correct", "margin"]]
 
 
 def choose_drop(table: pd.DataFrame, keep: float, task: str | None = None) -> Cell:
     """The layer and policy with the highest accuracy at ``keep``, from a discovery `drop_table`.
 
-    Ties go to the highest accuracy over all tasks of the table, then to the earliest layer (it saves most), then to the policy that the
-    table has first.
+    Ties go to the highest accuracy over all tasks of the table, then to the largest mean margin of the answer, then to the earliest layer
+    (it saves most), then to the policy that the table has first.
 
     Parameters
     ----------
@@ -232,9 +235,14 @@ def choose_drop(table: pd.DataFrame, keep: float, task: str | None = None) -> Ce
         rows = rows[rows["task"] == task]
     if rows.empty:
         raise ValueError(f"the table has no rows at keep = {shown(keep)}" + (f" of task '{task}'" if task is not None else ""))
-    mean, over_all = (one.groupby(["layer", "policy"], sort=False)["correct"].mean() for one in (rows, table[table["keep"] == keep]))
+    cells = ["layer", "policy"]
+    own, over_all = (one.groupby(cells, sort=False)[["correct", "margin"]].mean().round(9) for one in (rows, table[table["keep"] == keep]))
     order = {policy: i for i, policy in enumerate(table["policy"].drop_duplicates())}
-    layer, policy = max(mean.index, key=lambda cell: (round(mean[cell], 12), round(over_all[cell], 12), -cell[0], -order[cell[1]]))
+
+    def rank(cell: tuple) -> tuple:
+        return own.loc[cell, "correct"], over_all.loc[cell, "correct"], own.loc[cell, "margin"], -cell[0], -order[cell[1]]
+
+    layer, policy = max(own.index, key=rank)
     return Cell(int(layer), float(keep), policy)
 
 

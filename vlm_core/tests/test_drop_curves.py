@@ -80,9 +80,11 @@ def table(sensitive, grid_items):
 
 
 def test_every_cell_is_that_drop_measured_alone(sensitive, grid_items, table):
-    assert list(table.columns) == ["item", "cluster", "task", "layer", "keep", "policy", "correct"]
+    assert list(table.columns) == ["item", "cluster", "task", "layer", "keep", "policy", "correct", "margin"]
     for (layer, keep, policy), rows in table.groupby(["layer", "keep", "policy"]):
-        alone = sweep(sensitive, grid_items, {"it": row_of(POLICIES[policy], layer, keep, seed=3)}, metrics=("correct",))
+        alone = sweep(sensitive, grid_items, {"it": row_of(POLICIES[policy], layer, keep, seed=3)}, metrics=("margin", "correct"))
+        margin, alone = (alone[alone["metric"] == metric] for metric in ("margin", "correct"))
+        np.testing.assert_allclose(rows["margin"], margin["value"], rtol=1e-4, atol=1e-4)
         assert rows["item"].tolist() == alone["item"].tolist() == [item["id"] for item in grid_items]
         assert rows["cluster"].tolist() == alone["cluster"].tolist() and rows["task"].tolist() == alone["task"].tolist()
         assert rows["correct"].tolist() == alone["value"].tolist(), (layer, keep, policy)
@@ -129,8 +131,8 @@ def test_progress_counts_rows(sensitive, grid_items):
 
 
 def graded(accuracy):
-    rows = [(layer, keep, policy, float(i < right)) for (layer, keep, policy), right in accuracy.items() for i in range(10)]
-    return pd.DataFrame(rows, columns=["layer", "keep", "policy", "correct"])
+    rows = [(layer, keep, policy, float(i < right), 1.0) for (layer, keep, policy), right in accuracy.items() for i in range(10)]
+    return pd.DataFrame(rows, columns=["layer", "keep", "policy", "correct", "margin"])
 
 
 def test_the_best_cell_at_the_fraction_is_chosen():
@@ -139,7 +141,7 @@ def test_the_best_cell_at_the_fraction_is_chosen():
     assert choose_drop(table, 0.25) == Cell(4, 0.25, "stride")
 
 
-def test_ties_go_to_the_best_over_all_tasks_then_to_the_earliest_layer_then_to_the_first_policy():
+def test_ties_go_to_the_best_over_all_tasks_then_to_the_surest_the_earliest_layer_and_the_first_policy():
     layers = graded({(4, 0.5, "random"): 8, (3, 0.5, "attention"): 8, (5, 0.5, "stride"): 8})
     assert choose_drop(layers, 0.5)[::2] == (3, "attention")
     policies = graded({(2, 0.5, "random"): 7, (3, 0.5, "stride"): 8, (3, 0.5, "attention"): 8})
@@ -148,6 +150,8 @@ def test_ties_go_to_the_best_over_all_tasks_then_to_the_earliest_layer_then_to_t
     tasks = pd.concat([policies.assign(task="a"), graded({(3, 0.5, "stride"): 2, (3, 0.5, "attention"): 5}).assign(task="b")])
     assert choose_drop(tasks, 0.5, "a").policy == "attention"
     assert choose_drop(tasks[tasks["task"] == "a"], 0.5, "a").policy == "stride"
+    wider = policies.assign(margin=policies["policy"].map({"random": 9.0, "stride": 1.0, "attention": 2.0}))
+    assert choose_drop(wider, 0.5).policy == "attention", "of what is as often right, the surer"
     with pytest.raises(ValueError, match="no rows at keep = 0.5 of task 'c'"):
         choose_drop(tasks, 0.5, "c")
 
