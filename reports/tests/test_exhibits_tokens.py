@@ -1,0 +1,117 @@
+"""Exhibits of what H2 explores: tables say what was measured, figures what the tables say, captions how much it was."""
+
+from __future__ import annotations
+
+import base64
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from reports import exhibits_tokens
+from vlm_core import DropTokens, HeadId
+from vlm_core.heads.token_mass import TokenMass
+from vlm_core.reduction.kept_rows import KeptRows
+from vlm_core.reduction.redundancy import Redundancy
+from vlm_core.reduction.relevance_maps import RelevanceMap
+
+from .test_exhibits import evidence, one_figure  # noqa: F401 (a fixture)
+
+SCENES, TASKS = ("s0", "s0", "s1", "s2"), ("color", "count", "color", "count")
+
+
+def alike():
+    """Two groups, three layers, one measure; the second group has no tokens in the first item."""
+    values = np.arange(4 * 3 * 2, dtype=float).reshape(4, 3, 2, 1)
+    values[0, :, 1] = np.nan
+    return Redundancy(values, np.array([[9, 0], [9, 4], [9, 4], [9, 4]]), ("all", "object"), ("nearest",), tuple("abcd"), SCENES, TASKS)
+
+
+def test_redundancy_is_a_line_a_group(evidence):  # noqa: F811
+    found = alike()
+    exhibits_tokens.redundancy(evidence, found, "nearest")
+    tables, figure = one_figure(evidence)
+    lines = {one["name"]: one["points"] for one in figure["data"]["series"]}
+    assert list(lines) == ["all", "object"] and [point["x"] for point in lines["all"]] == [0, 1, 2]
+    np.testing.assert_allclose([point["y"] for point in lines["all"]], found.of("nearest").mean(0))
+    np.testing.assert_allclose([point["y"] for point in lines["object"]], np.nanmean(found.of("nearest", "object"), axis=0))
+    rows = tables["token-redundancy.csv"]
+    assert set(rows["task"]) == {"all", "color", "count"} and len(rows) == 3 * 3 * 2
+    assert "all 9, object 3" in figure["caption"] and "4 confirmation items" in figure["caption"]
+
+
+def test_utility_puts_groups_beside_random_ones(evidence):  # noqa: F811
+    about = {"item": ["a", "b"], "cluster": ["s0", "s1"], "task": "color", "n_tokens": 3, "full": 9.0}
+    groups = pd.concat(
+        [
+            pd.DataFrame({**about, "group": "all", "loss": [8.0, 6.0], "random": [8.0, 6.0]}),
+            pd.DataFrame({**about, "group": "object", "loss": [5.0, 3.0], "random": [0.5, np.nan]}),
+        ],
+        ignore_index=True,
+    )
+    exhibits_tokens.utility(evidence, SimpleNamespace(groups=groups, layer=1))
+    tables, figure = one_figure(evidence)
+    bars = {bar["label"]: (bar["value"], bar["role"]) for bar in figure["data"]["bars"]}
+    assert bars == {"all": (7.0, "targeted"), "object": (4.0, "targeted"), "object: as many random ones": (0.5, "random")}
+    assert (tables["token-utility.csv"]["layer"] == 1).all() and len(tables["token-utility.csv"]) == 4
+
+
+def test_shares_of_heads_are_means_over_items_that_have_one(evidence):  # noqa: F811
+    values = np.array([[[0.5, np.nan]], [[0.7, np.nan]], [[0.6, 0.9]], [[0.6, np.nan]]])
+    exhibits_tokens.head_shares(evidence, TokenMass(values, 0.25, tuple("abcd"), SCENES, TASKS), [HeadId(0, 1)])
+    _, figure = one_figure(evidence)
+    np.testing.assert_allclose(figure["data"]["values"], [[0.6, 0.9]])
+    assert figure["data"]["marks"] == [{"layer": 0, "head": 1}] and "25%" in figure["caption"]
+
+
+def test_kept_rows_are_shares_from_the_top(evidence):  # noqa: F811
+    counts = np.array([[0, 1, 3], [0, 2, 2], [1, 0, 3], [0, 1, 3]])
+    candidates = np.full((4, 3), 4)
+    position = np.array([0.7, 0.6, 0.65, 0.7])
+    found = KeptRows(DropTokens(1, 1 / 3, "random"), counts, candidates, position, np.full(4, 0.5), tuple("abcd"), SCENES, TASKS)
+    exhibits_tokens.kept_rows(evidence, found, "fastv")
+    tables, figure = one_figure(evidence)
+    np.testing.assert_allclose([bar["value"] for bar in figure["data"]["bars"]], [1 / 16, 4 / 16, 11 / 16])
+    assert figure["data"]["chance"] == pytest.approx(1 / 3)
+    lean = found.interval()
+    assert f"{lean.estimate:+.3f} [{lean.lower:+.3f}, {lean.upper:+.3f}]" in figure["caption"]
+    assert tables["token-kept-rows.csv"]["policy"].tolist() == ["fastv"] * 3
+
+
+def seen(kept, dominant):
+    """A 2 x 2 grid behind a token without a place; every token is a region but the first, which is one of its own."""
+    grid, row, column = np.array([-1, 0, 0, 0, 0]), np.array([-1, 0, 0, 1, 1]), np.array([-1, 0, 1, 0, 1])
+    scores = np.array([[9.0, 0, 0, 0, 2], [9.0, 0, 0, 1, 0], [9.0, 1, 0, 0, 0]])
+    return RelevanceMap(
+        "i", scores, grid, row, column, np.array([4, 0, 1, 2, 3]), dominant, np.ones((3, 5)) / 5, np.ones(5, int), np.array(kept), 0.5
+    )
+
+
+def test_two_questions_to_one_image_are_two_rows(evidence):  # noqa: F811
+    items = [{"image": Image.new("RGB", (8, 8), (200, 200, 200)), "prompt": prompt} for prompt in ("which color?", "how many?")]
+    named = ("participatory", "propositional", "perspectival", "propositional", "propositional")
+    maps = [seen([True, True, False, False, False], named), seen([False, False, False, True, True], named)]
+    exhibits_tokens.relevance(evidence, items, maps)
+    _, figure = one_figure(evidence)
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure["data"]["image"]))))
+    side, step = exhibits_tokens.SHOWN_SIDE, exhibits_tokens.SHOWN_SIDE + exhibits_tokens.GAP
+    assert sheet.shape == (2 * step, 6 * step, 3)
+
+    def tile(row, column):
+        """The middle of each quarter of a small picture, ``[2, 2, colour]``."""
+        one = sheet[row * step : row * step + side, column * step : column * step + side]
+        return one[side // 4 :: side // 2, side // 4 :: side // 2][:2, :2]
+
+    plain = tile(0, 0)
+    assert (plain == 200).all()
+    changed = [(tile(0, column) != plain).any(-1).tolist() for column in (1, 2, 3)]
+    assert changed == [[[False, False], [False, True]], [[False, False], [True, False]], [[True, False], [False, False]]]
+    colours = exhibits_tokens._DOMINANT
+    expected = [[colours["participatory"], colours["propositional"]], [colours["perspectival"], colours["propositional"]]]
+    np.testing.assert_allclose(tile(0, 4), 0.5 * 200 + 0.5 * np.array(expected), atol=1)
+    assert [(tile(row, 5) == 200).all(-1).tolist() for row in (0, 1)] == [[[True, False], [False, False]], [[False, False], [True, True]]]
+    assert "“which color?” keeps 2 of 5 tokens; “how many?” keeps 2 of 5 tokens" in figure["caption"]
+    assert "propositional 6, perspectival 2, participatory 2" in figure["caption"]
