@@ -33,6 +33,10 @@ def drop_curves(evidence, table: pd.DataFrame, task: str, layer: int, shown: int
             points.append({"x": float(keep), "y": found["value"], "lower": found["lower"], "upper": found["upper"]})
             out.append({"task": task, "layer": layer, "policy": policy, "keep": float(keep), "items": len(cell), **found})
         series.append({"name": policy, "role": "random" if policy in REFERENCE_POLICIES else "targeted", "points": points})
+    elsewhere = table[(table["layer"] != layer) & (table["keep"] > 0) & (table["keep"] < 1) & (table["task"] == task)]
+    for (at, policy, keep), cell in elsewhere.groupby(["layer", "policy", "keep"], sort=False):
+        found = mean_with_interval(cell["correct"], cell["cluster"])
+        out.append({"task": task, "layer": int(at), "policy": policy, "keep": float(keep), "items": len(cell), **found})
     evidence.table("token-drop-curves.csv", pd.DataFrame(out).rename(columns={"value": "accuracy"}))
     others = sorted((one for one in series if one["role"] == "targeted"), key=lambda one: -sum(point["y"] for point in one["points"]))
     drawn = [one for one in series if one["role"] == "random"] + others[:shown]
@@ -237,7 +241,7 @@ def kept_rows(evidence, found, policy: str) -> None:
         },
         title=f"Rows of the image that {policy} keeps, from the top",
         caption=f"{len(found.items)} confirmation items of all tasks, {found.drop.keep:g} of the tokens kept from layer {found.drop.layer} on. The line (chance) is what even keeping "
-        f"gives. Kept tokens lie {lean.estimate:+.3f} [{lean.lower:+.3f}, {lean.upper:+.3f}] of the image's height below the mean.",
+        f"gives on average over rows; each row's own share is in the table. Kept tokens lie {lean.estimate:+.3f} [{lean.lower:+.3f}, {lean.upper:+.3f}] of the image's height below the mean.",
         alt="Bars, one a row of the image from the top: " + ", ".join(f"{row.kept:.2f}" for row in histogram.itertuples()),
     )
 
@@ -256,6 +260,8 @@ def relevance(evidence, items, maps) -> None:
     maps : sequence of vlm_core.reduction.relevance_maps.RelevanceMap
         Of the same items.
     """
+    if not all((found.grid >= 0).any() for found in maps):
+        return  # no token has a place to be drawn at
     scores = tuple(_DOMINANT)
     columns = ("image", *scores, "dominates", "kept")
     sheet = np.full((len(items) * (SHOWN_SIDE + GAP), len(columns) * (SHOWN_SIDE + GAP), 3), 255, dtype=np.uint8)

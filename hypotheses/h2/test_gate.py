@@ -6,7 +6,8 @@ discovery items.
 
 import pytest
 
-from hypotheses.h1.controls import grounded_overall, pooled_baseline
+from hypotheses.h1.controls import grounded_overall
+from hypotheses.h2.controls import better_than, left_by
 from hypotheses.h2.test_informed import KEPT
 from vlm_core.reduction.curves import Cell, choose_drop, early, losses
 from vlm_core.stats import Claim, NonInferiority
@@ -26,12 +27,13 @@ def test_a_learned_gate_is_no_worse_than_the_best_heuristic(subject, floors, pol
     layer, table = early(subject), curves()
     chosen = choose_drop(table[(table["layer"] == layer) & table["policy"].isin(policies.exact)], keep=KEPT)
     best = losses(confirmed(chosen), chosen).set_index("item")
+    blind = losses(confirmed(Cell(layer, KEPT, "random")), Cell(layer, KEPT, "random")).set_index("item").loc[best.index]
     learned = losses(gated(layer, KEPT), Cell(layer, KEPT, "gate")).set_index("item").loc[best.index]
     evidence.decide(
         GATE,
         learned["loss"] - best["loss"],
         clusters=best["cluster"],
-        baseline=pooled_baseline(floors, best.index),
-        controls=[grounded_overall(floors)],
+        baseline=left_by(floors, best),
+        controls=[grounded_overall(floors), better_than("the best heuristic against random tokens", blind["loss"] - best["loss"], best["cluster"])],
         details={"heuristic": chosen.policy, "layer": layer, "lost by the gate": float(learned["loss"].mean()), "by the heuristic": float(best["loss"].mean())},
     )

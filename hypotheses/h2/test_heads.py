@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fixtures.measurements import TOP_HEADS
-from hypotheses.h1.controls import grounded_overall, usable_in_most_tasks
+from hypotheses.h1.controls import grounded_overall, too_few_heads, usable_in_most_tasks
 from reports import exhibits_tokens
 from vlm_core.stats import Claim, Superiority
 
@@ -19,8 +19,8 @@ FEW = Claim(
 )
 FEWER = Claim(
     id="H2.heads_specific",
-    sentence="Grounding heads hold more of their image attention on a quarter of the tokens than other heads do.",
-    effect="the same share, less that of all other heads, paired per item",
+    sentence="Grounding heads hold more of their image attention on a quarter of the tokens than other heads of the same layers do.",
+    effect="the same share, less that of all other heads of their layers, paired per item",
     test=Superiority(0.0),
     source=SOURCE,
     tier="exploratory",
@@ -36,7 +36,10 @@ INTERACTION = Claim(
 
 
 @pytest.mark.claim(FEW)
-def test_grounding_heads_look_at_few_tokens(floors, usable, pooled_attribution, token_masses, evidence):
+def test_grounding_heads_look_at_few_tokens(subject, floors, usable, pooled_attribution, token_masses, evidence):
+    if few := too_few_heads(subject, TOP_HEADS):
+        evidence.decide(FEW, None, missing=few)
+        return
     compared = token_masses().compare(pooled_attribution.top(TOP_HEADS))
     exhibits_tokens.head_shares(evidence, token_masses(), pooled_attribution.top(TOP_HEADS))
     evidence.decide(
@@ -45,8 +48,14 @@ def test_grounding_heads_look_at_few_tokens(floors, usable, pooled_attribution, 
 
 
 @pytest.mark.claim(FEWER)
-def test_they_look_at_fewer_than_other_heads(floors, usable, pooled_attribution, token_masses, evidence):
-    compared = token_masses().compare(pooled_attribution.top(TOP_HEADS))
+def test_they_look_at_fewer_than_other_heads(subject, floors, usable, pooled_attribution, token_masses, evidence):
+    if few := too_few_heads(subject, TOP_HEADS):
+        evidence.decide(FEWER, None, missing=few)
+        return
+    heads = pooled_attribution.top(TOP_HEADS)
+    layers = {head.layer for head in heads}
+    others = [head for head in subject.image_heads if head.layer in layers and head not in set(heads)]
+    compared = token_masses().compare(heads, others)
     evidence.decide(
         FEWER,
         compared["difference"],

@@ -40,6 +40,8 @@ def decide(claim, floors, token_redundancy, evidence):
     found = token_redundancy()
     measure, falling = MEASURES[claim.id]
     values = found.of(measure)
+    if values.shape[1] < 3:
+        pytest.skip("a trend needs three places in the depth, and the subject has two")
     exhibits_tokens.redundancy(evidence, found, measure)
     evidence.decide(
         claim,

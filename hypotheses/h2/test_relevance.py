@@ -6,11 +6,11 @@ each image another item's question, and must lose.
 
 import pytest
 
-from hypotheses.h1.controls import grounded_overall, pooled_baseline
-from hypotheses.h2.controls import better_than
+from hypotheses.h1.controls import grounded_overall
+from hypotheses.h2.controls import as_many_tokens, better_than, left_by
 from reports import exhibits_tokens
 from vlm_core.reduction.curves import Cell, asked_by, losses
-from vlm_core.stats import Baseline, Claim, Superiority
+from vlm_core.stats import Claim, Superiority
 
 KEPT = 160 / 1024
 RELEVANCE = Claim(
@@ -25,24 +25,23 @@ RELEVANCE = Claim(
 
 
 @pytest.mark.claim(RELEVANCE)
-def test_a_budget_that_follows_the_question_pays(subject, floors, budgets, budget_maps, evidence):
+def test_a_budget_that_follows_the_question_pays(subject, floors, budgets, budget_totals, budget_maps, evidence):
     layer = asked_by(subject)
     measured = budgets(layer, KEPT)
     ours, even, shuffled = (losses(measured, Cell(layer, KEPT, name)).set_index("item") for name in ("relevance", "even", "another question"))
     exhibits_tokens.relevance(evidence, *budget_maps(layer, KEPT))
-    pooled = pooled_baseline(floors, ours.index)
-    left = pooled.accuracy - float(even["loss"].mean())
     evidence.decide(
         RELEVANCE,
         even["loss"] - ours["loss"],
         clusters=ours["cluster"],
-        baseline=Baseline(left, min(pooled.blind, left), min(pooled.chance, left), min(pooled.majority, left)),
+        baseline=left_by(floors, even),
         controls=[
             grounded_overall(floors),
+            as_many_tokens(*budget_totals(layer, KEPT)),
             better_than("the item's own question against another item's", shuffled["loss"] - ours["loss"], ours["cluster"]),
         ],
         details={
-            "layer": layer, "kept": KEPT, "accuracy with all tokens": pooled.accuracy,
+            "layer": layer, "kept": KEPT, "tokens on average, relevance and even": budget_totals(layer, KEPT),
             "lost": {"relevance": float(ours["loss"].mean()), "even": float(even["loss"].mean()), "another question": float(shuffled["loss"].mean())},
         },
     )  # fmt: skip

@@ -10,7 +10,7 @@ from vlm_core.stats import Claim, Trend, linear_contrast, page_p
 TREND = Claim(
     id="H2.trend",
     sentence="Sensitivity to dropping the visual tokens falls with the layer at which they go.",
-    effect="slope of accuracy per layer, every visual token gone from that layer on, per item",
+    effect="slope of accuracy per step through the depth, every visual token gone from there on, per item",
     test=Trend(),
     source="Chen et al. 2024, arXiv:2403.06764; Xing et al. 2024, arXiv:2410.17247",
 )

@@ -274,7 +274,7 @@ def attention_agreement(attribution: HeadAttribution, masses: ArrayLike, seed: i
     return Correlation(estimate, measured, reliability)
 
 
-def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], seed: int = 0) -> Moved:
+def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], tasks: Sequence[str], seed: int = 0) -> Moved:
     """How much less heads are ranked alike across two conditions than within them.
 
     Every correlation is between disjoint halves of the scenes (mean over ``SPLITS`` halvings), so that no noise is shared. Noise alone makes
@@ -285,7 +285,9 @@ def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], se
     ----------
     before, after : ``[item, layer, head]``
         What each head is worth, item by item; NaN in layers that see no image.
-    clusters : sequence of str, one per item
+    clusters, tasks : sequence of str, one per item
+        In each condition a task's items are divided by how much heads differ in it (standard deviation over heads of their means), so that
+        what shrinks the numbers of one task, and moves no head in any, is no move.
     seed : int
         Of the halves.
 
@@ -299,13 +301,13 @@ def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], se
     Bounds by the jackknife over scenes. A reliability below 0 counts as 0: rankings that do not agree with themselves cannot be said to have moved.
     """
     before, after = (np.asarray(one, dtype=float) for one in (before, after))
-    if before.shape != after.shape or len(before) != len(clusters):
+    if before.shape != after.shape or not len(before) == len(clusters) == len(tasks):
         raise ValueError(f"heads' worth before {before.shape} and after {after.shape} must be of the same items and heads, {len(clusters)} of them")
     every = np.unique(clusters)
     if every.size < 4:
         raise ValueError(f"{every.size} scenes: halves of them need at least four")
     layers = np.flatnonzero(np.isfinite(before).all((0, 2)) & np.isfinite(after).all((0, 2)))
-    maps = [_Maps(one, clusters, every, layers) for one in (before, after)]
+    maps = [_Maps(_of_one_size(one, np.asarray(tasks)), clusters, every, layers) for one in (before, after)]
     splits = maps[0].split(2, seed)
 
     def parts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -319,6 +321,16 @@ def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], se
 
     first, second, across = (float(one[0]) for one in parts(np.ones((1, every.size))))
     return Moved(jackknife_statistic(moved, clusters, limits=(-2.0, 2.0), draws_at_once=100), across, (first, second))
+
+
+def _of_one_size(values: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    """The same with each task's items divided by how much heads differ in it; as it is where they do not."""
+    values = values.copy()
+    for task in np.unique(tasks):
+        spread = np.nanstd(values[tasks == task].mean(0))
+        if spread > 0:
+            values[tasks == task] /= spread
+    return values
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -121,8 +121,8 @@ class Choice:
     sizes: torch.Tensor | None = None
     proportional: bool = True
 
-    def require_fit(self, policy: Policy, n: int) -> None:
-        """Refuse indices that are none of ``n`` candidates, and weights of another shape.
+    def require_fit(self, policy: Policy, n: int, asked: int) -> None:
+        """Refuse indices that are none of ``n`` candidates, another number than ``asked`` of an exact policy, and weights of another shape.
 
         Raises
         ------
@@ -131,6 +131,8 @@ class Choice:
         kept = self.kept.tolist()
         if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < n):
             raise ValueError(f"policy {policy.describe()} must keep some of {n} candidates in ascending order, each once, got {kept[:8]}")
+        if policy.exact and len(kept) != asked:
+            raise ValueError(f"policy {policy.describe()} was asked for {asked} of {n} tokens and kept {len(kept)}: one that may says exact = False")
         for name, shape in (("mix", (len(kept), n)), ("sizes", (len(kept),))):
             found = getattr(self, name)
             if found is not None and tuple(found.shape) != shape:

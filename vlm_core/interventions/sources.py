@@ -229,7 +229,7 @@ class GateWeights(Source):
     bias, out : Tensor ``[width]``
     direct : Tensor ``[hidden]``
     subject : Tensor ``[token, hidden]``
-        Embeddings of some tokens of the subject that it was trained on; no rows where it was trained on none.
+        What tells the subject that it was trained on (``vlm_core.reduction.gate.marks``); no rows where it was trained on none.
     """
 
     token: torch.Tensor

@@ -72,6 +72,7 @@ def declared() -> dict[str, Policy]:
         Debiased(),
         SparseVLM(),
         ToMe(),
+        ToMe("keys"),
         DivPrune(),
         DART(),
         VisionZip(),

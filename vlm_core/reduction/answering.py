@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class Answered(Policy):
     """
 
     asks: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
 
     @property
     def reads(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -27,10 +28,11 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions import Row, parts
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_number, require_items
+from vlm_core.subjects.batch import Batch
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.subjects.subject import Subject
-from vlm_core.subjects.visual import asked_outside
+from vlm_core.subjects.visual import asked_outside, visuals
 from vlm_core.sweeps.features import encode_distinct
 
 __all__ = ["cache_bytes", "decode_pairs", "layer_lengths", "peak_pairs", "prefill_flops", "prefill_pairs", "saved_flops"]
@@ -87,7 +89,8 @@ def saved_flops(subject: Subject, items: Sequence, row: Row) -> np.ndarray:
 def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8, rounds: int = 40, seed: int = 0) -> pd.DataFrame:
     """Seconds of the language model on prompts, with a reduction and without, side by side.
 
-    What the policy computes is part of it, the vision tower is not. Each round takes the next ``batch`` prompts, runs both in random order,
+    What the policy computes is part of it, its own look at places and at the vision tower included; the tower's pass that every prompt needs
+    is not. Each round takes the next ``batch`` prompts, runs both in random order,
     and gives one ratio, so that what slows the machine down for a while slows both.
 
     Parameters
@@ -104,10 +107,10 @@ def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8
     DataFrame
         ``round, whole, reduced, saved``: seconds, and ``1 - reduced / whole``.
     """
-    passes = _passes(subject, items, row, batch)
+    passes = _passes(subject, items, batch)
 
-    def timed(encoded: list[Encoded], numbers: list[int], used: Row) -> float:
-        return _seconds(subject, lambda: _prefill(subject, encoded, numbers, used))
+    def timed(encoded: list[Encoded], numbers: list[int], prepared: Batch, used: Row) -> float:
+        return _seconds(subject, lambda: _prefill(subject, encoded, numbers, prepared, used))
 
     return _paired(passes, row, timed, rounds, seed)
 
@@ -150,11 +153,11 @@ def cache_bytes(subject: Subject, items: Sequence, row: Row = None) -> np.ndarra
 
 def peak_pairs(subject: Subject, items: Sequence, row: Row, batch: int = 8) -> tuple[int, int]:
     """Most bytes that a prefill of ``batch`` prompts holds at once beyond the weights, whole and reduced."""
-    (encoded, numbers), *_ = _passes(subject, items, row, batch)
+    (encoded, numbers, prepared), *_ = _passes(subject, items, batch)
 
     def peak(used: Row) -> int:
         def work():
-            return _prefill(subject, encoded, numbers, used)
+            return _prefill(subject, encoded, numbers, prepared, used)
 
         work()
         if subject.device.type == "cuda":
@@ -174,14 +177,21 @@ def _cycled(items: Sequence, batch: int) -> list[list]:
     return [[items[(start + k) % n] for k in range(batch)] for start in range(0, n, batch)]
 
 
-def _passes(subject: Subject, items: Sequence, row: Row, batch: int) -> list[tuple[list[Encoded], list[int]]]:
+def _passes(subject: Subject, items: Sequence, batch: int) -> list[tuple[list[Encoded], list[int], Batch]]:
     require_items(items)
-    encoded = encode_distinct(subject, items, reads=asked_outside([row]))
-    pairs = [(one, item_number(item)) for one, item in zip(encoded, items, strict=True)]
-    return [([one for one, _ in some], [number for _, number in some]) for some in _cycled(pairs, batch)]
+    encoded = encode_distinct(subject, items)
+    passes = []
+    for some in _cycled(list(zip(items, encoded, strict=True)), batch):
+        own = [item for item, _ in some]
+        passes.append(([one for _, one in some], list(map(item_number, own)), subject.encode_items(own, padding_side="right")))
+    return passes
 
 
-def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], row: Row) -> torch.Tensor:
+def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], prepared: Batch, row: Row) -> torch.Tensor:
+    reads = asked_outside([row])
+    if reads:
+        outside = visuals(subject, prepared.inputs, prepared.sizes, reads)
+        encoded = [replace(one, visual=visual) for one, visual in zip(encoded, outside, strict=True)]
     every = np.arange(len(encoded))
     last = np.array([one.n_prompt - 1 for one in encoded])
     hidden, _ = forward_rows(subject, encoded, every, [row] * len(encoded), numbers, (every, last))

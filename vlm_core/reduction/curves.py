@@ -67,16 +67,36 @@ class Cell(NamedTuple):
 
 
 def early(subject: Subject) -> int:
-    """The layer at which FastV drops tokens: 2 of 32, in proportion, and never before the second (a policy reads the layer before)."""
-    return max(1, round(subject.anatomy.n_layers * 2 / 32))
+    """The layer at which FastV drops tokens: 2 of 32, in proportion, and never before the second (a policy reads the layer before).
+
+    Where a family adds visual features to its first layers, the first layer after these.
+
+    Raises
+    ------
+    NotMeasurable
+        Where the subject has no such layer.
+    """
+    return _there(subject, max(1, round(subject.anatomy.n_layers * 2 / 32)))
+
+
+def _there(subject: Subject, layer: int) -> int:
+    n, layer = subject.anatomy.n_layers, max(layer, subject.anatomy.n_deepstack)
+    if layer >= n:
+        raise NotMeasurable(f"the subject has {n} {'layer' if n == 1 else 'layers'}, too few to drop tokens at layer {layer} (counted from 0)")
+    return layer
 
 
 def asked_by(subject: Subject) -> int:
     """The first layer, from the early one on, before which words of the question have attended to one another.
 
     What a policy reads of the question in the first layer's attention is each word by itself.
+
+    Raises
+    ------
+    NotMeasurable
+        Where the subject has no such layer.
     """
-    return max(2, early(subject))
+    return _there(subject, max(2, early(subject)))
 
 
 def mid_depth(subject: Subject) -> tuple[int, ...]:
@@ -85,13 +105,13 @@ def mid_depth(subject: Subject) -> tuple[int, ...]:
     Later layers would make "from mid-depth on" true by definition: fewer and fewer layers are left that could need the tokens.
     """
     n = subject.anatomy.n_layers
-    first = min(-(-n // 2), n - 1)
+    first = min(max(-(-n // 2), subject.anatomy.n_deepstack), n - 1)
     return spread_between(first, max(first, (2 * n) // 3), 4)
 
 
 def spread(subject: Subject, most: int = 8) -> tuple[int, ...]:
-    """Every layer, or ``most`` evenly spaced ones of a deeper subject, the first and the last included."""
-    return spread_between(0, subject.anatomy.n_layers - 1, most)
+    """Every layer at which tokens can go, or ``most`` evenly spaced ones of a deeper subject, the first and the last included."""
+    return spread_between(subject.anatomy.n_deepstack, subject.anatomy.n_layers - 1, most)
 
 
 def spread_between(first: int, last: int, most: int) -> tuple[int, ...]:
@@ -100,8 +120,11 @@ def spread_between(first: int, last: int, most: int) -> tuple[int, ...]:
 
 
 def reducers(subject: Subject, **more: Reducer) -> dict[str, Reducer]:
-    """Every policy that comes with the library, by name, those that know least first; and ``more``."""
-    policies = declared()
+    """Every policy that comes with the library and keeps as many tokens as asked, by name, those that know least first; and ``more``.
+
+    Stages keep as many on average over layers.
+    """
+    policies = {name: one for name, one in declared().items() if one.exact}
     first = [name for name in REFERENCES if name in policies]
     found: dict[str, Reducer] = {name: policies[name] for name in (*first, *(name for name in policies if name not in first))}
     # What these strings name is drawn for a whole batch at once.
@@ -120,24 +143,26 @@ def holds_exactly(reducer: Reducer) -> bool:
     return isinstance(reducer, str) or (isinstance(reducer, Policy) and reducer.exact)
 
 
-def unavailable(subject: Subject, item, among: Mapping[str, Reducer]) -> dict[str, str]:
-    """Policies that read what this subject does not have, each with the reason."""
+def unavailable(subject: Subject, items: Sequence, among: Mapping[str, Reducer]) -> dict[str, str]:
+    """Policies that ask for what this subject or these prompts do not have, each with the reason: every one is asked once about each item.
+
+    Parameters
+    ----------
+    items : sequence of items
+        A few, one of each kind of prompt.
+    """
     missing: dict[str, str] = {}
-    for kind in sorted(OUTSIDE):
-        asking = [name for name, one in among.items() if isinstance(one, Policy) and kind in one.reads]
-        if not asking:
-            continue
-        try:
-            encode_items(subject, [item], reads={kind})
-        except (NotMeasurable, SubjectError) as error:
-            missing.update(dict.fromkeys(asking, str(error)))
     layer = max(1, subject.anatomy.n_deepstack)
     for name, one in among.items():
-        if isinstance(one, Policy) and "unrotated" in one.reads and name not in missing and layer < subject.anatomy.n_layers:
-            try:
-                forward_rows(subject, encode_items(subject, [item], reads=one.reads & OUTSIDE), [0], [DropTokens(layer, 0.5, one)], [0])
-            except NotMeasurable as error:
-                missing[name] = str(error)
+        if not isinstance(one, Policy):
+            continue
+        try:
+            encoded = encode_items(subject, items, reads=one.reads & OUTSIDE)
+            if layer < subject.anatomy.n_layers and _possible(one, layer, 0.5):
+                every = list(range(len(encoded)))
+                forward_rows(subject, encoded, every, [DropTokens(layer, 0.5, one)] * len(encoded), every)
+        except (NotMeasurable, SubjectError) as error:
+            missing[name] = str(error)
     return missing
 
 

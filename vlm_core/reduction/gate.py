@@ -68,8 +68,8 @@ class LearnedGate(Ranked):
             )
         if not len(weights.subject):
             return
-        alike = torch.nn.functional.cosine_similarity(marks(anatomy).flatten(), weights.subject.float().cpu().flatten(), dim=0)
-        if not float(alike) > _ALIKE:
+        own, known = marks(anatomy), weights.subject.float().cpu()
+        if own.shape != known.shape or not float(torch.nn.functional.cosine_similarity(own.flatten(), known.flatten(), dim=0)) > _ALIKE:
             raise ValueError(f"policy {self.describe()} was trained on another model than this one: train one on this subject")
 
 
@@ -95,8 +95,17 @@ def _scaled(stream: torch.Tensor) -> torch.Tensor:
 
 
 def marks(anatomy: Anatomy) -> torch.Tensor:
-    """Embeddings of a few tokens from all over the vocabulary, ``[token, hidden]``: models of other weights have others."""
-    with torch.no_grad(), present(anatomy.embedding):
-        weight = anatomy.embedding.weight
-        rows = [(2 * number + 1) * weight.shape[0] // (2 * _MARKS) for number in range(_MARKS)]
-        return weight[rows].float().cpu().clone()
+    """Embeddings of a few tokens from all over the vocabulary, and what one number of a head writes in each layer; ``[mark, hidden]``.
+
+    Each is of length 1, so that no layer outweighs the others.
+    """
+    with torch.no_grad():
+        with present(anatomy.embedding):
+            weight = anatomy.embedding.weight
+            rows = [(2 * number + 1) * weight.shape[0] // (2 * _MARKS) for number in range(_MARKS)]
+            found = [*weight[rows].float().cpu()]
+        for layer in range(anatomy.n_layers):
+            projection = anatomy.output_projection(layer)
+            with present(projection):
+                found.append(projection.weight[:, 0].float().cpu())
+        return torch.nn.functional.normalize(torch.stack(found), dim=1)

@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from vlm_core.errors import SubjectError
+from vlm_core.errors import NotMeasurable, SubjectError
 from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, require_row
+from vlm_core.interventions.policy import Visual
 from vlm_core.seam.plan import Program, require_possible
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active, current_run
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vlm_core.subjects.subject import Subject
 
 __all__ = ["KeptTokens", "keep_tokens"]
+
+_CUT_BY_SIZE = frozenset({"anyres", "canvas", "split", "pan_and_scan"})
+"""Layouts that differ with the size of the image; a square one stands for any size of the others."""
 
 
 class KeptTokens:
@@ -115,7 +119,7 @@ class KeptTokens:
                 f"checkpointing off, or train without the recipe"
             )
         anatomy = subject.anatomy
-        outside = visuals(subject, kwargs, _sizes(kwargs, image), self._reads) if self._reads else None
+        outside = self._outside({**kwargs, "input_ids": ids}, image) if self._reads else None
         rows = [self.row] * len(ids)
         program = Program.compile(rows, anatomy.n_layers, anatomy.n_heads, subject.device, anatomy.embedding.weight.dtype)
         with torch.inference_mode(False):
@@ -123,6 +127,24 @@ class KeptTokens:
                 anatomy, program, image & valid, valid, items=_numbers(ids, valid), visual=outside, restores=True,
                 groups=_answers(kwargs.get("labels")),
             )  # fmt: skip
+
+    def _outside(self, inputs: Mapping[str, Any], image: torch.Tensor) -> list[Visual]:
+        """Places of image tokens, and what the tower saw, as far as the inputs tell."""
+        subject, named = self._subject, inputs.get("image_sizes")
+        told = named is not None and len(named) == len(image)
+        sizes = [[(int(height), int(width))] for height, width in named] if told else [[(1, 1)]] * len(image)
+        try:
+            if not told and subject.anatomy.family.layout in _CUT_BY_SIZE:
+                raise SubjectError("how an image is cut depends on its size")
+            return visuals(subject, inputs, sizes, self._reads)
+        except NotMeasurable:
+            raise
+        except (SubjectError, ValueError) as error:
+            raise SubjectError(
+                f"subject '{subject.name}' keeps tokens by a policy that reads {' and '.join(sorted(self._reads))}, which inputs alone do not tell "
+                f"of these prompts: run them in subject.intervene(...) on a batch of subject.encode(images, prompts), or take a policy that reads "
+                f"neither"
+            ) from error
 
 
 def keep_tokens(subject: Subject, recipe: Recipe | Row) -> KeptTokens:
@@ -164,11 +186,3 @@ def _numbers(ids: torch.Tensor, valid: torch.Tensor) -> list[int]:
 def _answers(labels: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
     """An answer that is trained on is no part of what is asked."""
     return None if labels is None else {"answer": labels != -100}
-
-
-def _sizes(inputs: Mapping[str, Any], image: torch.Tensor) -> list[list[tuple[int, int]]]:
-    """(height, width) of each prompt's images, where the processor says so; else one square image a prompt, whose grid is the same."""
-    named = inputs.get("image_sizes")
-    if named is None or len(named) != len(image):
-        return [[(1, 1)] for _ in range(len(image))]
-    return [[(int(height), int(width))] for height, width in named]

@@ -32,7 +32,7 @@ class Recipe:
     policy : str
         Name of the policy, for readers.
     keep : float
-        Fraction of the image tokens that is left at the end.
+        Fraction of the image tokens that is left; of several stages, on average over the layers from the first on.
     expected : mapping
         ``loss`` of accuracy with ``lower`` and ``upper``, ``confidence``, ``items`` and ``scenes``, all tasks together.
     saving : mapping

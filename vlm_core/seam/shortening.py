@@ -17,7 +17,7 @@ from vlm_core.interventions import DropTokens
 from vlm_core.interventions.policy import Policy, Seen, Visual
 from vlm_core.seam.dropping import branched, kept_image_tokens, shortened
 from vlm_core.seam.merging import merge_rounds
-from vlm_core.seam.plan import Program
+from vlm_core.seam.plan import EMBEDDING, Program
 from vlm_core.seam.positions import Positioned
 from vlm_core.seam.views import AttentionView, Tokens
 
@@ -86,6 +86,7 @@ class Shortening:
             for kind in ("attention", "unrotated")
         }
         self.viewed, self.unrotated = asked["attention"], asked["unrotated"]
+        self._embedded = frozenset(row for row, _ in program.edits.get((EMBEDDING, 0), ()))
         self.reading = self.scored | self.keyed | self.viewed | self.unrotated
         self._counts: dict = {}
         self.reset()
@@ -182,12 +183,13 @@ class Shortening:
                 continue
             row = int(tokens.rows[element])
             # Rows of one prompt to which nothing was done before see the same.
-            key = (int(self.trunk[row]), drop.tokens) if self.program.first[row] == layer else ("row", row)
+            untouched = self.program.first[row] == layer and row not in self._embedded
+            key = (int(self.trunk[row]), drop.tokens) if untouched else ("row", row)
             if key not in seen:
                 seen[key] = self._seen(layer, hidden, tokens, element, at, started[element])
             with torch.no_grad():
                 choice = drop.policy.choose(seen[key], count)
-            choice.require_fit(drop.policy, len(at))
+            choice.require_fit(drop.policy, len(at), count)
             there = choice.kept.to(at.device)
             kept[element, at] = False
             kept[element, at[there]] = True

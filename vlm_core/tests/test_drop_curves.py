@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import vlm_core.reduction.curves
-from vlm_core import sweep
+from vlm_core import NotMeasurable, sweep
 from vlm_core.reduction import Debiased, FastV
 from vlm_core.reduction.curves import (
     Cell,
@@ -31,8 +31,8 @@ from vlm_core.reduction.curves import (
 from vlm_core.tests.tiny import make_items, tiny_subject
 
 
-def deep(n_layers):
-    return SimpleNamespace(anatomy=SimpleNamespace(n_layers=n_layers))
+def deep(n_layers, n_deepstack=0):
+    return SimpleNamespace(anatomy=SimpleNamespace(n_layers=n_layers, n_deepstack=n_deepstack))
 
 
 @pytest.mark.parametrize(("n_layers", "expected"), [(6, (3, 4)), (32, (16, 18, 19, 21)), (3, (2,)), (2, (1,)), (1, (0,))])
@@ -219,7 +219,8 @@ def test_the_recipe_is_the_fastest_of_what_saves_most_operations():
 def test_the_references_come_first_and_more_last(sensitive):
     found = reducers(sensitive, mine=FastV())
     assert list(found)[:3] == ["random", "stride", "pooling"] and list(found)[-1] == "mine" and "fastv" in found
-    assert [name for name, one in found.items() if not holds_exactly(one)] == ["prumerge(adaptive True)", "pyramid"]
+    assert [name for name, one in found.items() if not holds_exactly(one)] == ["pyramid"]
+    assert not any("adaptive" in name for name in found), "a policy that keeps as many as it likes is compared with none"
 
 
 def test_stages_are_left_out_where_they_do_not_fit(sensitive, grid_items):
@@ -236,23 +237,35 @@ def test_early_is_the_second_of_thirty_two():
     assert [asked_by(deep(n)) for n in (6, 32, 80)] == [2, 2, 5]
 
 
+def test_layers_that_get_visual_features_anew_are_left_alone():
+    """Qwen3-VL adds them to the first three: tokens go later."""
+    subject = deep(28, n_deepstack=3)
+    assert early(subject) == asked_by(subject) == 3 and spread(subject)[0] == 3 and mid_depth(subject)[0] == 14
+    assert mid_depth(deep(4, n_deepstack=3)) == (3,)
+
+
+@pytest.mark.parametrize(("layer", "n_layers"), [(early, 1), (asked_by, 1), (asked_by, 2)])
+def test_a_subject_too_shallow_is_said_to_be(layer, n_layers):
+    with pytest.raises(NotMeasurable, match=f"has {n_layers} layer"):
+        layer(deep(n_layers))
+
+
 def test_what_the_subject_lacks_is_named(monkeypatch, sensitive, grid_items):
-    from vlm_core import NotMeasurable
     from vlm_core.tests.test_policies import Asks
 
     policies = {"stride": "stride", "fastv": FastV(), "asks": Asks()}
-    assert unavailable(sensitive, grid_items[0], policies) == {}
+    assert unavailable(sensitive, grid_items[:2], policies) == {}
 
     def nowhere(*args):
         raise NotMeasurable("its image tokens have no places")
 
     monkeypatch.setattr("vlm_core.subjects.embed.visuals", nowhere)
-    assert unavailable(sensitive, grid_items[0], policies) == {"asks": "its image tokens have no places"}
+    assert unavailable(sensitive, grid_items[:2], policies) == {"asks": "its image tokens have no places"}
 
 
 def test_a_subject_without_rotary_positions_lacks_what_reads_without_them(monkeypatch, sensitive, grid_items):
     policies = {"stride": "stride", "debiased": Debiased(), "fastv": FastV()}
-    assert unavailable(sensitive, grid_items[0], policies) == {}
+    assert unavailable(sensitive, grid_items[:2], policies) == {}
     monkeypatch.setattr("vlm_core.seam.run.unrotated", lambda *call: None)
-    missing = unavailable(sensitive, grid_items[0], policies)
+    missing = unavailable(sensitive, grid_items[:2], policies)
     assert list(missing) == ["debiased"] and "layer 0 has no rotary positions" in missing["debiased"]

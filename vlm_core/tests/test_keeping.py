@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlm_core import Batch, DropTokens, MergeTokens, Recipe, Subject, SubjectError, ZeroHeads, keep_tokens
-from vlm_core.reduction import FastV
+from vlm_core.reduction import FastV, Pooling
 from vlm_core.tests.family_models import BUILDERS
 from vlm_core.tests.test_drop import N_IMAGE
 from vlm_core.tests.test_seam import logits
@@ -216,3 +216,17 @@ def test_a_recipe_without_a_reduction_is_refused():
             Recipe(row, 6, "none", 1.0)
     with pytest.raises(ValueError, match="of a subject with 6 layers"):
         Recipe(DropTokens(6, 0.5), 6, "random", 0.5)
+
+
+def test_what_inputs_do_not_tell_of_an_image_is_refused_in_one_sentence(own):
+    """Places are read from a square image; a prompt of two holds another number of tokens."""
+    items = make_items(2)
+    both = own.encode([[item["image"] for item in items]], [items[0]["prompt"]])
+    with keep_tokens(own, DropTokens(1, 0.5, Pooling())), pytest.raises(SubjectError, match="reads grid, which inputs alone do not tell"):
+        own.model(**both.inputs)
+    one = own.encode_items(items)
+    with keep_tokens(own, DropTokens(1, 0.5, Pooling())) as kept, torch.inference_mode():
+        by_name = own.model(**one.inputs).logits
+        rest = {name: value for name, value in one.inputs.items() if name != "input_ids"}
+        assert torch.equal(own.model(one.inputs["input_ids"], **rest).logits, by_name)
+        assert kept.image_tokens == (round(0.5 * N_IMAGE),) * 2

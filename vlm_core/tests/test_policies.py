@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_core import DropTokens, MergeTokens, sweep
+from vlm_core import DropTokens, GaussianNoise, MergeTokens, ReplaceTokens, sweep
 from vlm_core.interventions.policy import Choice, Policy, Ranked, Seen
 from vlm_core.interventions.stored import load_interventions, save_interventions
-from vlm_core.reduction import FastV, declared
+from vlm_core.reduction import DivPrune, FastV, declared
+from vlm_core.subjects.embed import encode_items
+from vlm_core.subjects.rows import forward_rows
 from vlm_core.tests.policy_states import drawn_gate
 from vlm_core.tests.test_drop import N_IMAGE, step_by_step
 from vlm_core.tests.test_seam import logits
@@ -186,10 +188,11 @@ def test_what_was_not_asked_for_cannot_be_read(subject):
         (Choice(torch.tensor([2, 1])), "ascending"),
         (Choice(torch.tensor([1, 1])), "ascending"),
         (Choice(torch.tensor([16, 17])), "ascending"),
-        (Choice(torch.tensor([0, 1]), mix=torch.ones(2, 3)), "mix of shape"),
-        (Choice(torch.tensor([0, 1]), sizes=torch.ones(3)), "sizes of shape"),
+        (Choice(torch.arange(8), mix=torch.ones(2, 3)), "mix of shape"),
+        (Choice(torch.arange(8), sizes=torch.ones(3)), "sizes of shape"),
+        (Choice(torch.arange(7)), "was asked for 8 of 17 tokens and kept 7"),
     ],
-    ids=["order", "twice", "beyond", "mix", "sizes"],
+    ids=["order", "twice", "beyond", "mix", "sizes", "number"],
 )
 def test_an_answer_that_does_not_fit_is_refused(subject, choice, sentence):
     batch = subject.encode_items(make_items(1))
@@ -206,6 +209,23 @@ def test_an_answer_that_does_not_fit_is_refused(subject, choice, sentence):
 
     with pytest.raises(ValueError, match=sentence), subject.intervene(DropTokens(1, 0.5, Wrong(repr(choice))), batch):
         logits(subject, batch)
+
+
+def test_rows_of_one_prompt_whose_embeddings_differ_are_asked_about_apart(subject):
+    """One of them had some of its image tokens replaced before: what one row keeps does not depend on the other."""
+    (encoded,) = encode_items(subject, make_items(1))
+    spot = tuple(range(2, 10))
+    plain = DropTokens(0, 0.3, DivPrune())
+    edited = (ReplaceTokens(GaussianNoise(3.0, 0), spot), plain)
+
+    def kept_by(*rows):
+        _, run = forward_rows(subject, [encoded], [0] * len(rows), list(rows), [0])
+        tokens = run.tokens
+        return [tokens.index[element][tokens.image[element] & tokens.valid[element]].tolist() for element in run.elements]
+
+    ((alone_edited,), (alone_plain,)) = kept_by(edited), kept_by(plain)
+    assert alone_edited != alone_plain
+    assert kept_by(edited, plain) == [alone_edited, alone_plain] and kept_by(plain, edited) == [alone_plain, alone_edited]
 
 
 def test_a_policy_that_looks_back_cannot_come_first():

@@ -231,6 +231,13 @@ def test_another_subject_is_refused(subject):
             pass
         with pytest.raises(ValueError, match=sentence):
             sweep(one, items, {"gate": row}, metrics=("margin",))
+    # Other layers under the same embeddings, as a fine-tuned copy has, or more of them.
+    for layers in (3, 4):
+        tuned = tiny_subject(seed=5, layers=layers)
+        with torch.no_grad():
+            tuned.anatomy.embedding.weight.copy_(subject.anatomy.embedding.weight)
+        with pytest.raises(ValueError, match="was trained on another model"):
+            sweep(tuned, make_items(1), {"gate": row}, metrics=("correct",))
     # The same weights in another precision are the same subject.
     model, processor = tiny_llava()
     rounded = Subject(model.bfloat16(), processor, name="rounded")

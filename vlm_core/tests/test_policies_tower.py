@@ -67,7 +67,7 @@ def mixed(weights: dict[int, dict[int, float]], n: int) -> torch.Tensor:
 
 def agrees(policy, seen, keep: int, weights: dict[int, dict[int, float]]) -> None:
     choice = policy.choose(seen, keep)
-    choice.require_fit(policy, len(seen))
+    choice.require_fit(policy, len(seen), keep)
     assert choice.kept.tolist() == sorted(weights)
     found = torch.eye(len(seen))[choice.kept] if choice.mix is None else choice.mix
     torch.testing.assert_close(found, mixed(weights, len(seen)), rtol=1e-5, atol=1e-6)
