@@ -174,7 +174,11 @@ def pareto_front(data):
         dot.set_gid(f"point-{index}")
         tips[f"point-{index}"] = f"{point['name']}: {number(point['y'])} at {number(point['x'])}"
         if point["chosen"]:
-            axes.annotate(point["name"], (point["x"], point["y"]), xytext=(6, 6), textcoords="offset points", color=COLOURS["alert"])
+            middle = np.mean([min(one["x"] for one in data["points"]), max(one["x"] for one in data["points"])])
+            side, shift = ("right", -6) if point["x"] > middle else ("left", 6)
+            axes.annotate(
+                point["name"], (point["x"], point["y"]), xytext=(shift, 6), textcoords="offset points", ha=side, color=COLOURS["alert"]
+            )
     axes.set_xlabel(data["x_label"])
     axes.set_ylabel(data["y_label"])
     return figure, tips

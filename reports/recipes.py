@@ -15,7 +15,9 @@ _SAVED = {
     "prefill_flops": "operations of the prefill",
     "prefill_latency": "time of the prefill, in batches",
     "prefill_latency_alone": "time of the prefill, one prompt at a time",
+    "decode_latency": "time of a generated token, in batches",
     "cache": "memory of keys and values",
+    "peak_memory": "peak memory of the prefill, in batches",
 }
 
 

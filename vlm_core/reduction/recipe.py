@@ -36,7 +36,8 @@ class Recipe:
     expected : mapping
         ``loss`` of accuracy with ``lower`` and ``upper``, ``confidence``, ``items`` and ``scenes``, all tasks together.
     saving : mapping
-        Shares saved: ``prefill_flops``, ``prefill_latency``, ``cache``; negative where there is a cost.
+        Shares saved: ``prefill_flops``, ``prefill_latency`` (in batches) and ``prefill_latency_alone``, ``decode_latency``, ``cache``,
+        ``peak_memory``; negative where there is a cost.
     tasks : mapping
         Task → the same as ``expected``.
     not_for : sequence of str
