@@ -29,6 +29,8 @@ from vlm_core import (
     ZeroHeads,
     observe,
 )
+from vlm_core.observation.image_attention import TopShare
+from vlm_core.observation.likeness import TokenLikeness
 from vlm_core.observation.recording_config import KINDS
 from vlm_core.tests.tiny import make_items
 
@@ -43,6 +45,10 @@ EVERY = [
     ImageAttention("question"),
     TopTokens(3),
     TopTokens(30, "text", "image"),
+    TopShare(),
+    TopShare("text", 0.5),
+    TokenLikeness(),
+    TokenLikeness(("image", "object")),
     FullAttention(),
     RelativeDistance(),
     RotaryBias(),
