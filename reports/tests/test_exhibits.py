@@ -202,8 +202,9 @@ def test_curves_are_means_of_the_layers_cells(evidence):
     }
     assert {name: line["role"] for name, line in lines.items()} == {"random": "random", "attention": "targeted"}
     rows = tables["token-drop-curves.csv"]
-    assert rows["layer"].unique().tolist() == [3] and rows["items"].unique().tolist() == [10]
-    assert rows[rows["policy"] == "attention"]["accuracy"].tolist() == [0.7, 0.8, 0.9]
+    assert rows["layer"].unique().tolist() == [3, 4] and rows["items"].unique().tolist() == [10]
+    assert rows[(rows["policy"] == "attention") & (rows["layer"] == 3)]["accuracy"].tolist() == [0.7, 0.8, 0.9]
+    assert rows[rows["layer"] == 4][["policy", "keep", "accuracy"]].to_numpy().tolist() == [["random", 0.5, 0.2], ["attention", 0.5, 0.3]]
     point = lines["random"]["points"][1]
     expected = interval(np.array([1.0] * 6 + [0.0] * 4), np.arange(10) // 2, bounds=(0.0, 1.0))
     assert (point["lower"], point["upper"]) == (expected.lower, expected.upper)
