@@ -4,12 +4,14 @@ The claim is put to the test at 3/4 of the depth, the last layer that it allows:
 really go is read from discovery items and reported beside it.
 """
 
+import pandas as pd
 import pytest
 
 from hypotheses.h2.controls import tokens_matter
 from probes import GROUNDING_TASKS
 from reports import exhibits_tokens
 from vlm_core.reduction.curves import Cell, losses
+from vlm_core.reduction.horizon import information_horizon
 from vlm_core.stats import Claim, NonInferiority
 
 HORIZON = Claim(
@@ -27,6 +29,7 @@ LITERATURE = {"published": "about layer 16 of 32 on MME, about 24 on TextVQA: it
 def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, curves, confirmed, evidence):
     table = curves()[(curves()["task"] == task) & ((curves()["policy"] == "stride") | (curves()["keep"] == 1))]
     latest = 3 * subject.anatomy.n_layers // 4
+    first = information_horizon(table, HORIZON.test.margin).horizons.loc[task, "estimated"]
     exhibits_tokens.horizon(evidence, task, table, HORIZON.test.margin, latest)
     cell = Cell(latest, 0.0, "stride")
     measured = confirmed(cell)
@@ -37,6 +40,6 @@ def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, curves, con
         clusters=lost["cluster"],
         baseline=floors.of(task),
         controls=[floors.grounded(task, HORIZON.test.margin), tokens_matter(table, HORIZON.test.margin)],
-        details={"layer": latest, "depth": subject.anatomy.n_layers, "literature": LITERATURE},
+        details={"layer": latest, "first layer on discovery items": None if pd.isna(first) else int(first), "depth": subject.anatomy.n_layers, "literature": LITERATURE},
     )
 
