@@ -1,5 +1,6 @@
 """Memory of the host, as this process may use it.
 
+``Bounded``               what was computed, within so many bytes
 ``free_memory()``         bytes that are left to it: the machine's, or its container's where that has a limit
 ``keep_freed_memory()``   keep freed memory in the process
 
@@ -11,15 +12,61 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-__all__ = ["free_memory", "keep_freed_memory"]
+__all__ = ["Bounded", "free_memory", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _BLOCK = 2**30
+
+
+class Bounded:
+    """Values by key, as many as a number of bytes allows. Those used longest ago go first where there is no room.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes that may be kept.
+
+    Attributes
+    ----------
+    bytes : int
+        Bytes that are kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.bytes = 0
+        self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Hashable) -> Any:
+        """The value of ``key``, used just now; None where it is not kept."""
+        if key not in self._held:
+            return None
+        self._held.move_to_end(key)
+        return self._held[key][0]
+
+    def keep(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep a value of ``size`` bytes; one larger than all there is room for is not kept."""
+        if key in self._held or size > self.limit:
+            return
+        self._held[key] = value, size
+        self.bytes += size
+        while self.bytes > self.limit:
+            _, (_, gone) = self._held.popitem(last=False)
+            self.bytes -= gone
 
 
 def free_memory(root: Path = Path("/")) -> int:

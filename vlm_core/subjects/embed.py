@@ -219,7 +219,7 @@ def encode_items(
     found = _encode(subject, [pictures[number] for number in missing], [prompts[number] for number in missing], batch, reads)
     for number, one in zip(missing, found, strict=True):
         encoded[keys[number]] = one
-        known.keep(state, keys[number], one)
+        known.learn(state, keys[number], one)
     return [encoded[key] for key in keys]
 
 

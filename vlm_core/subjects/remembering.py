@@ -11,7 +11,6 @@ that came before; processor and configuration stay as they are while a subject r
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_core.identity import image_digest
+from vlm_core.memory import Bounded
 
 if TYPE_CHECKING:
     from vlm_core.subjects.embed import Encoded
@@ -42,52 +42,27 @@ def prompt_key(picture: Any, prompt: str, reads: Collection[str] = ()) -> tuple[
     return image_digest(picture), prompt, *sorted(reads)
 
 
-class KnownPrompts:
-    """Encoded prompts of one subject. Those used longest ago go first where there is no room.
-
-    Parameters
-    ----------
-    limit : int
-        Bytes that may be kept.
-
-    Attributes
-    ----------
-    bytes : int
-        Bytes that are kept.
-    """
+class KnownPrompts(Bounded):
+    """Encoded prompts of one subject, for all its threads; see ``vlm_core.memory.Bounded``."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
+        super().__init__(limit)
         self._state: tuple | None = None
-        self._encoded: OrderedDict[tuple[str, ...], tuple[Encoded, int]] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._encoded)
 
     def find(self, state: tuple, keys: Sequence[tuple[str, ...]]) -> list[Encoded | None]:
         """The prompts of ``keys``, None for each that is not known to weights in ``state`` (``Subject.weights_state``)."""
         with self._lock:
             if state != self._state:
-                self._state, self.bytes = state, 0
-                self._encoded.clear()
-            for key in keys:
-                if key in self._encoded:
-                    self._encoded.move_to_end(key)
-            return [self._encoded[key][0] if key in self._encoded else None for key in keys]
+                self._state = state
+                self.clear()
+            return [self.get(key) for key in keys]
 
-    def keep(self, state: tuple, key: tuple[str, ...], encoded: Encoded) -> None:
+    def learn(self, state: tuple, key: tuple[str, ...], encoded: Encoded) -> None:
         """Remember what weights in ``state`` made of a prompt."""
-        size = _size(encoded)
         with self._lock:
-            if state != self._state or key in self._encoded or size > self.limit:
-                return
-            self._encoded[key] = encoded, size
-            self.bytes += size
-            while self.bytes > self.limit:
-                _, (_, gone) = self._encoded.popitem(last=False)
-                self.bytes -= gone
+            if state == self._state:
+                self.keep(key, encoded, _size(encoded))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 from vlm_core.items import item_field
+from vlm_core.memory import Bounded
 from vlm_core.seam.tower import recording
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.remembering import prompt_key
@@ -106,50 +106,17 @@ def prompts_of(subject: Subject, items: Sequence, batch: int = 32) -> list[Promp
     return prompts
 
 
-class KnownFeatures:
-    """What a vision tower made of images. Those used longest ago go first where there is no room.
-
-    Parameters
-    ----------
-    limit : int
-        Bytes that may be kept.
-
-    Attributes
-    ----------
-    bytes : int
-        Bytes that are kept.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._pieces: OrderedDict[bytes, tuple[tuple[type, dict], int]] = OrderedDict()
+class KnownFeatures(Bounded):
+    """What a vision tower made of images: of each, and the type that it came in; see ``vlm_core.memory.Bounded``."""
 
     @classmethod
     def of(cls, subject: Subject) -> KnownFeatures:
         """Room for a tenth of the memory that is free where the subject is."""
         return cls(int(free_bytes(subject.device) * _SHARE_OF_MEMORY))
 
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def get(self, key: bytes) -> tuple[type, dict] | None:
-        """What the tower gave for one image, and the type that it came in; None where it is not known."""
-        if key not in self._pieces:
-            return None
-        self._pieces.move_to_end(key)
-        return self._pieces[key][0]
-
-    def keep(self, key: bytes, piece: tuple[type, dict]) -> None:
+    def learn(self, key: bytes, piece: tuple[type, dict]) -> None:
         """Remember what the tower gave for one image."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(piece))
-        if key in self._pieces or size > self.limit:
-            return
-        self._pieces[key] = piece, size
-        self.bytes += size
-        while self.bytes > self.limit:
-            _, (_, gone) = self._pieces.popitem(last=False)
-            self.bytes -= gone
+        self.keep(key, piece, sum(tensor.numel() * tensor.element_size() for tensor in _tensors(piece)))
 
 
 def vision_tower(subject: Subject) -> nn.Module | None:
@@ -203,7 +170,7 @@ def _recall(original: Callable, signature: inspect.Signature, known: KnownFeatur
             return output if len(missing) == len(keys) else original(*args, **kwargs)
         for number, piece in zip(missing, found, strict=True):
             pieces[keys[number]] = type(output), piece
-            known.keep(keys[number], pieces[keys[number]])
+            known.learn(keys[number], pieces[keys[number]])
         if len(missing) == len(keys):
             return output
     kind, _ = pieces[keys[0]]

@@ -97,12 +97,12 @@ def test_the_prompt_used_longest_ago_goes_first():
     state, encoded = subject.weights_state(), encode_items(subject, items)
     measured = KnownPrompts(2**30)
     measured.find(state, [])
-    measured.keep(state, ("a", ""), encoded[0])
+    measured.learn(state, ("a", ""), encoded[0])
     known = KnownPrompts(2 * measured.bytes)
     known.find(state, [])
     for name in "ab":
-        known.keep(state, (name, ""), encoded[0])
+        known.learn(state, (name, ""), encoded[0])
     known.find(state, [("a", "")])
-    known.keep(state, ("c", ""), encoded[0])
+    known.learn(state, ("c", ""), encoded[0])
     assert known.bytes == 2 * measured.bytes
     assert [one is not None for one in known.find(state, [(name, "") for name in "abc"])] == [True, False, True]
