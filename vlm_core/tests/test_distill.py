@@ -12,9 +12,9 @@ import torch
 import trl
 from safetensors.torch import load_file
 
-import vlm_core.distill
+import vlm_core.distill.training
 from vlm_core import SubjectError, evaluate, load_vlm
-from vlm_core.distill import SFTBudget, TrainingDiverged, instruction_set, sft
+from vlm_core.distill import Budget, TrainingDiverged, instruction_set, sft
 from vlm_core.tests.tiny import make_items, tiny_llava
 
 TEMPLATE = (
@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER : {{ body(m['content']) }} ASSISTANT :"
     "{% else %}{% generation %} {{ body(m['content']) }} </s> {% endgeneration %}{% endif %}{% endfor %}"
 )
-BUDGET = SFTBudget(steps=2, batch_size=3, learning_rate=1e-3)
+BUDGET = Budget(steps=2, batch_size=3, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +154,11 @@ def test_the_seed_decides_the_weights(run, student, taught, tmp_path):
 def test_diverged_training_is_an_error_and_leaves_no_checkpoint(steps, student, taught, tmp_path):
     out = tmp_path / "diverged"
     with pytest.raises(TrainingDiverged, match="training of '.*' diverged: lower the learning rate"):
-        sft(student, taught[1], SFTBudget(steps=steps, batch_size=3, learning_rate=1e40), out)
+        sft(student, taught[1], Budget(steps=steps, batch_size=3, learning_rate=1e40), out)
     assert not (out / "model.safetensors").exists() and not (out / "training.json").exists()
 
 
 def test_a_model_without_a_tower_to_freeze_is_refused(student, taught, tmp_path, monkeypatch):
-    monkeypatch.setattr(vlm_core.distill, "_TOWER_NAMES", ("eye",))
+    monkeypatch.setattr(vlm_core.distill.training, "_TOWER_NAMES", ("eye",))
     with pytest.raises(SubjectError, match="has no vision tower under any of the names eye"):
         sft(student, taught[1], BUDGET, tmp_path / "never")
