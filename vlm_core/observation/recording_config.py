@@ -24,13 +24,10 @@ A file names what to record, one table an observer. Its name is its kind unless 
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vlm_core.interventions.numeric import boolean
 from vlm_core.observation.at import At
@@ -43,6 +40,7 @@ from vlm_core.observation.means import KeyValues
 from vlm_core.observation.outputs import HeadOutputs, HiddenStates
 from vlm_core.observation.position import RelativeDistance, RotaryBias
 from vlm_core.observation.sinks import SinkMass
+from vlm_core.settings import read_settings
 
 __all__ = ["KINDS", "RecordingConfig"]
 
@@ -119,22 +117,7 @@ class RecordingConfig:
         ValueError
             One sentence: no such file, not TOML or YAML, a setting or observer that is not known.
         """
-        if not isinstance(path, str | Path):
-            raise ValueError(f"a recording's configuration is read from a file's path, got {path!r:.60} ({type(path).__name__})")
-        path = Path(path)
-        if path.suffix not in (".toml", ".yaml", ".yml"):
-            raise ValueError(f"{path.name} is neither .toml nor .yaml: a recording's configuration is one of them")
-        if not path.is_file():
-            raise ValueError(f"there is no configuration at {path}: it is no file, check the path")
-        try:
-            text = path.read_text(encoding="utf-8")
-            content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
-            language = "TOML" if path.suffix == ".toml" else "YAML"
-            raise ValueError(f"{path.name} is no {language} ({' '.join(str(error).split())}): mend it there") from error
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{path.name} holds no table of settings: it needs at least [observers.NAME]")
-        return cls.from_dict(content)
+        return cls.from_dict(read_settings(path, "a recording's configuration", "[observers.NAME]"))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RecordingConfig:
