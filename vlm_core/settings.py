@@ -140,7 +140,7 @@ def _within(name: str, make: Any) -> Any:
 
 def _scalar(hint: type, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, str) and _is_number(value):
-        raise ValueError(f"{name} must be a number, got the text {value!r}: write {float(value)!r} (YAML takes 1e-3 for text, 1.0e-3 is a number)")
+        raise ValueError(f"{name} must be a number, got the text {value!r}: write {float(value)!r} (YAML takes 1e-3 for text, not 1.0e-3)")
     if hint in (bool, int, float):
         return {bool: boolean, int: integer, float: real}[hint](value, name)
     value = str(value) if isinstance(value, Path) else value

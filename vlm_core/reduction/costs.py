@@ -6,6 +6,7 @@
 ``prefill_pairs(...)``    prefill time with and without, paired and interleaved
 ``decode_pairs(...)``     the same for one generated token
 ``cache_bytes(...)``      keys and values that a prompt leaves
+``generation_seconds(...)``  how long so many tokens after a batch of prompts take
 ``peak_pairs(...)``       peak memory of a prefill with and without
 
 Time and arithmetic are those of the language model: the vision tower sees every patch whatever happens later.
@@ -13,8 +14,6 @@ Time and arithmetic are those of the language model: the vision tower sees every
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -34,8 +33,20 @@ from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.subjects.subject import Subject
 from vlm_core.subjects.visual import asked_outside, visuals
 from vlm_core.sweeps.features import encode_distinct
+from vlm_core.timing import paired, seconds
 
-__all__ = ["cache_bytes", "decode_pairs", "layer_lengths", "peak_pairs", "prefill_flops", "prefill_pairs", "saved_flops"]
+__all__ = [
+    "cache_bytes",
+    "cycled",
+    "decode_pairs",
+    "generation_seconds",
+    "layer_lengths",
+    "peak_pairs",
+    "prefill_flops",
+    "prefill_pairs",
+    "prompt_lengths",
+    "saved_flops",
+]
 
 
 def layer_lengths(row: Row, n_tokens: int, n_image: int, n_layers: int) -> tuple[int, ...]:
@@ -78,12 +89,14 @@ def saved_flops(subject: Subject, items: Sequence, row: Row) -> np.ndarray:
     """Share of each prompt's prefill operations that a reduction saves, ``[item]``."""
     require_items(items)
     anatomy = subject.anatomy
-    shares = []
-    for one in encode_distinct(subject, items):
-        sizes = len(one), int(one.image.sum()), anatomy.n_layers
-        whole, less = (prefill_flops(anatomy, layer_lengths(each, *sizes)) for each in (None, row))
-        shares.append(1 - less / whole)
-    return np.array(shares)
+    whole, less = ([prefill_flops(anatomy, lengths) for lengths in prompt_lengths(subject, items, each)] for each in (None, row))
+    return 1 - np.array(less) / np.array(whole)
+
+
+def prompt_lengths(subject: Subject, items: Sequence, row: Row = None) -> list[tuple[int, ...]]:
+    """`layer_lengths` of each prompt, ``[item][layer]``."""
+    n_layers = subject.anatomy.n_layers
+    return [layer_lengths(row, len(one), int(one.image.sum()), n_layers) for one in encode_distinct(subject, items)]
 
 
 def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8, rounds: int = 40, seed: int = 0) -> pd.DataFrame:
@@ -109,10 +122,10 @@ def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8
     """
     passes = _passes(subject, items, batch)
 
-    def timed(encoded: list[Encoded], numbers: list[int], prepared: Batch, used: Row) -> float:
-        return _seconds(subject, lambda: _prefill(subject, encoded, numbers, prepared, used))
+    def timed(turn: int, used: Row) -> float:
+        return seconds(lambda: _prefill(subject, *passes[turn % len(passes)], used), subject.device)
 
-    return _paired(passes, row, timed, rounds, seed)
+    return _saving(timed, row, rounds, seed)
 
 
 def decode_pairs(
@@ -124,18 +137,21 @@ def decode_pairs(
     """
     require_items(items)
     integer(tokens, "tokens", least=1)
-    batches = [subject.encode_items(some) for some in _cycled(items, batch)]
+    batches = [subject.encode_items(some) for some in cycled(items, batch)]
 
-    def timed(prepared, _, used: Row) -> float:
-        def generate(n: int) -> float:
-            options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
-            with subject.intervene(used, prepared), torch.inference_mode():
-                return _seconds(subject, lambda: subject.model.generate(**prepared.inputs, **options))
+    def timed(turn: int, used: Row) -> float:
+        prepared = batches[turn % len(batches)]
+        one = generation_seconds(subject, prepared, used)
+        return (generation_seconds(subject, prepared, used, tokens + 1) - one) / tokens
 
-        one = generate(1)
-        return (generate(tokens + 1) - one) / tokens
+    return _saving(timed, row, rounds, seed)
 
-    return _paired([(prepared, None) for prepared in batches], row, timed, rounds, seed)
+
+def generation_seconds(subject: Subject, prepared: Batch, row: Row = None, tokens: int = 1) -> float:
+    """Seconds that ``generate`` takes for exactly ``tokens`` new tokens of each prompt in a batch, vision tower included."""
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    with subject.intervene(row, prepared), torch.inference_mode():
+        return seconds(lambda: subject.model.generate(**prepared.inputs, **options), subject.device)
 
 
 def cache_bytes(subject: Subject, items: Sequence, row: Row = None) -> np.ndarray:
@@ -159,18 +175,13 @@ def peak_pairs(subject: Subject, items: Sequence, row: Row, batch: int = 8) -> t
         def work():
             return _prefill(subject, encoded, numbers, prepared, used)
 
-        work()
-        if subject.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(subject.device)
-            before = torch.cuda.memory_allocated(subject.device)
-            work()
-            return torch.cuda.max_memory_allocated(subject.device) - before
-        return peak_bytes(work)
+        work()  # what the first pass of its kind leaves is no part of it
+        return peak_bytes(work, subject.device)
 
     return peak(None), peak(row)
 
 
-def _cycled(items: Sequence, batch: int) -> list[list]:
+def cycled(items: Sequence, batch: int) -> list[list]:
     """Batches of ``batch`` items, the last one filled up from the first."""
     integer(batch, "batch", least=1)
     n = len(items)
@@ -181,7 +192,7 @@ def _passes(subject: Subject, items: Sequence, batch: int) -> list[tuple[list[En
     require_items(items)
     encoded = encode_distinct(subject, items)
     passes = []
-    for some in _cycled(list(zip(items, encoded, strict=True)), batch):
+    for some in cycled(list(zip(items, encoded, strict=True)), batch):
         own = [item for item, _ in some]
         passes.append(([one for _, one in some], list(map(item_number, own)), subject.encode_items(own, padding_side="right")))
     return passes
@@ -198,30 +209,6 @@ def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], prepa
     return read_logits(subject, hidden)
 
 
-def _seconds(subject: Subject, work: Callable[[], object]) -> float:
-    wait = torch.cuda.synchronize if subject.device.type == "cuda" else (lambda: None)
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-
-def _paired(passes: Sequence, row: Row, timed: Callable, rounds: int, seed: int) -> pd.DataFrame:
-    integer(rounds, "rounds", least=1)
-    rng = np.random.default_rng(seed)
-    for used in (None, row):
-        timed(*passes[0], used)  # the first pass of its kind makes what later ones find
-    table = []
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            some = passes[turn % len(passes)]
-            order = [("whole", None), ("reduced", row)]
-            found = {name: timed(*some, used) for name, used in (order if rng.random() < 0.5 else order[::-1])}
-            table.append({"round": turn, **found, "saved": 1 - found["reduced"] / found["whole"]})
-    finally:
-        if enabled:
-            gc.enable()
-    return pd.DataFrame(table)[["round", "whole", "reduced", "saved"]]
+def _saving(timed: Callable[[int, Row], float], row: Row, rounds: int, seed: int) -> pd.DataFrame:
+    table = paired({"whole": lambda turn: timed(turn, None), "reduced": lambda turn: timed(turn, row)}, rounds, seed)
+    return table.assign(saved=1 - table["reduced"] / table["whole"])
