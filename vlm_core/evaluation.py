@@ -2,11 +2,11 @@
 
 ``evaluate(subject, items)``    one row per item, by candidates or by greedy generation, sighted or blind
 ``accuracy_table(results)``     accuracy per task with its interval
+``greedy_answers(...)``         what a subject generates for each item
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from vlm_core.errors import SubjectError
 from vlm_core.images import as_rgb
 from vlm_core.interventions import Intervention, require_row
 from vlm_core.interventions.numeric import integer, real
-from vlm_core.items import SCORED, item_field, require_item, require_items, take
+from vlm_core.items import SCORED, SHOWN, item_field, plain, require_item, require_items, take
 from vlm_core.stats import interval
 from vlm_core.subjects.subject import Subject, require_subject
+from vlm_core.sweeps.features import KnownFeatures, recalling
 from vlm_core.sweeps.scoring import candidate_metric
 from vlm_core.sweeps.sweep import sweep
 
-__all__ = ["accuracy_table", "evaluate", "shown_items"]
+__all__ = ["accuracy_table", "evaluate", "greedy_answers", "shown_items"]
 
 COLUMNS = ("item", "cluster", "task", "prompt", "image", "output", "answer", "correct", "score")
 
@@ -87,9 +88,9 @@ def evaluate(
     if mode == "candidates":
         outputs, correct, score = _by_candidates(subject, shown, plan, batch_rows)
     else:
-        outputs = _generate(subject, shown, plan, batch_rows, max_new_tokens)
+        outputs = greedy_answers(subject, shown, plan=plan, batch_rows=batch_rows, max_new_tokens=max_new_tokens)
         answers = [str(item_field(item, "answer")) for item in shown]
-        correct = [_plain(output) == _plain(answer) for output, answer in zip(outputs, answers, strict=True)]
+        correct = [plain(output) == plain(answer) for output, answer in zip(outputs, answers, strict=True)]
         score = [np.nan] * len(outputs)
     results = pd.DataFrame(
         {
@@ -137,10 +138,6 @@ def accuracy_table(results: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
         found = interval(correct, group["cluster"].to_numpy(), confidence=confidence, bounds=(0.0, 1.0))
         rows.append((task, len(group), group["cluster"].nunique(), correct.mean(), found.lower, found.upper))
     return pd.DataFrame(rows, columns=["task", "n", "clusters", "accuracy", "lower", "upper"])
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def _fields(item, **changes) -> dict:
@@ -223,21 +220,45 @@ def _candidate_scores(subject, items, plan, batch_rows) -> list[dict[str, float]
     return [dict(zip(names, row.tolist(), strict=False)) for names, row in zip(candidates, values, strict=True)]
 
 
-def _generate(subject, items, plan, batch_rows, max_new_tokens) -> list[str]:
-    outputs: list[str] = []
+def greedy_answers(
+    subject: Subject,
+    items: Sequence,
+    *,
+    plan: Intervention | tuple[Intervention, ...] | None = None,
+    batch_rows: int | None = None,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """What the subject generates for each item, token by token the likeliest.
+
+    Parameters
+    ----------
+    items : sequence of items
+        With ``id``, ``image`` and ``prompt``; no answer is needed.
+    plan : optional
+        An intervention (or a tuple of them) in force throughout.
+    """
+    require_subject(subject)
+    require_items(items, SHOWN)
+    items = take(items, range(len(items)))
+    for item in items:
+        require_item(item, SHOWN)
+    outputs = [""] * len(items)
     size = batch_rows or subject.batch_rows
-    for start in range(0, len(items), size):
-        chunk = items[start : start + size]
-        batch = subject.encode_items(chunk)
+    known = KnownFeatures.of(subject)
+    # Prompts of alike length share a batch: less padding.
+    order = sorted(range(len(items)), key=lambda index: len(item_field(items[index], "prompt")))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        batch = subject.encode_items([items[index] for index in chosen])
         n_prompt = batch.image.shape[1]
-        with torch.inference_mode(), subject.intervene(plan, batch):
+        with torch.inference_mode(), recalling(subject, known), subject.intervene(plan, batch):
             tokens = subject.model.generate(
                 **batch.inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=subject.tokenizer.pad_token_id,
             )
-        outputs.extend(
-            text.strip() for text in subject.tokenizer.batch_decode(tokens[:, n_prompt:], skip_special_tokens=True)
-        )
+        texts = subject.tokenizer.batch_decode(tokens[:, n_prompt:], skip_special_tokens=True)
+        for index, text in zip(chosen, texts, strict=True):
+            outputs[index] = text.strip()
     return outputs

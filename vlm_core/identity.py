@@ -1,6 +1,7 @@
 """What a stored measurement depends on, as digests.
 
 ``image_digest``    what an image (or several) shows
+``picture_digest``  the same of its pixels in RGB alone, whatever mode or file it came in
 ``item_digest``     what an item asks
 ``code_digest``     a callable: its code, defaults and what it closes over
 """
@@ -13,7 +14,9 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FunctionType
 
-__all__ = ["code_digest", "image_digest", "item_digest"]
+from vlm_core.images import as_rgb
+
+__all__ = ["code_digest", "image_digest", "item_digest", "picture_digest"]
 
 ITEM_FIELDS = ("id", "scene_id", "task", "prompt", "answer", "candidates")
 
@@ -24,6 +27,23 @@ def image_digest(image) -> str:
         return _sha256(*(image_digest(one).encode() for one in image))
     palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
     return _sha256(repr((image.mode, image.size, palette, image.info.get("transparency"))).encode(), image.tobytes())
+
+
+def picture_digest(image) -> str:
+    """SHA-256 of a picture's pixels: of ``"<width>x<height> "`` and its RGB bytes, row by row.
+
+    One picture has one digest in whatever file or mode it was saved without loss. Of a list of images: their digests joined by ``+``.
+
+    Raises
+    ------
+    ValueError
+        Where the image's file cannot be read to its end.
+    """
+    if isinstance(image, list | tuple):
+        return "+".join(map(picture_digest, image))
+    digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
+    digest.update(as_rgb(image).tobytes())
+    return digest.hexdigest()
 
 
 def item_digest(item, fields: Sequence[str] = ITEM_FIELDS) -> str:

@@ -3,19 +3,21 @@
 A collection of items is any sequence of them, a ``datasets.Dataset`` included.
 
 ``item_field``, ``item_number``, ``take``   reading them
+``plain(text)``                             an answer as it is compared with another
 ``require_items(items, fields)``            refuse what is no collection of items with these fields, before anything runs
 ``require_item(item, fields)``              the same of one item
 """
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_core.images import require_image
 
-__all__ = ["SCORED", "SHOWN", "item_field", "item_number", "require_distinct", "require_item", "require_items", "take"]
+__all__ = ["SCORED", "SHOWN", "item_field", "item_number", "plain", "require_distinct", "require_item", "require_items", "take"]
 
 SHOWN = ("id", "image", "prompt")
 """What an item needs to be shown to a model."""
@@ -39,6 +41,11 @@ def item_field(item: Any, name: str) -> Any:
 def item_number(item: Any) -> int:
     """A number that names the item in every process, for reproducible draws."""
     return zlib.crc32(str(item_field(item, "id")).encode())
+
+
+def plain(text: str) -> str:
+    """An answer without case, punctuation and spacing: what makes two of them the same."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def require_distinct(items: Sequence) -> None:

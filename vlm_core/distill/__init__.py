@@ -1,11 +1,61 @@
 """Distillation into a small VLM on TRL: data from a teacher's answers, then training on it.
 
-``instruction_set``  a TRL conversational data set (an image, its questions and answers)
-``Budget``, ``sft``  steps, batch and rate, declared; one run of ``trl.SFTTrainer``, saved as a checkpoint
+Data: ``items_from`` any data set, a ``Teacher`` that answers, filters, preference pairs, what controls train on, a leakage check, a data
+card; each module says what it exports. Training: ``Budget`` (steps, batch and rate, declared) and ``sft``, one run of ``trl.SFTTrainer``,
+saved as a checkpoint.
 """
 
-from vlm_core.distill.instructions import instruction_set
+from vlm_core.distill.card import data_card
+from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length
+from vlm_core.distill.grounded import box_cell, by_asking, by_box, by_mask, grounded_answers, mask_cell
+from vlm_core.distill.instructions import Columns, instruction_set, items_from, prompt_set
+from vlm_core.distill.leakage import leaks, require_disjoint
+from vlm_core.distill.pairs import (
+    Pair,
+    preference_set,
+    rubric,
+    shuffled_answers,
+    swapped_images,
+    swapped_preferences,
+    teacher_against_student,
+    teacher_ranked,
+)
 from vlm_core.distill.sft import sft
+from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher, record_answers
 from vlm_core.distill.training import Budget, TrainingDiverged
 
-__all__ = ["Budget", "TrainingDiverged", "instruction_set", "sft"]
+__all__ = [
+    "Budget",
+    "Columns",
+    "Kept",
+    "Pair",
+    "RecordedTeacher",
+    "SubjectTeacher",
+    "Teacher",
+    "TrainingDiverged",
+    "agreeing",
+    "box_cell",
+    "by_asking",
+    "by_box",
+    "by_mask",
+    "data_card",
+    "deduplicated",
+    "grounded_answers",
+    "instruction_set",
+    "items_from",
+    "leaks",
+    "mask_cell",
+    "preference_set",
+    "prompt_set",
+    "record_answers",
+    "require_disjoint",
+    "rubric",
+    "self_consistent",
+    "sft",
+    "shuffled_answers",
+    "swapped_images",
+    "swapped_preferences",
+    "teacher_against_student",
+    "teacher_ranked",
+    "within_length",
+]

@@ -1,6 +1,6 @@
 """Candidates of an item as token sequences, and their scores from row logits.
 
-``candidate_set(subject, item)``   the candidates of an item as rows, reads and terms
+``candidate_set(subject, item)``   the candidates of an item as rows, reads and terms; ``token_set`` those of token sequences
 ``RowScores``                      what rows say of their candidates, batch by batch
 ``score_candidates(...)``          the metrics
 
@@ -21,7 +21,7 @@ from vlm_core.items import item_field
 from vlm_core.subjects.rows import read_logits
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["METRICS", "CandidateSet", "RowScores", "candidate_set", "score_candidates"]
+__all__ = ["METRICS", "CandidateSet", "RowScores", "candidate_set", "score_candidates", "token_set"]
 
 METRICS = ("correct", "logit", "logprob", "margin", "choice")
 
@@ -71,6 +71,11 @@ def candidate_set(subject: Subject, item) -> CandidateSet:
     tokens = [subject.continuation(candidate) for candidate in candidates]
     if len(set(tokens)) != len(tokens):
         raise ValueError(f"item {item_field(item, 'id')!r} has candidates that the tokenizer cannot tell apart")
+    return token_set(tokens, candidates.index(answer))
+
+
+def token_set(tokens: Sequence[tuple[int, ...]], right: int = 0) -> CandidateSet:
+    """Distinct token sequences as rows, reads and terms; ``right`` is the index of the answer among them."""
     needed = {candidate[:-1] for candidate in tokens}
     prefixes = sorted(
         prefix for prefix in needed if not any(prefix != other and other[: len(prefix)] == prefix for other in needed)
@@ -81,10 +86,9 @@ def candidate_set(subject: Subject, item) -> CandidateSet:
         row = next(i for i, prefix in enumerate(prefixes) if prefix[: len(candidate) - 1] == candidate[:-1])
         for offset, token in enumerate(candidate):
             terms.append((number, reads.setdefault((row, offset), len(reads)), token))
-    right = candidates.index(answer)
     alike = len(os.path.commonprefix(tokens))
     telling = sum(map(len, tokens[:right])) + min(alike, len(tokens[right]) - 1)
-    return CandidateSet(tuple(prefixes), tuple(reads), np.array(terms, dtype=np.int64), right, len(candidates), telling)
+    return CandidateSet(tuple(prefixes), tuple(reads), np.array(terms, dtype=np.int64), right, len(tokens), telling)
 
 
 def score_candidates(

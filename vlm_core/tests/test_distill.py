@@ -72,8 +72,9 @@ def weights(folder):
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_instruction_set_has_one_row_a_scene_and_its_turns_in_order():
+def test_an_instruction_set_has_one_row_a_picture_and_its_turns_in_order():
     items = make_items(4)
+    items[1]["image"], items[3]["image"] = items[0]["image"], items[2]["image"].copy()
     items = [items[0], items[2], items[1], items[3]]  # scenes 0, 1, 0, 1
     data = instruction_set(items, ["red", "green", "big red", "blue"])
     assert data.column_names == ["images", "messages"]

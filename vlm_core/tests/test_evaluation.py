@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vlm_core import DropTokens, SubjectError, accuracy_table, evaluate, sweep
-from vlm_core.evaluation import _mean_image, _partners, _plain
+from vlm_core.evaluation import _mean_image, _partners
+from vlm_core.items import plain
 from vlm_core.tests.tiny import make_items
 
 
@@ -71,7 +72,7 @@ def test_a_plan_is_in_force(subject, items):
 
 
 def test_answers_are_compared_as_words():
-    assert _plain(" The  Red, one. ") == "the red one"
+    assert plain(" The  Red, one. ") == "the red one"
 
 
 def test_unknown_modes_are_refused(subject, items):
