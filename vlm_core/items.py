@@ -105,7 +105,7 @@ def require_item(item: Any, fields: Sequence[str] = SHOWN) -> None:
     ValueError
     """
     values = {name: item_field(item, name) for name in fields}
-    name = repr(item_field(item, "id"))
+    name = repr(item.get("id", "?") if isinstance(item, Mapping) else getattr(item, "id", "?"))
     for field in ("id", "scene_id", "task"):
         if field in values and values[field] is None:
             raise ValueError(f"item {name} has {field} None: items are told apart, clustered and tabled by these, give it one")
