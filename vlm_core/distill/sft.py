@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
-import torch
-from transformers import AutoModelForImageTextToText, PrinterCallback, set_seed
+import trl
+from transformers import set_seed
 
-from vlm_core.distill.training import Budget, Progress, TrainingDiverged, freeze_tower, quiet
-from vlm_core.families.processing import load_processor
+from vlm_core.distill.ready import encoded_conversations
+from vlm_core.distill.training import Budget, Run, Spent, Student, train
 
 __all__ = ["sft"]
 
 
-def sft(student: str | Path, data: datasets.Dataset, budget: Budget, out: str | Path, *, seed: int = 0, progress=None) -> Path:
+def sft(
+    student: str | Path,
+    data: datasets.Dataset,
+    budget: Budget,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    checkpoints: str | Path | None = None,
+    log_to: str | Path | None = None,
+    progress=None,
+) -> Path:
     """Fine-tune a student on an instruction set with ``trl.SFTTrainer``, vision tower frozen, loss on the answers only.
 
     Parameters
     ----------
-    student : path or hub id
-        The checkpoint to start from; it is not changed.
+    student, budget, out, seed, checkpoints, log_to, progress
+        See `vlm_core.distill.training.Run`.
     data : datasets.Dataset
         See `instruction_set`.
-    budget : Budget
-    out : path
-        The trained checkpoint: model, processor and ``training.json`` (budget, seed, losses, seconds).
-    seed : int
-        Order of the data and everything else random.
-    progress : callable, optional
-        Called with (steps done, steps in all).
 
     Returns
     -------
@@ -43,55 +42,25 @@ def sft(student: str | Path, data: datasets.Dataset, budget: Budget, out: str | 
     Raises
     ------
     SubjectError
-        If the model has no vision tower this function knows how to freeze, or training diverged (a loss or weight not finite).
+        If the model cannot be loaded, or has no vision tower that could be frozen.
+    TrainingDiverged
+        If a loss or weight is not finite; nothing is saved.
     """
-    from trl import SFTConfig, SFTTrainer
-
-    out = Path(out)
     set_seed(seed)
-    model = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.float32, attn_implementation="eager")
-    processor = load_processor(student)
-    freeze_tower(model, student)
-    arguments = SFTConfig(
-        output_dir=str(out),
-        max_steps=budget.steps,
-        per_device_train_batch_size=budget.batch_size,
-        learning_rate=budget.learning_rate,
-        warmup_steps=max(1, budget.steps // 10),
-        lr_scheduler_type="linear",
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=seed,
-        max_length=None,
-        assistant_only_loss=True,
-        bf16=False,
-        activation_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        logging_steps=max(1, budget.steps // 10),
-        logging_strategy="steps",
-        logging_nan_inf_filter=False,  # else the trainer logs a loss of 0 in place of NaN, and divergence goes unseen
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    began = time.monotonic()
-    with quiet("transformers.trainer", "trl"):
-        trainer = SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=data,
-            processing_class=processor,
-            callbacks=[Progress(progress)] if progress is not None else None,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in model.parameters())):
-        raise TrainingDiverged(f"training of '{student}' diverged: lower the learning rate {budget.learning_rate}")
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    log = {"budget": asdict(budget), "seed": seed, "losses": losses, "seconds": time.monotonic() - began}
-    (out / "training.json").write_text(json.dumps(log))
-    return out
+    run = Run(student, budget, Path(out), seed, checkpoints, log_to, progress)
+    taught, spent = Student(student), Spent()
+
+    class Trainer(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            spent.add(
+                images=len(inputs["input_ids"]),
+                tokens=inputs["attention_mask"].sum(),
+                supervised_tokens=(inputs["labels"] != -100).sum(),
+            )
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def make(arguments, callbacks):
+        config = trl.SFTConfig(**arguments, max_length=None, assistant_only_loss=True)
+        return Trainer(taught.model, args=config, train_dataset=data, processing_class=taught.processor, callbacks=callbacks)
+
+    return train(run, taught, data, make, spent, {"kind": "sft"}, encoded_conversations)

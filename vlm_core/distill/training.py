@@ -1,18 +1,54 @@
-"""What every kind of training shares: its budget, what is frozen, how it reports, and when it counts as failed."""
+"""What every kind of training shares: its budget, the student, the log that is left, and when it counts as failed.
+
+``Budget``           optimiser steps, batch and rate
+``Student``          a checkpoint loaded for training, its vision tower frozen
+``Spent``            what training used so far: images, tokens, operations, seconds
+``Run``, ``train``   the settings of one run that do not depend on its kind; carry it out with one of TRL's trainers
+
+``training.json`` beside a trained student:
+
+``kind``                 "sft", "preference" or "on_policy", with the settings of that kind under their own names
+``budget``, ``seed``     as given
+``lora``, ``recipe``     as given, or null; of a recipe its policy, layers and what is kept
+``losses``               means between logs, ten in all
+``images``               pictures in the rows that were trained on, again for every time
+``tokens``               of the sequences that gradients were computed for, padding not counted
+``supervised_tokens``    those of them that the loss reads
+``flops``                operations of the language model by formula (`vlm_core.distill.operations`), forward and backward
+``seconds``              from the first step to the last, of all runs that a killed one was resumed in
+``encoded_once``         whether rows were encoded once (else TRL's collator made every batch)
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from dataclasses import dataclass
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from vlm_core.distill.ready import Encode, features_once, ready_rows
 from vlm_core.errors import SubjectError
+from vlm_core.subjects.load import load_vlm
+from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.features import vision_tower
 
-__all__ = ["Budget", "Progress", "TrainingDiverged", "freeze_tower", "quiet"]
+__all__ = ["Budget", "Run", "Spent", "Student", "TrainingDiverged", "train"]
 
-_TOWER_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder")
+_LOGS = 10
+_WHOLE = "whole"
+"""A file that is written into a checkpoint when all else is there."""
 
 
 class TrainingDiverged(Exception):
@@ -31,27 +67,229 @@ class Budget:
     learning_rate: float = 1e-3
 
 
-class Progress(TrainerCallback):
-    """Calls ``report(steps done, steps in all)`` after each step."""
+@dataclass(frozen=True)
+class Run:
+    """Where a run starts, what it may spend and where it ends.
 
-    def __init__(self, report):
+    Parameters
+    ----------
+    student : path or hub id
+        The checkpoint to start from; it is not changed.
+    budget : Budget
+    out : path
+        The trained checkpoint: model, processor and ``training.json``.
+    seed : int
+        Order of the data and everything else random.
+    checkpoints : path, optional
+        Folder for what a killed run is resumed from: a run that finds checkpoints of its own there goes on from the newest whole one, and ends with
+        the same weights, bit by bit, on the same kind of machine with as many threads. Whoever changes data or settings takes another folder.
+    log_to : path, optional
+        Folder for TensorBoard, where it is installed.
+    progress : callable, optional
+        Called with (steps done, steps in all).
+    """
+
+    student: str | Path
+    budget: Budget
+    out: Path
+    seed: int = 0
+    checkpoints: str | Path | None = None
+    log_to: str | Path | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    def arguments(self, rows: int) -> dict[str, Any]:
+        """Keyword arguments that the configurations of all of TRL's trainers take, for a set of so many rows."""
+        steps = self.budget.steps
+        every = max(1, steps // _LOGS)
+        return {
+            "output_dir": str(self.checkpoints or self.out),
+            "max_steps": steps,
+            "per_device_train_batch_size": self.budget.batch_size,
+            "learning_rate": self.budget.learning_rate,
+            "warmup_steps": max(1, steps // 10),
+            "lr_scheduler_type": "linear",
+            "adam_beta2": 0.98,
+            "weight_decay": 0.01,
+            "seed": self.seed,
+            "bf16": False,
+            "activation_checkpointing": False,
+            "use_cpu": not torch.cuda.is_available(),
+            "save_strategy": "steps" if self.checkpoints else "no",
+            "save_steps": every,  # with the logs, so that a resumed run logs the same means
+            "save_total_limit": 2,
+            "logging_steps": every,
+            "logging_strategy": "steps",
+            "logging_nan_inf_filter": False,  # else the trainer logs a loss of 0 in place of NaN, and divergence goes unseen
+            "report_to": "tensorboard" if self.log_to and _tensorboard() else "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_drop_last": rows >= self.budget.batch_size,  # every step has as many images as the budget says
+            "dataloader_num_workers": 0,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+
+
+def _tensorboard() -> bool:
+    return any(find_spec(name) for name in ("tensorboard", "tensorboardX"))
+
+
+class Student:
+    """A checkpoint loaded for training.
+
+    Attributes
+    ----------
+    subject : Subject
+    model, processor
+        The subject's; the vision tower does not train, and stays in evaluation mode when the model is set to training.
+
+    Raises
+    ------
+    SubjectError
+        If it cannot be loaded, or has no vision tower that could be frozen.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.subject: Subject = load_vlm(source, dtype=torch.float32, device="cpu", check=False)
+        self.model, self.processor = self.subject.model, self.subject.processor
+        tower = vision_tower(self.subject)
+        if tower is None:
+            raise SubjectError(f"student '{source}' names no vision tower, so that nothing could be frozen: choose a model that has one")
+        tower.requires_grad_(False)
+        tower.eval().train = lambda mode=True: tower
+
+
+class Spent(TrainerCallback, ExportableState):
+    """What training used so far; goes on where a checkpoint left off.
+
+    Attributes
+    ----------
+    images, tokens, supervised_tokens, flops : int
+    seconds : float
+    """
+
+    COUNTS = ("images", "tokens", "supervised_tokens", "flops")
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(self.COUNTS, 0)
+        self.seconds = 0.0
+        self._began = time.monotonic()
+
+    def add(self, **counts: int) -> None:
+        """Count a step."""
+        for name, count in counts.items():
+            self.counts[name] += int(count)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"counts": dict(self.counts), "seconds": self.seconds + time.monotonic() - self._began}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        found = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.counts, self.seconds, self._began = dict(found["counts"]), found["seconds"] if state.global_step else 0.0, time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds, self._began = self.seconds + time.monotonic() - self._began, time.monotonic()
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, report: Callable[[int, int], None]) -> None:
         self.report = report
 
     def on_step_end(self, args, state, control, **kwargs):
         self.report(state.global_step, state.max_steps)
 
 
-def freeze_tower(model, name) -> None:
-    """Let the vision tower of a model, called ``name`` in messages, not train; `SubjectError` if none is found."""
-    towers = [module for path, module in model.named_modules() if path.rsplit(".", 1)[-1] in _TOWER_NAMES]
-    if not towers:
-        raise SubjectError(f"student '{name}' has no vision tower under any of the names {', '.join(_TOWER_NAMES)}")
-    towers[0].requires_grad_(False)
+class _MarksWhole(TrainerCallback):
+    """A checkpoint that is half written when the process is killed has no mark."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def _newest(checkpoints: str | Path | None) -> str | None:
+    found = [mark.parent for mark in Path(checkpoints).glob(f"checkpoint-*/{_WHOLE}")] if checkpoints else []
+    return str(max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[-1]))) if found else None
+
+
+def train(
+    run: Run,
+    student: Student,
+    data: Dataset,
+    make: Callable[[dict[str, Any], list], Trainer],
+    spent: Spent,
+    log: Mapping[str, Any],
+    encoding: Callable[[Any], Encode] | None = None,
+) -> Path:
+    """Carry out one run and save the student.
+
+    Parameters
+    ----------
+    run : Run
+    student : Student
+    data : datasets.Dataset
+    make : callable
+        From the arguments of a TRL configuration and callbacks to the trainer of ``student.model``.
+    spent : Spent
+        What the trainer counts into.
+    log : mapping
+        What ``training.json`` tells beyond what is common.
+    encoding : callable, optional
+        From the trainer's collator to how it encodes rows (`vlm_core.distill.ready`), where its rows can be encoded once.
+
+    Returns
+    -------
+    Path
+        ``run.out``.
+
+    Raises
+    ------
+    TrainingDiverged
+        If a loss or weight is not finite; nothing is saved.
+    """
+    callbacks = [spent, _MarksWhole(), *([_Progress(run.progress)] if run.progress is not None else [])]
+    with _quiet("transformers.trainer", "trl"), _tensorboard_folder(run.log_to):
+        trainer = make(run.arguments(len(data)), callbacks)
+        trainer.remove_callback(PrinterCallback)
+        once = False
+        if encoding is not None:
+            collator = trainer.data_collator
+            trainer.train_dataset, trainer.data_collator, once = ready_rows(trainer.train_dataset, collator, encoding(collator))
+        with features_once(student.subject):
+            trainer.train(resume_from_checkpoint=_newest(run.checkpoints))
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in student.model.parameters())):
+        raise TrainingDiverged(f"training of '{run.student}' diverged: lower the learning rate {run.budget.learning_rate}")
+    counts = trainer.accelerator.reduce(torch.tensor([spent.counts[name] for name in Spent.COUNTS], device=trainer.args.device))
+    if trainer.is_world_process_zero():
+        used = {**dict(zip(Spent.COUNTS, counts.tolist(), strict=True)), "seconds": spent.seconds}
+        _save(run, student, {**log, "losses": losses, **used, "encoded_once": once})
+    trainer.accelerator.wait_for_everyone()
+    return run.out
+
+
+def _save(run: Run, student: Student, log: dict[str, Any]) -> None:
+    student.model.save_pretrained(run.out)
+    student.processor.save_pretrained(run.out)
+    common = {"budget": asdict(run.budget), "seed": run.seed}
+    (run.out / "training.json").write_text(json.dumps({**log, **common}))
 
 
 @contextlib.contextmanager
-def quiet(*names: str):
-    """Only errors are heard of the loggers of these names."""
+def _tensorboard_folder(folder: str | Path | None):
+    name, before = "TENSORBOARD_LOGGING_DIR", os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if folder is not None:
+        os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if folder is not None and before is None:
+            del os.environ[name]
+        elif folder is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _quiet(*names: str):
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -107,12 +107,24 @@ def prompts_of(subject: Subject, items: Sequence, batch: int = 32) -> list[Promp
 
 
 class KnownFeatures(Bounded):
-    """What a vision tower made of images: of each, and the type that it came in; see ``vlm_core.memory.Bounded``."""
+    """What a vision tower made of images: of each, and the type that it came in; see ``vlm_core.memory.Bounded``.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes that may be kept.
+    alone : bool
+        Whether every image passes the tower alone. The last bits of what is known of it then do not depend on what came with it.
+    """
+
+    def __init__(self, limit: int, alone: bool = False) -> None:
+        super().__init__(limit)
+        self.alone = alone
 
     @classmethod
-    def of(cls, subject: Subject) -> KnownFeatures:
+    def of(cls, subject: Subject, alone: bool = False) -> KnownFeatures:
         """Room for a tenth of the memory that is free where the subject is."""
-        return cls(int(free_bytes(subject.device) * _SHARE_OF_MEMORY))
+        return cls(int(free_bytes(subject.device) * _SHARE_OF_MEMORY), alone)
 
     def learn(self, key: bytes, piece: tuple[type, dict]) -> None:
         """Remember what the tower gave for one image."""
@@ -163,15 +175,15 @@ def _recall(original: Callable, signature: inspect.Signature, known: KnownFeatur
     keys = [_digest(one, others) for one in cut.identities]
     pieces = {key: known.get(key) for key in keys}
     missing = [keys.index(key) for key, piece in pieces.items() if piece is None]
-    if missing:
-        output = original(**cut.inputs(missing), **others)
-        found = cut.outputs(output, missing)
+    for some in [[number] for number in missing] if known.alone else [missing] if missing else []:
+        output = original(**cut.inputs(some), **others)
+        found = cut.outputs(output, some)
         if found is None:
-            return output if len(missing) == len(keys) else original(*args, **kwargs)
-        for number, piece in zip(missing, found, strict=True):
+            return output if len(some) == len(keys) else original(*args, **kwargs)
+        for number, piece in zip(some, found, strict=True):
             pieces[keys[number]] = type(output), piece
             known.learn(keys[number], pieces[keys[number]])
-        if len(missing) == len(keys):
+        if len(some) == len(keys):
             return output
     kind, _ = pieces[keys[0]]
     return kind(**cut.joined([pieces[key][1] for key in keys]))
