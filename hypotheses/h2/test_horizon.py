@@ -10,7 +10,7 @@ import pytest
 from hypotheses.h2.controls import tokens_matter
 from probes import GROUNDING_TASKS
 from reports import exhibits_tokens
-from vlm_core.reduction.curves import Cell, losses
+from vlm_core.reduction.curves import Cell, losses, three_quarters
 from vlm_core.reduction.horizon import information_horizon
 from vlm_core.stats import Claim, NonInferiority
 
@@ -26,14 +26,13 @@ LITERATURE = {"published": "about layer 16 of 32 on MME, about 24 on TextVQA: it
 
 @pytest.mark.claim(HORIZON)
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
-def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, curves, confirmed, evidence):
+def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, curves, emptied, evidence):
     table = curves()[(curves()["task"] == task) & ((curves()["policy"] == "stride") | (curves()["keep"] == 1))]
-    latest = 3 * subject.anatomy.n_layers // 4
+    latest = three_quarters(subject)
     first = information_horizon(table, HORIZON.test.margin).horizons.loc[task, "estimated"]
     exhibits_tokens.horizon(evidence, task, table, HORIZON.test.margin, latest)
     cell = Cell(latest, 0.0, "stride")
-    measured = confirmed(cell)
-    lost = losses(measured[measured["task"] == task], cell)
+    lost = losses(emptied(task), cell)
     evidence.decide(
         HORIZON,
         lost["loss"],

@@ -27,8 +27,7 @@ NONINFERIOR = Claim(
 def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves, confirmed, policies, evidence):
     candidates = curves()[curves()["layer"].isin(mid_depth(subject)) & curves()["policy"].isin(policies.exact)]
     chosen, table = choose_drop(candidates, 0.5, task), curves()[curves()["task"] == task]
-    measured = confirmed(chosen)
-    lost = losses(measured[measured["task"] == task], chosen)
+    lost = losses(confirmed(chosen, task), chosen)
     exhibits_tokens.drop_curves(evidence, table, task, early(subject))
     sensitivity = table[(table["policy"] == "stride") | (table["keep"] == 1)]
     exhibits_tokens.layer_sensitivity(evidence, sensitivity[sensitivity["layer"].isin(spread(subject))], task, "stride", NONINFERIOR.test.margin)

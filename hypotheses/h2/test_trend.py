@@ -19,12 +19,11 @@ GROUNDED = 0.05  # what the scene's own image must be worth
 
 @pytest.mark.claim(TREND)
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
-def test_tokens_matter_less_the_later_they_go(task, subject, floors, drop_grid, evidence):
+def test_tokens_matter_less_the_later_they_go(task, subject, floors, emptied, evidence):
     layers = spread(subject)
     if len(layers) < 3:
         pytest.skip(f"a trend needs three layers and the subject has {len(layers)}")
-    measured = drop_grid("confirmation", layers, (0.0,), ("stride",))
-    measured = measured[measured["task"] == task]
+    measured = emptied(task).query("keep == 0")
     accuracy = measured.pivot(index="item", columns="layer", values="correct")[list(layers)]
     clusters = measured.drop_duplicates("item").set_index("item")["cluster"].loc[accuracy.index]
     baseline = floors.of(task)

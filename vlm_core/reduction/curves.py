@@ -6,7 +6,7 @@
 ``drop_table(...)``      accuracy under every combination of layer, keep fraction and policy
 ``choose_drop(...)``     the layer and policy that lose least at a given fraction, on discovery items
 ``harmless(...)``        what loses little on discovery items, and ``choose_recipe(...)`` the one of these that saves most
-``early``, ``asked_by``, ``mid_depth``, ``spread``    layers
+``early``, ``asked_by``, ``mid_depth``, ``three_quarters``, ``spread``    layers
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ __all__ = [
     "reducers",
     "row_of",
     "spread",
+    "three_quarters",
     "unavailable",
 ]
 
@@ -107,6 +108,11 @@ def mid_depth(subject: Subject) -> tuple[int, ...]:
     n = subject.anatomy.n_layers
     first = min(max(-(-n // 2), subject.anatomy.n_deepstack), n - 1)
     return spread_between(first, max(first, (2 * n) // 3), 4)
+
+
+def three_quarters(subject: Subject) -> int:
+    """The layer at 3/4 of the depth, counted from 0 (4 of 6; 24 of 32)."""
+    return 3 * subject.anatomy.n_layers // 4
 
 
 def spread(subject: Subject, most: int = 8) -> tuple[int, ...]:

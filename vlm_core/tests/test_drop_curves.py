@@ -26,6 +26,7 @@ from vlm_core.reduction.curves import (
     reducers,
     row_of,
     spread,
+    three_quarters,
     unavailable,
 )
 from vlm_core.tests.tiny import make_items, tiny_subject
@@ -235,6 +236,7 @@ def test_stages_are_left_out_where_they_do_not_fit(sensitive, grid_items):
 def test_early_is_the_second_of_thirty_two():
     assert [early(deep(n)) for n in (2, 6, 24, 32, 80)] == [1, 1, 2, 2, 5]
     assert [asked_by(deep(n)) for n in (6, 32, 80)] == [2, 2, 5]
+    assert [three_quarters(deep(n)) for n in (1, 6, 32)] == [0, 4, 24]
 
 
 def test_layers_that_get_visual_features_anew_are_left_alone():
