@@ -127,7 +127,7 @@ class _Draw:
             parents, tokens = parted.to(input_ids.device)
             kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder)
             if len(parents) != len(input_ids) or bool((parents != torch.arange(len(parents), device=parents.device)).any()):
-                kwargs = _of_rows(model, kwargs, parents, len(input_ids))
+                kwargs = _of_rows(kwargs, parents, len(input_ids))
             input_ids = torch.cat([input_ids[parents], tokens[:, None]], dim=1)
             ahead = 1 if kwargs.get("use_cache") else None
             outputs = model(**model.prepare_inputs_for_generation(input_ids, next_sequence_length=ahead, **kwargs), return_dict=True)
@@ -141,7 +141,7 @@ class _Draw:
         return found.clamp(max=scores.shape[1] - 1)
 
 
-def _of_rows(model, kwargs: dict[str, Any], parents: torch.Tensor, n_rows: int) -> dict[str, Any]:
+def _of_rows(kwargs: dict[str, Any], parents: torch.Tensor, n_rows: int) -> dict[str, Any]:
     """What ``generate`` knows of a batch, of some of its rows, each as often as it is named."""
     chosen = {}
     for name, value in kwargs.items():
@@ -152,9 +152,4 @@ def _of_rows(model, kwargs: dict[str, Any], parents: torch.Tensor, n_rows: int) 
         elif isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == n_rows:
             value = value[parents]
         chosen[name] = value
-    # Where M-RoPE counts on from is kept beside the cache, in the model.
-    for module in model.modules():
-        deltas = module.__dict__.get("rope_deltas")
-        if isinstance(deltas, torch.Tensor) and deltas.shape[0] == n_rows:
-            module.rope_deltas = deltas[parents]
     return chosen
