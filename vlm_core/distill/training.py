@@ -211,6 +211,17 @@ def _newest(checkpoints: str | Path | None) -> str | None:
     return str(max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[-1]))) if found else None
 
 
+def _restored(model: torch.nn.Module, checkpoint: str | None) -> str | None:
+    """Give a model the weights of a checkpoint, and the checkpoint back.
+
+    The trainer matches the names in the file with those in memory, which differ for families whose checkpoints keep older names, and
+    passes over what it does not find: it would go on from the weights that the run began with.
+    """
+    if checkpoint is not None and any(Path(checkpoint).glob("model*.safetensors")):
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+    return checkpoint
+
+
 def train(
     run: Run,
     student: Student,
@@ -255,7 +266,7 @@ def train(
             collator = trainer.data_collator
             trainer.train_dataset, trainer.data_collator, once = ready_rows(trainer.train_dataset, collator, encoding(collator))
         with features_once(student.subject):
-            trainer.train(resume_from_checkpoint=_newest(run.checkpoints))
+            trainer.train(resume_from_checkpoint=_restored(student.model, _newest(run.checkpoints)))
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in student.model.parameters())):
         raise TrainingDiverged(f"training of '{run.student}' diverged: lower the learning rate {run.budget.learning_rate}")

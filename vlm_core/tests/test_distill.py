@@ -152,3 +152,24 @@ def test_a_model_without_a_tower_to_freeze_is_refused(student, taught, tmp_path,
     monkeypatch.setattr(vlm_core.distill.training, "vision_tower", lambda subject: None)
     with pytest.raises(SubjectError, match="student '.*' names no vision tower"):
         sft(student, taught[1], BUDGET, tmp_path / "never")
+
+
+@pytest.mark.parametrize("killed_at", [3, 5, 11])
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(killed_at, student, taught, tmp_path):
+    budget = Budget(steps=12, batch_size=2)
+    whole = sft(student, taught[1], budget, tmp_path / "whole", checkpoints=tmp_path / "undisturbed")
+
+    def killing(done, steps):
+        if done == killed_at:
+            raise KeyboardInterrupt
+
+    out, seen = tmp_path / "killed", []
+    with pytest.raises(KeyboardInterrupt):
+        sft(student, taught[1], budget, out, checkpoints=tmp_path / "checkpoints", progress=killing)
+    sft(student, taught[1], budget, out, checkpoints=tmp_path / "checkpoints", progress=lambda done, steps: seen.append(done))
+    assert seen == list(range(killed_at, 13)), "from the newest checkpoint, one step before it died"
+    first, again = weights(whole), weights(out)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    logs = [json.loads((folder / "training.json").read_text()) for folder in (whole, out)]
+    for name in ("losses", "images", "tokens", "supervised_tokens"):
+        assert logs[0][name] == logs[1][name], name
