@@ -3,6 +3,7 @@
 ``Columns``, ``items_from``   items from any ``datasets.Dataset`` with pictures, questions and answers
 ``instruction_set``           a conversational data set (an image, its questions and answers) for supervised fine-tuning
 ``prompt_set``                images and prompts alone, for training on what the student itself says
+``conversations``             rows of images and messages as a data set
 ``stored_images``             the images of items as a data set stores them, each picture encoded once
 """
 
@@ -21,7 +22,7 @@ from vlm_core.identity import picture_digest
 from vlm_core.images import require_image
 from vlm_core.items import item_field, require_items, take
 
-__all__ = ["MESSAGE", "Columns", "instruction_set", "items_from", "prompt_set", "require_answers", "stored_images"]
+__all__ = ["Columns", "conversations", "instruction_set", "items_from", "prompt_set", "require_answers", "stored_images"]
 
 _USUAL = {
     "image": ("image", "images", "picture"),
@@ -31,7 +32,6 @@ _USUAL = {
     "scene": ("scene_id", "image_id", "imageId"),
     "task": ("task", "question_type", "category"),
 }
-MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def instruction_set(items: Sequence, answers: Sequence[str]) -> datasets.Dataset
         key = str(item_field(item, "scene_id")), picture_digest(item_field(item, "image"))
         row = rows.setdefault(key, {"images": stored, "messages": []})
         row["messages"] += [{"role": "user", "content": item_field(item, "prompt")}, {"role": "assistant", "content": answer}]
-    features = datasets.Features({"images": datasets.List(datasets.Image()), "messages": datasets.List(MESSAGE)})
-    return datasets.Dataset.from_list(list(rows.values()), features=features)
+    return conversations(list(rows.values()), "messages")
 
 
 def prompt_set(items: Sequence) -> datasets.Dataset:
@@ -170,8 +169,14 @@ def prompt_set(items: Sequence) -> datasets.Dataset:
         {"images": stored, "prompt": [{"role": "user", "content": item_field(item, "prompt")}]}
         for item, stored in zip(items, stored_images(items), strict=True)
     ]
-    features = datasets.Features({"images": datasets.List(datasets.Image()), "prompt": datasets.List(MESSAGE)})
-    return datasets.Dataset.from_list(rows, features=features)
+    return conversations(rows, "prompt")
+
+
+def conversations(rows: Sequence[dict], *columns: str) -> datasets.Dataset:
+    """A data set of ``images`` and of ``columns`` that hold messages (``role``, ``content``); one without rows has them too."""
+    message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = {"images": datasets.List(datasets.Image()), **{name: datasets.List(message) for name in columns}}
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=datasets.Features(features))
 
 
 def require_answers(items: Any, answers: Any, what: str) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import datasets
 import numpy as np
 
-from vlm_core.distill.instructions import MESSAGE, require_answers, stored_images
+from vlm_core.distill.instructions import conversations, require_answers, stored_images
 from vlm_core.identity import picture_digest
 from vlm_core.items import item_field, plain, require_distinct, require_items, take
 
@@ -183,9 +183,7 @@ def preference_set(items: Sequence, pairs: Sequence[Pair]) -> datasets.Dataset:
         }
         for images, pair in zip(stored, pairs, strict=True)
     ]
-    message = datasets.List(MESSAGE)
-    features = {"images": datasets.List(datasets.Image()), "prompt": message, "chosen": message, "rejected": message}
-    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    return conversations(rows, "prompt", "chosen", "rejected")
 
 
 def swapped_images(data: datasets.Dataset, seed: int) -> datasets.Dataset:

@@ -11,7 +11,8 @@ The file has one JSON object a line, UTF-8:
                  followed by the RGB pixels, one byte a channel, row by row from the top; several pictures: their digests joined by ``+``
 ``prompt``       what was asked, as the items have it
 ``answers``      list of texts: first the teacher's answer (its best: temperature 0), then samples, if there are any
-``scores``       optional list of numbers, one an answer: its summed log-probability, or any number by which the teacher ranks its answers
+``scores``       optional list of numbers, one an answer: its summed log-probability, or any number by which the teacher ranks its answers;
+                 null for minus infinity, which JSON cannot write
 ``temperature``  optional: at which the samples were drawn
 ``model``        who answered: name and version as the provider gives them
 """
@@ -19,6 +20,7 @@ The file has one JSON object a line, UTF-8:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -173,7 +175,7 @@ class RecordedTeacher:
             known = dict(zip(reversed(line["answers"]), reversed(line.get("scores", [])), strict=False))
             if answer not in known:
                 raise ValueError(f"'{self.path}' holds no score of the answer {answer!r} to item {item_field(item, 'id')!r}")
-            found.append(known[answer])
+            found.append(-math.inf if known[answer] is None else known[answer])
         return np.array(found, dtype=float)
 
     def _found(self, items: Sequence) -> list[dict]:
@@ -229,10 +231,10 @@ def record_answers(
         for item, answers in zip(items, said, strict=True):
             line = {"image": picture_digest(item_field(item, "image")), "prompt": item_field(item, "prompt"), "answers": list(answers)}
             if values is not None:
-                line["scores"] = [next(values) for _ in answers]
+                line["scores"] = [value if value > -math.inf else None for value in itertools.islice(values, len(answers))]
             if samples:
                 line["temperature"] = temperature
-            file.write(json.dumps({**line, "model": model}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**line, "model": model}, ensure_ascii=False, allow_nan=False) + "\n")
     partial.replace(path)
     return path
 
@@ -258,7 +260,14 @@ def _recorded(text: str, where: str) -> dict:
     if not line["answers"] or not all(isinstance(answer, str) for answer in line["answers"]):
         raise ValueError(f"{where} has answers {line['answers']!r:.60}: a list of at least one text is needed")
     scores = line.get("scores", [])
-    numbers = isinstance(scores, list) and all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores)
-    if not numbers or any(math.isnan(score) for score in scores) or ("scores" in line and len(scores) != len(line["answers"])):
+    numbers = isinstance(scores, list) and all(score is None or _number(score) for score in scores)
+    if not numbers or ("scores" in line and len(scores) != len(line["answers"])):
         raise ValueError(f"{where} has scores {scores!r:.60}: one number for each of its {len(line['answers'])} answers is needed")
+    temperature = line.get("temperature")
+    if temperature is not None and not _number(temperature):
+        raise ValueError(f"{where} has temperature {temperature!r:.40}: a number is needed, or none at all")
     return line
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
