@@ -1,8 +1,8 @@
 """Distillation into a small VLM on TRL: data from a teacher's answers, then training on it.
 
 Data: ``items_from`` any data set, a ``Teacher`` that answers, filters, preference pairs, what controls train on, a leakage check, a data
-card; each module says what it exports. Training: ``Budget`` (steps, batch and rate, declared) and ``sft``, one run of ``trl.SFTTrainer``,
-saved as a checkpoint.
+card; each module says what it exports. Training: ``Budget`` (steps, batch and rate, declared), and one run of one of TRL's trainers, saved as a
+checkpoint: ``sft`` on answers, ``preference`` on pairs of answers.
 """
 
 from vlm_core.distill.card import data_card
@@ -20,6 +20,7 @@ from vlm_core.distill.pairs import (
     teacher_against_student,
     teacher_ranked,
 )
+from vlm_core.distill.preference import preference
 from vlm_core.distill.sft import sft
 from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher, record_answers
 from vlm_core.distill.training import Budget, TrainingDiverged
@@ -45,6 +46,7 @@ __all__ = [
     "items_from",
     "leaks",
     "mask_cell",
+    "preference",
     "preference_set",
     "prompt_set",
     "record_answers",

@@ -6,8 +6,9 @@
 ``features_once(subject)``              context manager: each picture passes the vision tower once, alone
 
 TRL renders, tokenizes and normalises every row of every batch anew, which for small models costs as much as the training itself.
-Its collator stays the authority: rows that were encoded alone are put together and compared with its batch of the same rows (the longest, the shortest
-and the first ones), bit by bit but for the ids of padding, and where they differ, or a family's fields cannot be put together, its collator makes every batch.
+Its collator stays the authority: rows encoded once are put together and compared with its batches of the same rows (the shortest alone; the
+shortest, the longest and the first ones), bit by bit but for the ids of padding, and where they differ, or a family's fields cannot be put
+together, its collator makes every batch.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def ready_rows(data: Dataset, collator: Callable, encode: Encode) -> tuple[Datas
         chunks = ([data[row] for row in range(start, min(start + _CHUNK, len(data)))] for start in range(0, len(data), _CHUNK))
         rows = ReadyRows(data[0], [one for chunk in chunks for one in encode(chunk)], pad)
         lengths = rows.lengths()
-        compared = list(dict.fromkeys([int(np.argmax(lengths)), int(np.argmin(lengths)), *range(min(_COMPARED, len(data)))]))[:_COMPARED]
-        same = _equal(rows.collate([rows[row] for row in compared]), collator([data[row] for row in compared]))
+        ends = [int(np.argmin(lengths)), int(np.argmax(lengths))]
+        batches = [ends[:1], list(dict.fromkeys([*ends, *range(min(_COMPARED, len(data)))]))[:_COMPARED]]
+        same = all(_equal(rows.collate([rows[row] for row in some]), collator([data[row] for row in some])) for some in batches)
     except (KeyError, TypeError, ValueError, RuntimeError):
         same = False  # fields of other shapes than these: the collator knows them
     return (rows, rows.collate, True) if same else (data, collator, False)
@@ -152,19 +154,24 @@ def encoded_conversations(collator: Any) -> Encode:
 
 
 def encoded_by(collator: Callable) -> Encode:
-    """Each row as the collator encodes it alone: its sequences without the padding between them, each with its share of the image parts."""
+    """Rows as the collator encodes them, without the padding: their sequences, each with its share of the parts of images.
 
-    def alone(row: dict[str, Any]) -> Sequences:
-        batch = collator([row])
+    Where the parts of images are not one a sequence, how many each has is the processor's knowledge, and every row is encoded alone.
+    """
+
+    def encode(rows: Sequence[dict[str, Any]]) -> list[Sequences]:
+        batch = collator([dict(row) for row in rows])
         valid = batch["attention_mask"].bool()
+        per_token = {name: value.shape == valid.shape for name, value in batch.items()}
+        if len(rows) > 1 and any(len(value) != len(valid) for value in batch.values()):
+            return [one for row in rows for one in encode([row])]
         fields: list[dict[str, torch.Tensor]] = [{} for _ in valid]
         for name, value in batch.items():
-            per_token = value.shape == valid.shape
-            for number, part in enumerate(value if per_token else value.chunk(len(valid))):
-                fields[number][name] = part[valid[number]] if per_token else part
-        return tuple(fields)
+            for number, part in enumerate(value if per_token[name] else value.chunk(len(valid))):
+                fields[number][name] = part[valid[number]].clone() if per_token[name] else part.clone()
+        return [tuple(fields[number :: len(rows)]) for number in range(len(rows))]
 
-    return lambda rows: [alone(row) for row in rows]
+    return encode
 
 
 def _lengths(value: Any) -> list[int] | None:

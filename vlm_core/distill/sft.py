@@ -8,7 +8,7 @@ import datasets
 import trl
 from transformers import set_seed
 
-from vlm_core.distill.ready import encoded_conversations
+from vlm_core.distill.ready import encoded_conversations, ready_rows
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
 
 __all__ = ["sft"]
@@ -61,6 +61,9 @@ def sft(
 
     def make(arguments, callbacks):
         config = trl.SFTConfig(**arguments, max_length=None, assistant_only_loss=True)
-        return Trainer(taught.model, args=config, train_dataset=data, processing_class=taught.processor, callbacks=callbacks)
+        trainer = Trainer(taught.model, args=config, train_dataset=data, processing_class=taught.processor, callbacks=callbacks)
+        collator = trainer.data_collator
+        trainer.train_dataset, trainer.data_collator, once = ready_rows(data, collator, encoded_conversations(collator))
+        return trainer, once
 
-    return train(run, taught, data, make, spent, {"kind": "sft"}, encoded_conversations)
+    return train(run, taught, data, make, spent, {"kind": "sft"})

@@ -38,7 +38,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from vlm_core.distill.ready import Encode, features_once, ready_rows
+from vlm_core.distill.ready import features_once
 from vlm_core.errors import SubjectError
 from vlm_core.subjects.load import load_vlm
 from vlm_core.subjects.subject import Subject
@@ -226,10 +226,10 @@ def train(
     run: Run,
     student: Student,
     data: Dataset,
-    make: Callable[[dict[str, Any], list], Trainer],
+    make: Callable[[dict[str, Any], list], tuple[Trainer, bool]],
     spent: Spent,
     log: Mapping[str, Any],
-    encoding: Callable[[Any], Encode] | None = None,
+    prepare: Callable[[Trainer], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Carry out one run and save the student.
 
@@ -239,13 +239,13 @@ def train(
     student : Student
     data : datasets.Dataset
     make : callable
-        From the arguments of a TRL configuration and callbacks to the trainer of ``student.model``.
+        From the arguments of a TRL configuration and callbacks to the trainer of ``student.model``, and whether its rows are encoded once.
     spent : Spent
         What the trainer counts into.
     log : mapping
         What ``training.json`` tells beyond what is common.
-    encoding : callable, optional
-        From the trainer's collator to how it encodes rows (`vlm_core.distill.ready`), where its rows can be encoded once.
+    prepare : callable, optional
+        What is done with the trainer before its first step, the student still being as it was; gives more for ``training.json``.
 
     Returns
     -------
@@ -259,13 +259,10 @@ def train(
     """
     callbacks = [spent, _MarksWhole(), *([_Progress(run.progress)] if run.progress is not None else [])]
     with _quiet("transformers.trainer", "trl"), _tensorboard_folder(run.log_to):
-        trainer = make(run.arguments(len(data)), callbacks)
+        trainer, once = make(run.arguments(len(data)), callbacks)
         trainer.remove_callback(PrinterCallback)
-        once = False
-        if encoding is not None:
-            collator = trainer.data_collator
-            trainer.train_dataset, trainer.data_collator, once = ready_rows(trainer.train_dataset, collator, encoding(collator))
         with features_once(student.subject):
+            log = {**log, **(prepare(trainer) if prepare is not None else {})}
             trainer.train(resume_from_checkpoint=_restored(student.model, _newest(run.checkpoints)))
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in student.model.parameters())):

@@ -18,7 +18,7 @@ from vlm_core.tests.family_processors import PROCESSORS
 from vlm_core.tests.tiny import make_items, tiny_llava
 
 UNTEMPLATED = {"paligemma", "instructblip", "blip-2"}  # no conversations, so nothing that TRL's conversational sets could be rendered with
-NOT_ONCE = {("aya_vision", "sft"), ("mllama", "preference")}  # TRL's collator makes their batches
+NOT_ONCE = {("aya_vision", "sft"), ("mllama", "sft"), ("mllama", "preference")}  # TRL's collator makes their batches
 
 
 def batches_equal(rows, collate, data, collator, chosen):

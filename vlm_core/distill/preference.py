@@ -1,0 +1,200 @@
+"""Preference optimisation of a student on pairs of answers: one run of ``trl.DPOTrainer``.
+
+``preference(...)``        train
+``preference_loss(...)``   DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7) with the terms of mDPO (Wang et al. 2024, arXiv:2406.11839)
+
+With ``s(y | m) = log p(y | m, x) - log p_ref(y | m, x)``, the summed log-probabilities of an answer to prompt ``x`` about picture ``m`` under the
+student and under the student before this stage, chosen answer ``w``, rejected answer ``l`` and another picture ``m'``, the loss is the mean over pairs of
+
+    - log sigmoid(beta (s(w | m) - s(l | m)))                          DPO
+    - image_term  log sigmoid(beta (s(w | m) - s(w | m')))             conditional preference: the chosen answer is the better one of its own picture
+    - anchor_term log sigmoid(beta s(w | m))                           anchored preference (mDPO's with its anchor at 0): the chosen answer does not lose
+
+mDPO crops its own picture to get ``m'``; here it is another row's picture (`vlm_core.distill.pairs.swapped_images`), the same one all run long.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import trl
+from torch.nn.functional import logsigmoid
+from transformers import set_seed
+
+from vlm_core.distill.answers import SharedPrompts, shared, whole_sequences
+from vlm_core.distill.pairs import swapped_images
+from vlm_core.distill.ready import encoded_by, ready_rows
+from vlm_core.distill.training import Budget, Run, Spent, Student, train
+
+__all__ = ["preference", "preference_loss"]
+
+_AGREES = 1e-4
+"""Largest difference of a log-probability, relative or in nats, at which one pass over shared prompts stands for one over whole sequences."""
+
+
+def preference_loss(
+    scores: torch.Tensor, reference: torch.Tensor, beta: float, image_term: float = 0.0, anchor_term: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the module.
+
+    Parameters
+    ----------
+    scores, reference : Tensor ``[2 or 3, pair]``
+        Summed log-probabilities of the chosen answer, the rejected one, and with ``image_term`` the chosen one given another picture.
+
+    Returns
+    -------
+    loss, margins
+        A scalar; ``beta (s(w | m) - s(l | m))`` ``[pair]``.
+    """
+    gained = beta * (scores - reference)
+    margins = gained[0] - gained[1]
+    loss = -logsigmoid(margins)
+    if image_term:
+        loss = loss - image_term * logsigmoid(gained[0] - gained[2])
+    if anchor_term:
+        loss = loss - anchor_term * logsigmoid(gained[0])
+    return loss.mean(), margins.detach()
+
+
+class _Pairs(torch.utils.data.Dataset):
+    """Rows with their number, and the same rows about another picture where that is asked for."""
+
+    def __init__(self, sets: Sequence[tuple[Any, Any]]) -> None:
+        self._sets = sets
+
+    def __len__(self) -> int:
+        return len(self._sets[0][0])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"row": row, "rows": [rows[row] for rows, _ in self._sets]}
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batches = [collate([row["rows"][number] for row in rows]) for number, (_, collate) in enumerate(self._sets)]
+        return {"row": torch.tensor([row["row"] for row in rows]), "batches": [dict(batch) for batch in batches]}
+
+
+def preference(
+    student: str | Path,
+    data: datasets.Dataset,
+    budget: Budget,
+    out: str | Path,
+    *,
+    beta: float = 0.1,
+    image_term: float = 0.0,
+    anchor_term: float = 0.0,
+    seed: int = 0,
+    checkpoints: str | Path | None = None,
+    log_to: str | Path | None = None,
+    progress=None,
+) -> Path:
+    """Train a student to prefer one answer of each pair, with ``trl.DPOTrainer``, vision tower frozen.
+
+    What the student before this stage finds of all pairs is computed once. Prompts are computed once for their answers where that
+    gives the numbers of whole sequences (``shared_prompts`` in ``training.json``).
+
+    Parameters
+    ----------
+    student, budget, out, seed, checkpoints, log_to, progress
+        See `vlm_core.distill.training.Run`.
+    data : datasets.Dataset
+        See `vlm_core.distill.preference_set`.
+    beta : float
+        How dear it is to leave the student before this stage.
+    image_term, anchor_term : float
+        Weights of mDPO's two terms; see the module.
+
+    Returns
+    -------
+    Path
+        ``out``, loadable with ``from_pretrained`` and usable as a subject.
+
+    Raises
+    ------
+    ValueError
+        For an image term where all rows show one picture.
+    SubjectError, TrainingDiverged
+        As `vlm_core.distill.sft`.
+    """
+    set_seed(seed)
+    run = Run(student, budget, Path(out), seed, checkpoints, log_to, progress)
+    swapped = [swapped_images(data, seed)] if image_term else []
+    taught, spent = Student(student), Spent()
+
+    class Trainer(trl.DPOTrainer):
+        shares_prompts = False
+        reference: torch.Tensor  # [2 or 3, row of data]
+
+        def scores(self, model: Any, inputs: Mapping[str, Any], share: bool) -> torch.Tensor:
+            batches = inputs["batches"]
+            n = len(inputs["row"])
+            if share:
+                read = [2, 1][: len(batches)]
+                pad = self._tokenizer.pad_token_id
+                return shared(model, SharedPrompts.of(batches, read, pad)).view(-1, n)
+            found = [whole_sequences(model, batches[0]).view(2, n)]
+            for other in batches[1:]:
+                found.append(whole_sequences(model, {name: value[: len(value) // 2] for name, value in other.items()}).view(1, n))
+            return torch.cat(found)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            scores = self.scores(model, inputs, self.shares_prompts)
+            reference = self.reference[:, inputs["row"]]
+            loss, margins = preference_loss(scores, reference, self.beta, image_term, anchor_term)
+            self._metrics["train"]["rewards/margins"].append(margins.mean().item())
+            self._metrics["train"]["rewards/accuracies"].append((margins > 0).float().mean().item())
+            own, *others = inputs["batches"]
+            n = len(inputs["row"])
+            spent.add(images=n, **_counted(own, 2 * n))
+            for other in others:
+                spent.add(**_counted(other, n))
+            return loss
+
+    def make(arguments, callbacks):
+        trainer = Trainer(
+            taught.model,
+            ref_model=copy.deepcopy(taught.model),
+            args=trl.DPOConfig(**arguments, max_length=None, beta=beta),
+            train_dataset=data,
+            processing_class=taught.processor,
+            callbacks=callbacks,
+        )
+        trainer.ref_model = None  # what it would say is what the student says before its first step
+        collator = trainer.data_collator
+        sets = [ready_rows(one, collator, encoded_by(collator)) for one in (data, *swapped)]
+        pairs = _Pairs([(rows, collate) for rows, collate, _ in sets])
+        trainer.train_dataset, trainer.data_collator = pairs, pairs.collate
+        return trainer, all(once for *_, once in sets)
+
+    def prepare(trainer):
+        pairs, size = trainer.train_dataset, budget.batch_size
+
+        @torch.no_grad()
+        def found(start: int, share: bool) -> torch.Tensor:
+            some = [pairs[row] for row in range(start, min(start + size, len(pairs)))]
+            return trainer.scores(trainer.model, trainer._prepare_inputs(pairs.collate(some)), share)
+
+        trainer.model.train()
+        trainer.shares_prompts = trainer.accelerator.num_processes == 1 and _shares(found)
+        trainer.reference = torch.cat([found(start, trainer.shares_prompts) for start in range(0, len(pairs), size)], dim=1)
+        return {"shared_prompts": trainer.shares_prompts}
+
+    terms = {"beta": beta, "image_term": image_term, "anchor_term": anchor_term}
+    return train(run, taught, data, make, spent, {"kind": "preference", **terms}, prepare)
+
+
+def _shares(found) -> bool:
+    """Whether a pass over shared prompts gives what one over whole sequences gives, on the first batch."""
+    try:
+        return torch.allclose(found(0, True), found(0, False), rtol=_AGREES, atol=_AGREES)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        return False  # a family whose prompts need more than a cache to be gone on from
+
+
+def _counted(batch: Mapping[str, torch.Tensor], sequences: int) -> dict[str, torch.Tensor]:
+    return {"tokens": batch["attention_mask"][:sequences].sum(), "supervised_tokens": batch["completion_mask"][:sequences].sum()}
