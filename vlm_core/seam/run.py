@@ -415,9 +415,7 @@ class Run:
         tokens = self._tokens_at[layer].on(query.device)
         key, value, mask = self._written(layer, tokens, key, value, mask)
         axes = self._axes(layer, tokens, query, key)
-        weights = None if weighed is None or axes.crossed else weighed.log_sizes(axes.length)
-        if weights is not None:
-            weights = weights.to(query.device)[:, axes.length - axes.n_keys :]
+        weights = None if axes.crossed else self.key_weights(layer, axes.n_keys, query.device)
         own_key = key
         output, maps, key, value, mask = self._attention.attend(
             layer, axes, original, module, query, key, value, mask, weights, *args, **kwargs
@@ -437,6 +435,15 @@ class Run:
                 self._shortening.look(view, "unrotated")
             self._observe(view)
         return output, maps
+
+    def key_weights(self, layer: int, n_keys: int, device: torch.device) -> torch.Tensor | None:
+        """What merged tokens add to the scores of each of the last ``n_keys`` keys, ``[element, key]``; None where nothing is added."""
+        weighed = self._weighed_at.get(layer)
+        if weighed is None:
+            return None
+        length = self._tokens_at[layer].valid.shape[1] + self._generated
+        weights = weighed.log_sizes(length)
+        return None if weights is None else weights.to(device)[:, length - n_keys :]
 
     def _view(self, layer: int, tokens: Tokens, query, key, value, output, mask, kwargs: dict) -> AttentionView:
         scaling = kwargs.get("scaling")

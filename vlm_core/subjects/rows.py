@@ -1,7 +1,7 @@
 """The row engine: many (sequence, intervention) rows in one pass, everything shared computed once.
 
 ``forward_rows(...)``   final hidden states at a few positions of every row
-``read_hidden(...)``    those positions, wherever branches and drops have taken them
+``read_hidden(...)``    those positions, wherever branches and drops have taken them; ``places(...)`` where that is
 ``read_logits(...)``    the unembedding, only where asked
 """
 
@@ -21,7 +21,7 @@ from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded, batch_groups, batch_sequences
 from vlm_core.subjects.subject import Subject, require_run, require_subject
 
-__all__ = ["forward_rows", "read_hidden", "read_logits"]
+__all__ = ["forward_rows", "places", "read_hidden", "read_logits"]
 
 
 def forward_rows(
@@ -146,19 +146,30 @@ def _whole(values: Any, name: str) -> np.ndarray:
 
 def read_hidden(run: Run, hidden: torch.Tensor, wanted: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
     """Hidden states ``[n, hidden]`` at the wanted rows and positions of a finished run, whose output is ``hidden``."""
+    return hidden[places(run, wanted, hidden.device)]
+
+
+def places(run: Run, wanted: tuple[np.ndarray, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elements and columns ``[n]`` of the wanted rows and positions, in the layer that ``run`` has entered last.
+
+    Raises
+    ------
+    ValueError
+        Where a row has dropped or merged a token that is wanted.
+    """
     rows, positions = wanted
-    elements = torch.as_tensor(run.elements[rows], device=hidden.device)
-    positions = torch.as_tensor(positions, device=hidden.device)
+    elements = torch.as_tensor(run.elements[rows], device=device)
+    positions = torch.as_tensor(positions, device=device)
     if run.tokens.index is not None:
-        found = run.tokens.index.to(hidden.device)[elements] == positions[:, None]
-        lost = (~(found & run.tokens.valid.to(hidden.device)[elements]).any(1)).nonzero()[:, 0].tolist()
+        found = run.tokens.index.to(device)[elements] == positions[:, None]
+        lost = (~(found & run.tokens.valid.to(device)[elements]).any(1)).nonzero()[:, 0].tolist()
         if lost:
             raise ValueError(
                 f"row {int(rows[lost[0]])} dropped or merged the token at position {int(positions[lost[0]])} that is to be read: ask for "
                 f"one that it keeps, such as a text token"
             )
         positions = found.int().argmax(1)
-    return hidden[elements, positions]
+    return elements, positions
 
 
 def read_logits(subject: Subject, hidden: torch.Tensor) -> torch.Tensor:

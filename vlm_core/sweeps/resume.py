@@ -3,7 +3,7 @@
 ``forward_resumed(...)``     run rows from the layer on that the first of them touches
 ``spares_last_layer(...)``   whether a row lets the last layer be cut short
 
-In the last layer only the tokens that are read go on after keys and values are known, where no row does anything there.
+In the last layer only the tokens that are read go on after keys and values are known, where no row does anything within it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_core.interventions import KnockOut, MeanHeads, ReplaceImageKV, Row, ZeroHeads, parts
+from vlm_core.interventions import DropTokens, Intervention, KnockOut, MergeTokens, Patch, ReplaceTokens, Row, Steer, parts
+from vlm_core.seam.masks import additive
 from vlm_core.seam.plan import Program
 from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import batch_groups
-from vlm_core.subjects.rows import read_hidden
+from vlm_core.subjects.rows import places, read_hidden
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.layers import KeysKnown, call_layer
 from vlm_core.sweeps.trunk import Recording, Stem
@@ -54,50 +55,83 @@ def forward_resumed(
     visual = [stem.sequence.visual for stem in stems]
     run = Run(anatomy, program, image, valid, np.asarray(trunk), [stem.item for stem in stems], left=False, groups=groups, visual=visual)
     numbers = np.array([stem.trunk.number for stem in stems])
-    chosen: dict = {}
     last = anatomy.n_layers - 1
-    spare = start < last and all(spares_last_layer(row, anatomy.n_layers) for row in interventions)
+    spare = start <= last and all(spares_last_layer(row, anatomy.n_layers) for row in interventions)
+    chosen: dict = {}
+
+    def call(layer: int, entering: torch.Tensor) -> torch.Tensor:
+        return call_layer(anatomy.layers[layer], entering, recording.layer_kwargs(layer, numbers, steps[None], chosen, mask=True))
+
     with torch.inference_mode(), active(run):
         for layer in range(start, last if spare else anatomy.n_layers):
-            hidden = call_layer(anatomy.layers[layer], hidden, recording.layer_kwargs(layer, numbers, steps[None], chosen, mask=True))
+            hidden = call(layer, hidden)
         if not spare:
             return read_hidden(run, anatomy.norm(hidden), wanted)
-        rows, positions = wanted
-        elements = run.elements_at[last - 1]
-        return _read_last_layer(anatomy, recording, hidden, numbers[np.asarray(trunk)], elements, elements[rows], positions)
+        keys = _LastLayer(run)
+        with active(keys):
+            try:
+                call(last, hidden)
+            except KeysKnown:
+                pass
+            return _read_last_layer(keys, recording, numbers[np.asarray(trunk)], wanted)
 
 
 def spares_last_layer(intervention: Row, n_layers: int) -> bool:
-    """Whether a row does nothing in the last layer and leaves the sequence as long as it is."""
-    last = n_layers - 1
-    for part in parts(intervention):
-        if isinstance(part, KnockOut):
-            acts = last in part.layers
-        else:
-            acts = not isinstance(part, ZeroHeads | MeanHeads | ReplaceImageKV) or any(head.layer == last for head in part.heads)
-        if acts:
-            return False
-    return True
+    """Whether a row does nothing in the last layer, nor after it: what is done before the layer is entered is no matter."""
+    return not any(_acts_within(part, n_layers - 1) for part in parts(intervention))
+
+
+def _acts_within(part: Intervention, last: int) -> bool:
+    if isinstance(part, DropTokens | MergeTokens | ReplaceTokens):
+        return False
+    if isinstance(part, Steer):
+        return part.layer > last
+    if isinstance(part, Patch) and part.site == "residual":
+        return any(layer > last for layer in part.layers)
+    if isinstance(part, Patch | KnockOut):
+        return last in part.layers
+    return any(head.layer == last for head in part.heads)
 
 
 class _LastLayer:
-    """The active run of a last layer in which only a few queries go on after keys and values are known."""
+    """The active run of a last layer in which only a few queries go on after keys and values are known.
+
+    Parameters
+    ----------
+    run : Run
+        Active in all layers before; what it does to what enters the last one is done.
+
+    Attributes
+    ----------
+    entered : Tensor ``[element, token, hidden]``
+    """
 
     decoding = False
 
-    def __init__(self, anatomy, positions: torch.Tensor) -> None:
-        self._attention = anatomy.attentions[-1]
-        self._layer = anatomy.n_layers - 1
-        self._positions = positions
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._layer = run.anatomy.n_layers - 1
         self._kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._at: torch.Tensor | None = None
 
     def attention_layer(self, module) -> int | None:
         """The last layer, for its attention."""
-        return self._layer if module is self._attention else None
+        return self._layer if module is self.run.anatomy.attentions[-1] else None
 
-    def decoder_layer(self, module) -> None:
-        """Nothing is done before a layer."""
-        return None
+    def decoder_layer(self, module) -> int | None:
+        """The last layer is entered once, with all tokens."""
+        return self.run.decoder_layer(module) if self._kept is None else None
+
+    def enter_layer(self, layer: int, args: tuple, kwargs: dict):
+        """What the run before does here."""
+        changed = self.run.enter_layer(layer, args, kwargs)
+        args, kwargs = (args, kwargs) if changed is None else changed
+        self.entered = args[0] if args else kwargs["hidden_states"]
+        return changed
+
+    def narrow(self, at: torch.Tensor) -> None:
+        """From here on only tokens ``at`` ``[element, read]`` are queries."""
+        self._at = at
 
     def attend(self, layer, original, module, query, key, value, mask, *args, **kwargs):
         """First the keys and values of all tokens, then the attention of the queries that are read."""
@@ -105,36 +139,35 @@ class _LastLayer:
             self._kept = key, value, mask
             raise KeysKnown
         key, value, mask = self._kept
-        at = self._positions[:, None, :, None].to(key.device)
+        at = self._at[:, None, :, None].to(key.device)
         if mask is None:
             mask = torch.arange(key.shape[2], device=at.device) <= at
         else:
             mask = torch.take_along_dim(mask.expand(at.shape[0], -1, -1, -1), at, dim=2)
+        weights = self.run.key_weights(layer, key.shape[2], key.device)
+        if weights is not None:
+            mask = additive(mask, query.dtype) + weights[:, None, None, :].to(query.dtype)
         return original(module, query, key, value, mask, *args, **kwargs)
 
 
-def _read_last_layer(anatomy, recording: Recording, hidden, numbers, elements, wanted_elements, positions) -> torch.Tensor:
-    """The last layer and the final norm, for the tokens that are read: keys and values of all, the rest for these."""
-    last, n = anatomy.n_layers - 1, hidden.shape[0]
-    counts = np.bincount(wanted_elements, minlength=n)
-    at = np.zeros((n, counts.max()), dtype=np.int64)
-    place = np.zeros(len(positions), dtype=np.int64)
+def _read_last_layer(keys: _LastLayer, recording: Recording, numbers: np.ndarray, wanted: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    """The rest of the last layer and the final norm, for the tokens that are read; ``numbers`` ``[row]`` are the rows' trunks."""
+    run, hidden = keys.run, keys.entered
+    anatomy, last, n = run.anatomy, run.anatomy.n_layers - 1, hidden.shape[0]
+    elements, columns = (one.cpu().numpy() for one in places(run, wanted, hidden.device))
+    width = np.bincount(elements, minlength=n).max()
+    at, positions = (np.zeros((n, width), dtype=np.int64) for _ in range(2))
+    place = np.zeros(len(elements), dtype=np.int64)
     filled = np.zeros(n, dtype=np.int64)
-    for read, (element, position) in enumerate(zip(wanted_elements, positions, strict=True)):
+    for read, (element, column, position) in enumerate(zip(elements, columns, wanted[1], strict=True)):
         place[read] = filled[element]
-        at[element, filled[element] :] = position
+        at[element, filled[element] :], positions[element, filled[element] :] = column, position
         filled[element] += 1
     trunk_of = np.zeros(n, dtype=np.int64)
-    trunk_of[elements] = numbers
+    trunk_of[run.elements_at[last]] = numbers
     read_at = torch.as_tensor(at, device=hidden.device)
-    run = _LastLayer(anatomy, read_at)
-    every = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    with active(run):
-        try:
-            call_layer(anatomy.layers[last], hidden, recording.layer_kwargs(last, trunk_of, every, {}, mask=True))
-        except KeysKnown:
-            pass
-        few = torch.take_along_dim(hidden, read_at[..., None], dim=1)
-        output = call_layer(anatomy.layers[last], few, recording.layer_kwargs(last, trunk_of, read_at, {}, mask=False))
-        output = anatomy.norm(output)
-    return output[torch.as_tensor(wanted_elements, device=output.device), torch.as_tensor(place, device=output.device)]
+    keys.narrow(read_at)
+    few = torch.take_along_dim(hidden, read_at[..., None], dim=1)
+    kwargs = recording.layer_kwargs(last, trunk_of, torch.as_tensor(positions, device=hidden.device), {}, mask=False)
+    output = anatomy.norm(call_layer(anatomy.layers[last], few, kwargs))
+    return output[torch.as_tensor(elements, device=output.device), torch.as_tensor(place, device=output.device)]

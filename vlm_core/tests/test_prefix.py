@@ -10,12 +10,13 @@ import torch
 from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_core import HeadMeans, ImageKV, ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Subject, SubjectError, ZeroHeads
-from vlm_core.interventions import DropTokens, Steer
+from vlm_core.interventions import DropTokens, GaussianNoise, MergeTokens, Patch, ReplaceTokens, Steer
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.sweeps import engine
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
+from vlm_core.sweeps.resume import spares_last_layer
 from vlm_core.sweeps.sharing import why_not_shared
 from vlm_core.sweeps.trunk import Unshareable
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, TINY, VISION
@@ -268,6 +269,35 @@ def test_resumed_rows_start_where_they_touch(subject):
     # The trunk ends with a single token; in the rows' last layer only the token that is read goes on.
     assert trunk[1][2] == trunk[2][2] == 1
     assert rows == [(1, 2, n), (2, 2, n), (2, 2, 1)] * 2
+
+
+LATE = {  # on three layers: what is done within the last one, or after it, needs all of it; what is done before it does not
+    "stream that enters the last": (Patch("residual", (2,), GaussianNoise(1.0), "text"), True),
+    "direction in the last": (Steer(2, torch.ones(32)), True),
+    "drop before the last": (DropTokens(2, 0.5, "attention"), True),
+    "merge before the last": (MergeTokens(2, 0.5), True),
+    "merge, then drop": ((MergeTokens(1, 0.5), DropTokens(2, 0.5)), True),
+    "MLP before the last": (Patch("mlp", (1,), GaussianNoise(1.0)), True),
+    "noise on image tokens, heads after": ((ReplaceTokens(GaussianNoise(1.0)), ZeroHeads([(1, 0)])), True),
+    "stream that enters the norm": ((Patch("residual", (3,), GaussianNoise(1.0)), ZeroHeads([(1, 0)])), False),
+    "direction before the norm": ((Steer(3, torch.ones(32)), ZeroHeads([(1, 0)])), False),
+    "MLP of the last": ((Patch("mlp", (2,), GaussianNoise(1.0)), ZeroHeads([(1, 0)])), False),
+    "heads of the last": (Patch("head", (), GaussianNoise(1.0), heads=((2, 1),)), False),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_last_layer_is_cut_short_only_where_nothing_happens_within_it(subject, name):
+    row, spared = LATE[name]
+    sequences = encode_items(subject, make_items(2))
+    reads = [(len(one) - 2, len(one) - 1) for one in sequences]
+    # Beside a row that starts earlier, on a batch of both, with more reads than one.
+    jobs = [RowJob(prompt, (), each, reads[prompt]) for prompt in (0, 1) for each in (row, ZeroHeads([(1, 1)]))]
+    fast, slow, counts = compare(subject, sequences, jobs)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    assert counts["paths"]["resume"] >= 2 and spares_last_layer(row, 3) == spared
+    plain, _ = forward_rows(subject, sequences[:1], np.array([0]), [None], [0], (np.array([0, 0]), np.array(reads[0])))
+    assert not torch.allclose(slow[:2], read_logits(subject, plain)), "the row does something"
 
 
 @pytest.mark.parametrize(
