@@ -2,7 +2,7 @@
 
 Data: ``items_from`` any data set, a ``Teacher`` that answers, filters, preference pairs, what controls train on, a leakage check, a data
 card; each module says what it exports. Training: ``Budget`` (steps, batch and rate, declared), and one run of one of TRL's trainers, saved as a
-checkpoint: ``sft`` on answers, ``preference`` on pairs of answers.
+checkpoint: ``sft`` on answers, ``preference`` on pairs of answers, ``on_policy`` on the student's own answers towards a teacher's probabilities.
 """
 
 from vlm_core.distill.card import data_card
@@ -10,6 +10,7 @@ from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consiste
 from vlm_core.distill.grounded import box_cell, by_asking, by_box, by_mask, grounded_answers, mask_cell
 from vlm_core.distill.instructions import Columns, instruction_set, items_from, prompt_set
 from vlm_core.distill.leakage import leaks, require_disjoint
+from vlm_core.distill.on_policy import on_policy
 from vlm_core.distill.pairs import (
     Pair,
     preference_set,
@@ -46,6 +47,7 @@ __all__ = [
     "items_from",
     "leaks",
     "mask_cell",
+    "on_policy",
     "preference",
     "preference_set",
     "prompt_set",

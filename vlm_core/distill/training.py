@@ -27,7 +27,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -230,6 +230,7 @@ def train(
     spent: Spent,
     log: Mapping[str, Any],
     prepare: Callable[[Trainer], Mapping[str, Any]] | None = None,
+    frozen: Sequence[Subject] = (),
 ) -> Path:
     """Carry out one run and save the student.
 
@@ -246,6 +247,8 @@ def train(
         What ``training.json`` tells beyond what is common.
     prepare : callable, optional
         What is done with the trainer before its first step, the student still being as it was; gives more for ``training.json``.
+    frozen : sequence of Subject
+        Others that see the pictures (a teacher).
 
     Returns
     -------
@@ -261,7 +264,9 @@ def train(
     with _quiet("transformers.trainer", "trl"), _tensorboard_folder(run.log_to):
         trainer, once = make(run.arguments(len(data)), callbacks)
         trainer.remove_callback(PrinterCallback)
-        with features_once(student.subject):
+        with contextlib.ExitStack() as stack:
+            for subject in (student.subject, *frozen):
+                stack.enter_context(features_once(subject))
             log = {**log, **(prepare(trainer) if prepare is not None else {})}
             trainer.train(resume_from_checkpoint=_restored(student.model, _newest(run.checkpoints)))
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

@@ -37,8 +37,8 @@ from vlm_core.sweeps.budget import free_bytes
 __all__ = ["KnownFeatures", "Prompt", "encode_distinct", "prompts_of", "recalling", "vision_tower"]
 
 _SHARE_OF_MEMORY = 0.1
-# A tower's forward is replaced while items are encoded: one thread at a time.
-_ENCODING = threading.Lock()
+# A tower's forward is replaced while items are encoded: one thread at a time, of several subjects if it wants to.
+_ENCODING = threading.RLock()
 
 
 def encode_distinct(
