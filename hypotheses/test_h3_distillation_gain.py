@@ -12,10 +12,16 @@ import pytest
 
 from fixtures.students import ARMS
 from probes import GROUNDING_TASKS
-from reports import exhibits
+from reports import exhibits_students
+from reports.exhibits_students import Stage
 from vlm_core.stats import Baseline, Claim, Control, NonInferiority, Superiority
 
 SOURCE = "Hinton et al. 2015, arXiv:1503.02531; LLaVA-KD, Cai et al. 2024, arXiv:2410.16236"
+STAGES = {
+    "before": Stage("baseline", False, None),
+    "same data": Stage("more of the data it already had", False, "baseline"),
+    "teacher": Stage("SFT on the teacher's answers", False, "baseline"),
+}
 LITERATURE = {"published": "54.7 to 57.9 mean score (LLaVA-KD, 0.5 B student)", "where": "five VQA benchmarks"}
 
 SFT = Claim(
@@ -44,7 +50,8 @@ def test_the_teachers_answers_lift_the_student(reference, floors, teacher_frame,
     before, taught = [student_answers(None)], [student_answers("teacher", run) for run in runs]
     against = before * len(runs) if reference == "before" else [student_answers("same_data", run) for run in runs]
     gain = crossed([after["correct"].astype(float) - other["correct"].astype(float) for after, other in zip(taught, against, strict=True)], before[0])
-    exhibits.students(evidence, {"before": before, "same data": [student_answers(arm, r) for arm in ARMS[1:] for r in runs], "teacher": taught})
+    same = [student_answers(arm, r) for arm in ARMS[1:] for r in runs]
+    exhibits_students.students(evidence, {"before": before, "same data": same, "teacher": taught}, STAGES)
     evidence.decide(
         SFT,
         gain["effect"],

@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
+from scipy.optimize import isotonic_regression
 
 from reports.figures import COLOURS
 from reports.wording import number
@@ -34,7 +35,7 @@ _ROLE_COLOURS = {
 }
 _GROUPS = ("targeted", "alert", "baseline", "second", "floor", "third", "ink", "muted")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_OTHERS = ("targeted", "second", "third", "alert", "baseline", "floor")
+OTHERS = ("targeted", "second", "third", "alert", "baseline", "floor")
 
 
 def accuracy_bars(data):
@@ -119,7 +120,7 @@ def keep_curves(data):
     """``{"series": [{name, role?, points: [{x, y, lower?, upper?}]}], "x_label"?, "y_label"?, "reference"?: y, "in_order"?: bool}``."""
     figure, axes = _axes(height=3.4)
     axes.grid(True, axis="y")
-    lines, others = [], iter(_OTHERS * 4)
+    lines, others = [], iter(OTHERS * 4)
     for series in data["series"]:
         points = sorted(series["points"], key=lambda point: point["x"])
         role = series.get("role")
@@ -203,29 +204,6 @@ def null_histogram(data):
     )  # fmt: skip
     axes.set_xlabel(data.get("x_label", "effect of random draws"))
     axes.set_ylabel(f"draws (of {len(draws)})")
-    return figure, {}
-
-
-def slope(data):
-    """``{"series": [{name, points: [{stage, value}]}], "y_label"?}``: one line a seed, stages in order."""
-    figure, axes = _axes(height=3.0)
-    stages = list(dict.fromkeys(point["stage"] for series in data["series"] for point in series["points"]))
-    for series in data["series"]:
-        x = [stages.index(point["stage"]) for point in series["points"]]
-        y = [point["value"] for point in series["points"]]
-        axes.plot(x, y, color=COLOURS["random"], marker="o", linewidth=1.2, markersize=4)
-    means = [np.mean([p["value"] for s in data["series"] for p in s["points"] if p["stage"] == stage]) for stage in stages]
-    axes.plot(range(len(stages)), means, color=COLOURS["targeted"], marker="o", linewidth=2.4)
-    for place, mean in enumerate(means):
-        axes.annotate(
-            number(float(mean)), (place, mean), xytext=(0, 9), textcoords="offset points", ha="center",
-            color=COLOURS["targeted"], fontweight="bold",
-        )  # fmt: skip
-    axes.set_xticks(range(len(stages)), stages)
-    axes.set_xlim(-0.35, len(stages) - 0.65)
-    axes.margins(y=0.18)
-    axes.set_ylabel(data.get("y_label", "accuracy"))
-    axes.set_title(f"thin: each of {len(data['series'])} seeds; bold: their mean", loc="left", fontsize=9.5)
     return figure, {}
 
 
@@ -402,6 +380,18 @@ def _integer_ticks(axes, columns, rows):
         setter(range(0, count, step))
 
 
+def spread(wanted, heights):
+    """Centres of labels of given heights, as near as may be (least squares) to where they are wanted, in that order, none overlapping another."""
+    wanted, heights = np.asarray(wanted, dtype=float), np.asarray(heights, dtype=float)
+    if not wanted.size:
+        return []
+    order = np.argsort(wanted, kind="stable")
+    stacked = np.concatenate([[0.0], np.cumsum((heights[order][1:] + heights[order][:-1]) / 2)])
+    places = np.empty(wanted.size)
+    places[order] = isotonic_regression(wanted[order] - stacked).x + stacked
+    return places.tolist()
+
+
 def _label_lines(axes, lines, turn=True):
     """Names at the right ends of lines, none overlapping; the axis is turned, where it may be, so that they end where they differ."""
     turned = turn and np.ptp([y[0] for y, _, _ in lines]) > np.ptp([y[-1] for y, _, _ in lines])
@@ -410,14 +400,11 @@ def _label_lines(axes, lines, turn=True):
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
     ordered = sorted((y[0 if turned else -1], float(np.mean(y)), name, colour) for y, name, colour in lines)
-    places = []
-    for end, *_ in ordered:
-        places.append(max(end, places[-1] + gap) if places else end)
-    drift = np.mean(places) - np.mean([end for end, *_ in ordered])
+    places = spread([end for end, *_ in ordered], [gap] * len(ordered))
     aside = axes.get_yaxis_transform()
     for place, (_, _, name, colour) in zip(places, ordered, strict=True):
-        axes.plot(1.03, place - drift, marker="o", color=colour, transform=aside, clip_on=False)
-        axes.annotate(name, (1.055, place - drift), xycoords=aside, va="center", annotation_clip=False)
+        axes.plot(1.03, place, marker="o", color=colour, transform=aside, clip_on=False)
+        axes.annotate(name, (1.055, place), xycoords=aside, va="center", annotation_clip=False)
     axes.set_ylim(low, high)
 
 

@@ -5,20 +5,18 @@ Nothing is measured here and no verdict depends on it; intervals drawn in figure
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 import pandas as pd
 
+from reports.pictures import png
 from vlm_core.stats import interval
 
 SHOWN_PIXELS = 256  # of a shown image's longer side
 
 
-def mean_with_interval(values, clusters) -> dict:
-    """``{value, lower, upper}``: accuracy over items and its 95 % cluster interval."""
-    found = interval(np.asarray(values, dtype=float), np.asarray(clusters), bounds=(0.0, 1.0))
+def mean_with_interval(values, clusters, seeds=None) -> dict:
+    """``{value, lower, upper}``: accuracy over items (and seeds) and its 95 % interval over clusters (crossed with seeds)."""
+    found = interval(np.asarray(values, dtype=float), np.asarray(clusters), seeds=seeds, bounds=(0.0, 1.0))
     return {"value": found.estimate, "lower": found.lower, "upper": found.upper}
 
 
@@ -113,14 +111,14 @@ def attention_overlay(evidence, item: dict, heat, mask, title: str) -> None:
     heat, mask = np.asarray(heat, dtype=float), np.asarray(mask, dtype=bool)
     if heat.ndim != 2 or max(heat.shape) > SHOWN_PIXELS:
         raise ValueError(f"a heatmap is [height, width] of at most {SHOWN_PIXELS} pixels a side, got {heat.shape}: draw it smaller")
-    image, out = item["image"], io.BytesIO()
+    image = item["image"]
     scale = SHOWN_PIXELS / max(image.size)
-    image.resize(tuple(max(1, round(side * scale)) for side in image.size), 0).save(out, "PNG")
+    shown = image.resize(tuple(max(1, round(side * scale)) for side in image.size), 0)
     values = [[float(f"{value:.4g}") for value in row] for row in heat.tolist()]
     evidence.figure(
         "attention_overlay",
         {
-            "image": base64.b64encode(out.getvalue()).decode(),
+            "image": png(shown),
             "values": values,
             "mask": mask.astype(int).tolist(),
             "prompt": item["prompt"],
@@ -129,35 +127,4 @@ def attention_overlay(evidence, item: dict, heat, mask, title: str) -> None:
         title=title,
         caption="Attention from the last prompt token to the image, summed over the targeted heads. The outline marks the asked object.",
         alt=f"An image with attention from the targeted heads, for the question: {item['prompt']} (answered {item['answer']}).",
-    )
-
-
-def students(evidence, answers: dict[str, list[pd.DataFrame]]) -> None:
-    """``student-metrics.csv`` (per arm, seed and task) and the slope chart of each seed.
-
-    ``answers``: stage name → one `evaluate` frame a seed, stages in order; the first is the student before training.
-    """
-    rows = []
-    for stage, runs in answers.items():
-        for run, frame in enumerate(runs):
-            for task, items in frame.groupby("task", sort=False):
-                rows.append({"arm": stage, "seed": run, "task": task, "accuracy": float(items["correct"].mean()), "items": len(items)})
-    evidence.table("student-metrics.csv", pd.DataFrame(rows))
-    seeds = max(len(runs) for runs in answers.values())
-    series = [
-        {
-            "name": f"seed {run}",
-            "points": [
-                {"stage": stage, "value": float(runs[min(run, len(runs) - 1)]["correct"].mean())} for stage, runs in answers.items()
-            ],
-        }
-        for run in range(seeds)
-    ]
-    evidence.figure(
-        "slope",
-        {"series": series, "y_label": "accuracy"},
-        title="The student before and after training",
-        caption="Confirmation items, mean over the grounding tasks.",
-        alt="Slope chart of accuracy: "
-        + "; ".join(f"{stage} {np.mean([r['correct'].mean() for r in runs]):.2f}" for stage, runs in answers.items()),
     )

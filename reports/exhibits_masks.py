@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from reports.drawings import overlay_tile
 from reports.exhibits import mean_with_interval
+from reports.pictures import png
 from vlm_core.stats import interval
 
 _ROLES = {"object": "targeted", "random": "random", "high-norm": "random", "gradients": "floor"}
@@ -74,25 +73,17 @@ def overlays(evidence, title: str, shown: list[dict]) -> None:
         peak = np.nanmax(heat) if np.isfinite(heat).any() else 0.0
         drawn = overlay_tile(pixels, heat / peak if peak > 0 else np.zeros_like(heat), _stretched(np.asarray(one["mask"], dtype=bool)))
         sheet[row * TILE + 2 : (row + 1) * TILE - 2, column * TILE + 2 : (column + 1) * TILE - 2] = drawn
-    out = io.BytesIO()
-    _as_image(sheet).save(out, "PNG", optimize=True)
     about = [{"picture": number, "item": one["item"]["id"], "task": one["item"]["task"], "iou": one["iou"]} for number, one in enumerate(shown)]
     evidence.table("head-impact-overlays.csv", pd.DataFrame(about))
     mean = float(np.mean([one["iou"] for one in shown]))
     evidence.figure(
         "overlay_sheet",
-        {"image": base64.b64encode(out.getvalue()).decode()},
+        {"image": png(Image.fromarray(sheet))},
         title=title,
         caption=f"{len(shown)} confirmation items, row by row as in head-impact-overlays.csv: attention of the last prompt token on the image, the outline "
         f"marks the asked object. Their mean IoU is {mean:.2f}.",
         alt=f"A sheet of {len(shown)} small pictures with one head's attention drawn over each.",
     )
-
-
-def _as_image(pixels: np.ndarray):
-    from PIL import Image
-
-    return Image.fromarray(pixels)
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:

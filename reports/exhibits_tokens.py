@@ -5,14 +5,13 @@ Nothing is measured here and no verdict depends on it.
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from reports.drawings import overlay_tile
 from reports.exhibits import mean_with_interval
+from reports.pictures import png
 from vlm_core.stats import interval
 
 REFERENCE_POLICIES = ("random", "stride", "pooling")  # drawn in grey: what an informed policy has to beat
@@ -280,15 +279,13 @@ def relevance(evidence, items, maps) -> None:
         for column, tile in enumerate(drawn):
             top, left = row * (SHOWN_SIDE + GAP), column * (SHOWN_SIDE + GAP)
             sheet[top : top + SHOWN_SIDE, left : left + SHOWN_SIDE] = tile
-    out = io.BytesIO()
-    _image(sheet).save(out, "PNG", optimize=True)
     asked = "; ".join(f"“{item['prompt']}” keeps {int(found.kept.sum())} of {found.kept.size} tokens" for item, found in zip(items, maps, strict=True))
     dominated = ", ".join(
         f"{name} {sum(one == name for found in maps for one in found.dominant)}" for name in scores
     )  # regions, both questions together
     evidence.figure(
         "overlay_sheet",
-        {"image": base64.b64encode(out.getvalue()).decode()},
+        {"image": png(Image.fromarray(sheet))},
         title="Two questions, one image: where the budget goes",
         caption=f"Row by row: {asked}. From left to right: the image; what a patch says that others do not (propositional); how it stands out from its surround "
         f"(perspectival); what the question attends to (participatory); which score dominates a region (blue, green, orange in that order; regions: {dominated}); what is kept.",
@@ -305,9 +302,3 @@ def _on_grid(found, values: np.ndarray) -> np.ndarray:
     drawn[found.row[chosen], found.column[chosen]] = np.asarray(values, dtype=float)[chosen]
     down, across = (np.arange(SHOWN_SIDE) * side // SHOWN_SIDE for side in drawn.shape)
     return drawn[down][:, across]
-
-
-def _image(pixels: np.ndarray):
-    from PIL import Image
-
-    return Image.fromarray(pixels)

@@ -1,6 +1,7 @@
 """Figure kinds: each takes JSON data and gives SVG that follows the page's colours.
 
-A kind is a function in ``reports.drawings`` plus the keys its data must have; ``KINDS`` is the whole list.
+A kind is a function in one of the modules of drawings, or a macro of ``templates/exhibits.html.j2`` for what is words rather than a drawing, plus
+the keys its data must have; ``KINDS`` is the whole list.
 
 ``check``   refuse unknown kinds and incomplete data, where the figure is made
 ``draw``    data to a drawing, the costly part; ``key`` names it, so that a figure drawn once is known again
@@ -9,16 +10,21 @@ A kind is a function in ``reports.drawings`` plus the keys its data must have; `
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
+import importlib
 import io
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
+
 from reports import record
 
 STYLE = Path(__file__).parent / "figures.mplstyle"
+TEMPLATES = Path(__file__).parent / "templates"
 
 # Colours a drawing may use, and the CSS variable each becomes on the page.
 COLOURS = {
@@ -37,12 +43,13 @@ COLOURS = {
 
 
 class Kind(NamedTuple):
-    """What a figure kind needs: keys of its data, keys of each entry of its list."""
+    """What a figure kind needs: keys of its data, keys of each entry of its list; and the module that draws it, None for a macro."""
 
     draw: str
     keys: tuple
     entries: str | None = None
     entry_keys: tuple = ()
+    module: str | None = "drawings"
 
 
 KINDS = {
@@ -53,7 +60,14 @@ KINDS = {
     "attention_overlay": Kind("attention_overlay", ("image", "values", "prompt", "answer")),
     "overlay_sheet": Kind("overlay_sheet", ("image",)),
     "null_histogram": Kind("null_histogram", ("draws", "observed")),
-    "slope": Kind("slope", ("series",), "series", ("name", "points")),
+    "slope": Kind("slope", ("panels", "stages"), "panels", ("title", "arms"), "drawings_students"),
+    "forest": Kind("forest", ("rows",), "rows", ("label", "value", "lower", "upper"), "drawings_students"),
+    "quality_per_flop": Kind(
+        "quality_per_flop", ("points",), "points", ("label", "reduced", "training", "inference", "value", "lower", "upper"), "drawings_students"
+    ),
+    "gained_lost": Kind("gained_lost", ("rows",), "rows", ("label", "gained", "lost", "items"), "drawings_students"),
+    "table": Kind("table", ("columns", "rows"), "rows", ("label", "cells"), None),
+    "cases": Kind("cases", ("groups",), "groups", ("name", "cases"), None),
     "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),
     "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
     "pareto_front": Kind("pareto_front", ("points", "x_label", "y_label"), "points", ("x", "y", "name", "front", "chosen")),
@@ -99,17 +113,19 @@ def draw(kind, data):
     Returns
     -------
     dict
-        ``svg`` and ``tips``, builtins: what ``render`` makes a page's element of.
+        ``svg`` and ``tips``, builtins: what ``render`` makes a page's element of; empty for what needs no drawing.
     """
+    check(kind, data)
+    rule = KINDS[kind]
+    if rule.module is None:
+        return {}
     import matplotlib as mpl
     import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    from reports import drawings
-
-    check(kind, data)
+    module = importlib.import_module(f"reports.{rule.module}")
     with mpl.rc_context(), matplotlib.style.context(STYLE):
-        figure, tips = getattr(drawings, KINDS[kind].draw)(data)
+        figure, tips = getattr(module, rule.draw)(data)
         FigureCanvasSVG(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -117,7 +133,7 @@ def draw(kind, data):
 
 
 def render(kind, data, *, prefix, label, links=None, drawing=None):
-    """A figure as one SVG element.
+    """A figure as one element of a page: SVG, or HTML where it is words.
 
     Parameters
     ----------
@@ -137,8 +153,23 @@ def render(kind, data, *, prefix, label, links=None, drawing=None):
     -------
     str
     """
+    if KINDS[kind].module is None:
+        check(kind, data)
+        return str(getattr(_macros(), KINDS[kind].draw)(data, label))
     drawing = drawing or draw(kind, data)
     return _for_page(drawing["svg"], prefix=prefix, label=label, tips=drawing["tips"], links=links or {})
+
+
+def environment():
+    """Of every template: text is escaped, a name that is not there is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+
+
+@functools.cache
+def _macros():
+    return environment().get_template("exhibits.html.j2").module
 
 
 def _for_page(svg, *, prefix, label, tips, links):

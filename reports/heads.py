@@ -8,12 +8,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 
 import numpy as np
 
+from reports.pictures import png, thumbnail
 from reports.summary import Scale
 from reports.wording import interval_numbers, number
 
@@ -50,15 +49,8 @@ def leave(evidence, report, items, notes):
 
 
 def _picture(image):
-    scale = min(1.0, PICTURE_PIXELS / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return {"width": width, "height": height, "image": _png(image.convert("RGB").resize((width, height)))}
-
-
-def _png(image):
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return base64.b64encode(out.getvalue()).decode()
+    small = thumbnail(image, PICTURE_PIXELS)
+    return {"width": small.width, "height": small.height, "image": png(small)}
 
 
 def load(folder):
@@ -180,7 +172,7 @@ def _heat(values):
     pixels = np.empty((*values.shape, 4), dtype=np.uint8)
     pixels[..., :3] = _HEAT
     pixels[..., 3] = np.round(255 * 0.8 * np.nan_to_num(values).clip(min=0.0) / (peak or 1.0))
-    return _png(Image.fromarray(pixels, "RGBA"))
+    return png(Image.fromarray(pixels, "RGBA"))
 
 
 def _path(example):

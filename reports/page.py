@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import functools
 import re
-from pathlib import Path
 
-import jinja2
 import markupsafe
 
 from reports import figures, heads, recipes, record, summary, wording
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(folder, drawings=None):
@@ -48,13 +44,7 @@ def text(identity, records, described=None, recipe=None, drawings=None):
 
 @functools.cache
 def _environment():
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = figures.environment()
     environment.filters.update(
         number=lambda value: wording.number(value).replace("-", "−"),
         signed_text=lambda text: str(text).replace("-", "−"),
@@ -102,4 +92,4 @@ class _FigureWriter:
 
 
 def _inline(name):
-    return markupsafe.Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+    return markupsafe.Markup((figures.TEMPLATES / name).read_text(encoding="utf-8"))

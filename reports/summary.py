@@ -21,6 +21,7 @@ from reports.wording import (
     test_kind,
     threshold_text,
     title,
+    with_unit,
 )
 
 HYPOTHESES = {
@@ -76,7 +77,7 @@ def subject_line(subject):
     """Family, size and revision in one line, as far as they are known."""
     parts = [str(subject[name]) for name in ("family", "model_type") if subject.get(name)][:1]
     if subject.get("n_parameters"):
-        parts.append(f"{_size(subject['n_parameters'])} parameters")
+        parts.append(f"{with_unit(subject['n_parameters'])} parameters")
     if subject.get("n_layers") and subject.get("n_heads"):
         parts.append(f"{subject['n_layers']} layers × {subject['n_heads']} heads")
     if subject.get("dtype"):
@@ -84,13 +85,6 @@ def subject_line(subject):
     if subject.get("revision"):
         parts.append(f"revision {str(subject['revision'])[:12]}")
     return " · ".join(parts)
-
-
-def _size(count):
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return str(count)
 
 
 def band(identity, records):

@@ -22,12 +22,34 @@ def number(value):
     return text.lstrip("-") if not text.strip("-0.") else text
 
 
+def with_unit(value, unit=""):
+    """Three digits and a prefix: ``1.09 M`` without a unit, ``4.36 MB``, ``2.1 GFLOP``, ``3.4 ms``."""
+    if value is None:
+        return "–"
+    short = {"bytes": "B"}.get(unit, unit)
+    steps = ("", "k", "M", "B") if not unit else ("", "k", "M", "G", "T", "P", "E")
+    if unit == "s" and 0 < abs(value) < 1:
+        value, steps = (value * 1e3, ("m",)) if abs(value) >= 1e-3 else (value * 1e6, ("µ",))
+    elif unit == "s":
+        steps = ("",)
+    power = 0
+    while power + 1 < len(steps) and abs(value) >= 999.5 * 1000**power:
+        power += 1
+    number_ = f"{value / 1000**power:.3g}"
+    number_ = f"{value / 1000**power:,.0f}" if "e" in number_ else number_
+    return f"{number_} {steps[power]}{short}".rstrip()
+
+
+def decimals_of(half):
+    """Decimals that an interval of this half width deserves."""
+    return next((count for count, least in enumerate((50, 0.5, 0.03, 0.003)) if half >= least), 3)
+
+
 def interval_numbers(record):
     """Estimate and bounds with the decimals their interval deserves: ``("0.12", "0.06", "0.17")``."""
     values = [record[name] for name in ("estimate", "lower", "upper")]
     known = [value for value in values if value is not None]
-    half = (max(known) - min(known)) / 2 if known else 0.0
-    decimals = next((count for count, least in enumerate((50, 0.5, 0.03, 0.003)) if half >= least), 3)
+    decimals = decimals_of((max(known) - min(known)) / 2 if known else 0.0)
     texts = ["–" if value is None else f"{value:,.{decimals}f}" for value in values]
     return tuple(text if text.strip("-0.") else text.lstrip("-") for text in texts)
 

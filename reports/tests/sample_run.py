@@ -10,6 +10,7 @@ import hashlib
 import io
 
 import numpy as np
+import pandas as pd
 
 from reports import record
 
@@ -179,7 +180,7 @@ def records():
             details={"literature": {"published": "loss of 0.6 points at 50 % kept", "where": "Table 1"}},
         ),
         make("H2.trend", "supported", 0.31, 0.12, figures=[trend(rng), front(rng)]),
-        make("H3.sft", "supported", 0.117, 0.041, figures=[slopes(rng)]),
+        make("H3.sft", "supported", 0.117, 0.041, figures=of_students(rng)),
         make("H3.uses_image", "inconclusive", 0.012, 0.035, outcome="expected"),
     ]
     return entries
@@ -309,18 +310,71 @@ def usage(rng):
     return figure("scatter", {"points": points, "x_label": "first axis", "y_label": "second axis"}, "Items by the heads they use")
 
 
-def slopes(rng):
-    series = []
-    for seed in range(3):
-        start = 0.62 + 0.02 * rng.random()
-        stages = (("baseline", 0), ("SFT", 0.11), ("SFT + preference", 0.125))
-        series.append(
-            {
-                "name": f"seed {seed}",
-                "points": [{"stage": stage, "value": round(start + gain + 0.01 * rng.random(), 3)} for stage, gain in stages],
-            }
-        )
-    return figure("slope", {"series": series}, "From baseline to student", "Same items, three training seeds.")
+def of_students(rng):
+    """What the exhibits of distillation leave, on answers drawn at random: six arms with all and with fewer tokens, their costs, contrasts, gained and lost items."""
+    from PIL import Image
+
+    from reports import exhibits_students
+    from reports.evidence import Evidence
+
+    evidence = Evidence(None)
+    arms = (
+        ("before", "baseline", None, 0.42, 0),
+        ("minimal", "minimal SFT", "baseline", 0.5, 0.1),
+        ("sft", "SFT on the teacher's answers", "baseline", 0.61, 1),
+        ("more", "SFT + more SFT", "SFT on the teacher's answers", 0.625, 2),
+        ("preference", "SFT + preference", "SFT on the teacher's answers", 0.63, 3.1),
+        ("on_policy", "SFT + on-policy distillation", "SFT on the teacher's answers", 0.65, 2.6),
+    )
+    stages, answers, costs = {}, {}, []
+    for reduced in (False, True):
+        for arm, label, start, accuracy, spent in arms:
+            name, level = arm + "_reduced" * reduced, accuracy - 0.02 * reduced
+            stages[name] = exhibits_students.Stage(label, reduced, start)
+            answers[name] = [students_answers(rng, level) for _ in range(3 if start else 1)]
+            mean = float(np.mean([run["correct"].mean() for run in answers[name]]))
+            costs.append(
+                {"arm": name, "label": label, "reduced": reduced, "steps": 80 * spent, "images": 1280 * spent, "tokens": 900_000 * spent,
+                 "supervised_tokens": 18_000 * spent, "training_flops": 4e12 * spent * (0.7 if reduced else 1), "seconds": 9.0 * spent, "accuracy": mean,
+                 "lower": mean - 0.03, "upper": mean + 0.03, "inference_flops": 1.1e8 * (0.62 if reduced else 1)}
+            )  # fmt: skip
+    exhibits_students.students(evidence, answers, stages)
+    pairs = (("sft", "before", 0.19), ("preference", "more", 0.005), ("on_policy", "more", 0.02), ("lora on the top heads' layers", "lora on random layers", -0.012))
+    contrasts = [
+        {"arm": arm, "against": against, "task": task, "difference": found, "lower": found - 0.017, "upper": found + 0.016, "confidence": 0.95, "seeds": 3,
+         "items": 420}
+        for arm, against, found in pairs for task in ("all", "color")
+    ]  # fmt: skip
+    exhibits_students.ablations(evidence, pd.DataFrame(contrasts))
+    exhibits_students.costs(evidence, pd.DataFrame(costs))
+    exhibits_students.student_against_teacher(evidence, pd.DataFrame(beside_the_teacher()))
+    colours = {item: tuple(int(one) for one in rng.integers(40, 220, 3)) for item in answers["before"][0]["item"]}
+    exhibits_students.errors(evidence, answers["before"][0], answers["sft"], lambda item: Image.new("RGB", (72, 72), colours[item]))
+    return evidence.payload()["figures"]
+
+
+def students_answers(rng, accuracy, per_task=60):
+    """A table as `vlm_core.evaluate` gives it."""
+    n = per_task * len(TASKS)
+    correct = rng.random(n) < accuracy
+    return pd.DataFrame(
+        {"item": [f"item-{place}" for place in range(n)], "cluster": [f"scene-{place // 3}" for place in range(n)], "task": np.repeat(TASKS, per_task),
+         "prompt": "What colour is the square at the top right of the picture?", "image": "", "answer": "red", "correct": correct,
+         "output": np.where(correct, "red", rng.choice(["blue", "green", "yellow"], n)), "score": 0.0}
+    )  # fmt: skip
+
+
+def beside_the_teacher():
+    """Rows as `vlm_core.distill.costs.model_costs` gives them."""
+    quantities = (
+        ("parameters", "", 1_834_112, 1_090_304), ("weights", "bytes", 7_336_448, 4_361_216), ("peak memory", "bytes", 8_912_896, 3_145_728),
+        ("prefill operations", "FLOP", 2.1e8, 1.1e8), ("first token", "s", 0.0213, 0.0112), ("further token", "s", 0.00218, 0.00124),
+    )  # fmt: skip
+    return [
+        {"model": model, "quantity": quantity, "unit": unit, "value": value, "of_reference": value / whole,
+         "lower": value / whole - 0.02 if unit == "s" else None, "upper": value / whole + 0.03 if unit == "s" else None}
+        for quantity, unit, whole, part in quantities for model, value in (("teacher", whole), ("student", part))
+    ]  # fmt: skip
 
 
 def identity(**changes):

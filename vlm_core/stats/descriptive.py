@@ -38,10 +38,11 @@ def interval(
     clusters: ArrayLike,
     confidence: float = 0.95,
     *,
+    seeds: ArrayLike | None = None,
     bounds: Bounds | None = (-1.0, 1.0),
     rng: int = 0,
 ) -> Interval:
-    """Two-sided cluster interval for the mean over items, fast enough for every point of a figure.
+    """Two-sided cluster interval for the mean over items (and seeds), fast enough for every point of a figure.
 
     Values beyond ``bounds`` are taken to have none. Without variance and without bounds there is no interval: both
     ends are NaN and the method says so.
@@ -52,6 +53,8 @@ def interval(
         Finite values and the cluster of each.
     confidence
         Two-sided.
+    seeds : [item], optional
+        Where each value comes from, crossed with clusters as in `estimate_mean`.
     """
     effect = np.asarray(effect, dtype=float)
     if effect.ndim != 1 or effect.size == 0 or not np.all(np.isfinite(effect)):
@@ -59,7 +62,7 @@ def interval(
     if bounds is not None and (effect.min() < bounds[0] or effect.max() > bounds[1]):
         bounds = None
     alpha = (1 - confidence) / 2
-    found = estimate_mean(effect, clusters, bounds=bounds, smallest_alpha=alpha, rng=rng, fast=True)
+    found = estimate_mean(effect, clusters, seeds, bounds=bounds, smallest_alpha=alpha, rng=rng, fast=True)
     if found is None:
         n = np.unique(np.asarray(clusters)).size
         nan = float("nan")
