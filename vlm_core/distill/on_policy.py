@@ -19,6 +19,7 @@ from transformers import AutoConfig, set_seed
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
+from vlm_core.distill.lora import Lora
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
 from vlm_core.families.processing import load_processor
 from vlm_core.subjects.load import load_vlm
@@ -95,6 +96,7 @@ def on_policy(
     temperature: float = 1.0,
     max_new_tokens: int = 8,
     seed: int = 0,
+    lora: Lora | None = None,
     checkpoints: str | Path | None = None,
     log_to: str | Path | None = None,
     progress=None,
@@ -103,7 +105,7 @@ def on_policy(
 
     Parameters
     ----------
-    student, budget, out, seed, checkpoints, log_to, progress
+    student, budget, out, seed, lora, checkpoints, log_to, progress
         See `vlm_core.distill.training.Run`.
     teacher : path or hub id
         A checkpoint with the student's vocabulary, and the same preparation of pictures.
@@ -132,8 +134,8 @@ def on_policy(
         raise ValueError(f"{len(data)} prompts are fewer than the {budget.batch_size} of a batch: give more, or a smaller batch_size")
     _require_alike(student, teacher, data)
     set_seed(seed)
-    run = Run(student, budget, Path(out), seed, checkpoints, log_to, progress)
-    taught, spent = Student(student), Spent()
+    run = Run(student, budget, Path(out), seed, lora, checkpoints, log_to, progress)
+    taught, spent = Student(student, lora), Spent()
     reading = load_processor(student)
     reading.tokenizer.padding_side = "left"  # TRL's generation asks for it; the student's own processor is saved as it was
     teaching = load_vlm(teacher, dtype=torch.float32, device="cpu", check=False)
@@ -178,7 +180,7 @@ def on_policy(
     def make(arguments, callbacks):
         config = trl.DistillationConfig(**arguments, beta=divergence, temperature=temperature, max_completion_length=max_new_tokens)
         trainer = Trainer(
-            taught.model,
+            taught.trained,
             teacher_model=teaching.model,
             args=config,
             train_dataset=data,

@@ -27,6 +27,7 @@ from torch.nn.functional import logsigmoid
 from transformers import set_seed
 
 from vlm_core.distill.answers import SharedPrompts, shared, whole_sequences
+from vlm_core.distill.lora import Lora
 from vlm_core.distill.pairs import swapped_images
 from vlm_core.distill.ready import encoded_by, ready_rows
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
@@ -89,6 +90,7 @@ def preference(
     image_term: float = 0.0,
     anchor_term: float = 0.0,
     seed: int = 0,
+    lora: Lora | None = None,
     checkpoints: str | Path | None = None,
     log_to: str | Path | None = None,
     progress=None,
@@ -100,7 +102,7 @@ def preference(
 
     Parameters
     ----------
-    student, budget, out, seed, checkpoints, log_to, progress
+    student, budget, out, seed, lora, checkpoints, log_to, progress
         See `vlm_core.distill.training.Run`.
     data : datasets.Dataset
         See `vlm_core.distill.preference_set`.
@@ -122,9 +124,9 @@ def preference(
         As `vlm_core.distill.sft`.
     """
     set_seed(seed)
-    run = Run(student, budget, Path(out), seed, checkpoints, log_to, progress)
+    run = Run(student, budget, Path(out), seed, lora, checkpoints, log_to, progress)
     swapped = [swapped_images(data, seed)] if image_term else []
-    taught, spent = Student(student), Spent()
+    taught, spent = Student(student, lora), Spent()
 
     class Trainer(trl.DPOTrainer):
         shares_prompts = False
@@ -157,8 +159,8 @@ def preference(
 
     def make(arguments, callbacks):
         trainer = Trainer(
-            taught.model,
-            ref_model=copy.deepcopy(taught.model),
+            taught.trained,
+            ref_model=copy.deepcopy(taught.model) if lora is None else None,
             args=trl.DPOConfig(**arguments, max_length=None, beta=beta),
             train_dataset=data,
             processing_class=taught.processor,

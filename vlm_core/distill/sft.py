@@ -8,6 +8,7 @@ import datasets
 import trl
 from transformers import set_seed
 
+from vlm_core.distill.lora import Lora
 from vlm_core.distill.ready import encoded_conversations, ready_rows
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
 
@@ -21,6 +22,7 @@ def sft(
     out: str | Path,
     *,
     seed: int = 0,
+    lora: Lora | None = None,
     checkpoints: str | Path | None = None,
     log_to: str | Path | None = None,
     progress=None,
@@ -29,7 +31,7 @@ def sft(
 
     Parameters
     ----------
-    student, budget, out, seed, checkpoints, log_to, progress
+    student, budget, out, seed, lora, checkpoints, log_to, progress
         See `vlm_core.distill.training.Run`.
     data : datasets.Dataset
         See `instruction_set`.
@@ -41,14 +43,16 @@ def sft(
 
     Raises
     ------
+    ValueError
+        For adapters on layers or modules that the model does not have.
     SubjectError
         If the model cannot be loaded, or has no vision tower that could be frozen.
     TrainingDiverged
         If a loss or weight is not finite; nothing is saved.
     """
     set_seed(seed)
-    run = Run(student, budget, Path(out), seed, checkpoints, log_to, progress)
-    taught, spent = Student(student), Spent()
+    run = Run(student, budget, Path(out), seed, lora, checkpoints, log_to, progress)
+    taught, spent = Student(student, lora), Spent()
 
     class Trainer(trl.SFTTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -61,7 +65,7 @@ def sft(
 
     def make(arguments, callbacks):
         config = trl.SFTConfig(**arguments, max_length=None, assistant_only_loss=True)
-        trainer = Trainer(taught.model, args=config, train_dataset=data, processing_class=taught.processor, callbacks=callbacks)
+        trainer = Trainer(taught.trained, args=config, train_dataset=data, processing_class=taught.processor, callbacks=callbacks)
         collator = trainer.data_collator
         trainer.train_dataset, trainer.data_collator, once = ready_rows(data, collator, encoded_conversations(collator))
         return trainer, once

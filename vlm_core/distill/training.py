@@ -9,7 +9,8 @@
 
 ``kind``                 "sft", "preference" or "on_policy", with the settings of that kind under their own names
 ``budget``, ``seed``     as given
-``lora``, ``recipe``     as given, or null; of a recipe its policy, layers and what is kept
+``lora``                 as given, or null
+``trained_parameters``   how many numbers could change
 ``losses``               means between logs, ten in all
 ``images``               pictures in the rows that were trained on, again for every time
 ``tokens``               of the sequences that gradients were computed for, padding not counted
@@ -38,6 +39,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from vlm_core.distill.lora import Lora
 from vlm_core.distill.ready import features_once
 from vlm_core.errors import SubjectError
 from vlm_core.subjects.load import load_vlm
@@ -83,6 +85,8 @@ class Run:
     checkpoints : path, optional
         Folder for what a killed run is resumed from: a run that finds checkpoints of its own there goes on from the newest whole one, and ends with
         the same weights, bit by bit, on the same kind of machine with as many threads. Whoever changes data or settings takes another folder.
+    lora : Lora, optional
+        Train adapters only; default: all weights but the vision tower's.
     log_to : path, optional
         Folder for TensorBoard, where it is installed.
     progress : callable, optional
@@ -93,6 +97,7 @@ class Run:
     budget: Budget
     out: Path
     seed: int = 0
+    lora: Lora | None = None
     checkpoints: str | Path | None = None
     log_to: str | Path | None = None
     progress: Callable[[int, int], None] | None = None
@@ -141,6 +146,8 @@ class Student:
     subject : Subject
     model, processor
         The subject's; the vision tower does not train, and stays in evaluation mode when the model is set to training.
+    trained : model
+        What a trainer takes: the model, or the model with adapters.
 
     Raises
     ------
@@ -148,7 +155,7 @@ class Student:
         If it cannot be loaded, or has no vision tower that could be frozen.
     """
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, lora: Lora | None = None) -> None:
         self.subject: Subject = load_vlm(source, dtype=torch.float32, device="cpu", check=False)
         self.model, self.processor = self.subject.model, self.subject.processor
         tower = vision_tower(self.subject)
@@ -156,6 +163,8 @@ class Student:
             raise SubjectError(f"student '{source}' names no vision tower, so that nothing could be frozen: choose a model that has one")
         tower.requires_grad_(False)
         tower.eval().train = lambda mode=True: tower
+        self.trained = self.model if lora is None else lora.on(self.subject)
+        self.trained_parameters = sum(weight.numel() for weight in self.trained.parameters() if weight.requires_grad)
 
 
 class Spent(TrainerCallback, ExportableState):
@@ -274,6 +283,8 @@ def train(
         raise TrainingDiverged(f"training of '{run.student}' diverged: lower the learning rate {run.budget.learning_rate}")
     counts = trainer.accelerator.reduce(torch.tensor([spent.counts[name] for name in Spent.COUNTS], device=trainer.args.device))
     if trainer.is_world_process_zero():
+        if run.lora is not None:
+            student.trained.merge_and_unload()
         used = {**dict(zip(Spent.COUNTS, counts.tolist(), strict=True)), "seconds": spent.seconds}
         _save(run, student, {**log, "losses": losses, **used, "encoded_once": once})
     trainer.accelerator.wait_for_everyone()
@@ -283,7 +294,8 @@ def train(
 def _save(run: Run, student: Student, log: dict[str, Any]) -> None:
     student.model.save_pretrained(run.out)
     student.processor.save_pretrained(run.out)
-    common = {"budget": asdict(run.budget), "seed": run.seed}
+    lora = None if run.lora is None else asdict(run.lora)
+    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "trained_parameters": student.trained_parameters}
     (run.out / "training.json").write_text(json.dumps({**log, **common}))
 
 
