@@ -261,14 +261,19 @@ def _derangement(values: list[str], generator: np.random.Generator) -> list[int]
     One that has kept ``a`` trades with any that neither had nor got an ``a``; where there is none, all others had or got one, which is
     the fewest that can keep it.
     """
-    order = generator.permutation(len(values)).tolist()
+    order = list(range(len(values)))
+
+    def trades(place: int, other: int) -> bool:
+        return values[other] != values[place] and values[order[other]] != values[place]
+
     for place in generator.permutation(len(values)).tolist():
-        value = values[place]
-        if values[order[place]] != value:
+        if values[order[place]] != values[place]:
             continue
-        trades = [other for other in range(len(values)) if values[other] != value and values[order[other]] != value]
-        if trades:
-            other = trades[int(generator.integers(len(trades)))]
+        # Nearly always one of a few drawn at random will do; all are looked through where none does.
+        others = [other for other in generator.integers(len(values), size=16).tolist() if trades(place, other)][:1]
+        others = others or [other for other in range(len(values)) if trades(place, other)]
+        if others:
+            other = others[int(generator.integers(len(others)))]
             order[place], order[other] = order[other], order[place]
     return order
 

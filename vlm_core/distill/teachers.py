@@ -172,7 +172,7 @@ class RecordedTeacher:
         require_answers(items, answers, "a teacher's scores")
         found = []
         for item, line, answer in zip(take(items, range(len(items))), self._found(items), answers, strict=True):
-            known = dict(zip(reversed(line["answers"]), reversed(line.get("scores", [])), strict=False))
+            known = dict(zip(line["answers"], line.get("scores", []), strict=False))
             if answer not in known:
                 raise ValueError(f"'{self.path}' holds no score of the answer {answer!r} to item {item_field(item, 'id')!r}")
             found.append(-math.inf if known[answer] is None else known[answer])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlm_core.distill import Columns, instruction_set, items_from, prompt_set
+from vlm_core.distill.instructions import stored_images
 from vlm_core.identity import picture_digest
 from vlm_core.tests.tiny import make_items
 
@@ -142,6 +143,13 @@ def test_a_prompt_set_is_one_question_a_row():
     assert data.column_names == ["images", "prompt"]
     assert [row["prompt"] for row in data] == [[{"role": "user", "content": item["prompt"]}] for item in items]
     assert [row["images"][0].tobytes() for row in data] == [item["image"].tobytes() for item in items]
+
+
+def test_a_picture_that_items_share_is_encoded_once():
+    items = make_items(3)
+    items[1]["image"] = items[0]["image"].copy()
+    stored = stored_images(items)
+    assert stored[0] is stored[1] and stored[0] != stored[2]
 
 
 def test_sets_of_nothing_have_their_columns():

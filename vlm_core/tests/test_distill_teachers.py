@@ -62,15 +62,20 @@ def test_a_prompt_runs_once_for_all_its_answers():
     )
     items = asked(1) * 4
     try:
-        SubjectTeacher(subject).scores(items, ["red", "green", "blue", "red"])
+        scores = SubjectTeacher(subject).scores(items, ["red", "green", "blue", "red"])
     finally:
         hook.remove()
-    assert sum(rows) == 1
+    assert sum(rows) == 1 and scores[0] == scores[3] and np.isfinite(scores).all()
 
 
 def test_what_a_subject_cannot_write_has_no_probability(teacher):
     scores = teacher.scores(asked(1) * 4, ["red", "", " ", "quokka"])
     assert np.isfinite(scores[0]) and (scores[1:] == -np.inf).all()
+
+
+def test_no_answer_is_none_even_where_white_space_is_a_token(teacher, monkeypatch):
+    monkeypatch.setattr(type(teacher.subject), "continuation", lambda subject, answer: (5,))
+    assert np.isfinite(teacher.scores(asked(1), ["red"])).all() and teacher.scores(asked(1), [" "]).tolist() == [-np.inf]
 
 
 def test_a_recorded_teacher_says_what_was_said(teacher, tmp_path):
