@@ -6,6 +6,7 @@ As in ``reports.drawings``: data in, ``(figure, tips)`` out; labels stand at wha
 from __future__ import annotations
 
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,17 +27,18 @@ def slope(data):
     one number a seed. Thin lines are seeds, bold ones their means.
     """
     panels, stages = data["panels"], data["stages"]
-    height = 2.7
+    named = [_arm_labels(panel["arms"], len(stages)) for panel in panels]
+    height = max(2.7, 0.9 + 1.1 * _LINE * max(sum(labels.lines) for groups in named for labels in groups))
     figure = Figure(figsize=(WIDTH, height * len(panels)))
     columns = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
     every = [value for panel in panels for arm in panel["arms"] for value in arm["values"]]
-    pad = 0.12 * (max(every) - min(every)) or 0.05
-    low, high = min(every) - pad, max(every) + pad
-    for axes, panel in zip(columns, panels, strict=True):
+    low, high = _fitted(every, [labels for groups in named for labels in groups], height - 0.75)
+    for axes, panel, groups in zip(columns, panels, named, strict=True):
         arms = panel["arms"]
-        colours = dict(zip([place for place, arm in enumerate(arms) if arm["stage"]], _COLOURS * len(arms), strict=False))
-        for place, arm in enumerate(arms):
-            colour = COLOURS[colours.get(place, "ink")]
+        colours = [COLOURS["ink"]] * len(arms)
+        for place, name in zip([place for place, arm in enumerate(arms) if arm["stage"]], _COLOURS * len(arms), strict=False):
+            colours[place] = COLOURS[name]
+        for arm, colour in zip(arms, colours, strict=True):
             mean = float(np.mean(arm["values"]))
             if arm["start"] is not None:
                 origin = arms[arm["start"]]
@@ -52,27 +54,65 @@ def slope(data):
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel(data.get("y_label", "accuracy"))
         axes.set_title(panel["title"], loc="left", fontsize=9.5)
-        for stage in range(len(stages)):
-            _name_arms(axes, arms, stage, colours, last=stage == len(stages) - 1, scale=(high - low) / (height - 0.75))
+        for labels in groups:
+            for place, text, y in zip(labels.places, labels.texts, labels.at((high - low) / (height - 0.75)), strict=True):
+                axes.annotate(
+                    text, (arms[place]["stage"], y), xycoords=_shifted(axes, -8 if labels.left else 8), ha="right" if labels.left else "left",
+                    va="center", fontsize=_SIZE, color=colours[place], annotation_clip=False, zorder=4,
+                    bbox={"boxstyle": "square,pad=0.05", "facecolor": COLOURS["paper"], "edgecolor": "none", "alpha": 0.7},
+                )  # fmt: skip
     return figure, {}
 
 
-def _name_arms(axes, arms, stage, colours, *, last, scale):
-    """Labels of one stage's arms: left of the first stage, right of the others; those that are gone on from above their point."""
+class _Labels(NamedTuple):
+    """Labels of one column: which entries, their texts, the heights they are wanted at, and by how many lines they are lifted from there."""
+
+    places: list
+    texts: list
+    wanted: list
+    left: bool = False
+    lift: float = 0.0
+
+    @property
+    def lines(self):
+        return [1.15 + text.count("\n") for text in self.texts]
+
+    def at(self, scale):
+        """Heights of their centres, none overlapping, where an inch of the axes is ``scale``."""
+        return [y + self.lift * _LINE * scale for y in spread(self.wanted, [_LINE * lines * scale for lines in self.lines])]
+
+
+def _arm_labels(arms, n_stages):
+    """Left of the first stage, right of the others; those that are gone on from above their point, since lines leave it to the right."""
     goes_on = {arm["start"] for arm in arms}
-    mine = [place for place, arm in enumerate(arms) if arm["stage"] == stage]
-    for above in (True, False):
-        some = [place for place in mine if (place in goes_on and stage > 0 and not last) == above]
-        texts = [_wrapped(arms[place]["label"], 12 if stage == 0 else 16 if not last else 22) for place in some]
-        means = [float(np.mean(arms[place]["values"])) for place in some]
-        texts = [f"{text}\n{number(mean)}" if stage == 0 else f"{text} {number(mean)}" for text, mean in zip(texts, means, strict=True)]
-        at = spread(means, [_LINE * (1 + text.count("\n")) * scale for text in texts])
-        for place, text, mean, y in zip(some, texts, means, at, strict=True):
-            left = stage == 0 or above
-            axes.annotate(
-                text, (stage, mean), xytext=(stage, y if not above else y + 1.1 * _LINE * scale), textcoords=_shifted(axes, -8 if left else 8),
-                ha="right" if left else "left", va="center", fontsize=_SIZE, color=COLOURS[colours.get(place, "ink")], annotation_clip=False,
-            )  # fmt: skip
+    groups = []
+    for stage in range(n_stages):
+        last = stage == n_stages - 1
+        mine = [place for place, arm in enumerate(arms) if arm["stage"] == stage]
+        above = [place for place in mine if place in goes_on and 0 < stage]
+        for some, lift in (([place for place in mine if place not in above], 0.0), (above, 1.6)):
+            width = 12 if not stage else 22 if last else 15
+            means = [float(np.mean(arms[place]["values"])) for place in some]
+            texts = [_wrapped(f"{arms[place]['label']} {number(mean)}", width) for place, mean in zip(some, means, strict=True)]
+            if some:
+                groups.append(_Labels(some, texts, means, stage == 0 or lift > 0, lift))
+    return groups
+
+
+def _fitted(values, columns, inches):
+    """Ends of an axis of so many inches that holds the values and every column's labels."""
+    pad = 0.08 * (max(values) - min(values)) or 0.05
+    low, high = first = min(values) - pad, max(values) + pad
+    for _ in range(50):
+        scale = (high - low) / inches
+        ends = [
+            y + side * _LINE * lines * scale / 2
+            for labels in columns
+            for y, lines in zip(labels.at(scale), labels.lines, strict=True)
+            for side in (-1, 1)
+        ]
+        low, high = min([first[0], *ends]), max([first[1], *ends])
+    return low, high
 
 
 def _shifted(axes, points):
@@ -145,14 +185,13 @@ def quality_per_flop(data):
     _operations(spent, [point["training"] for point in points if point["training"]], "training", log=True)
     _operations(used, [point["inference"] for point in points if point["inference"]], "one prompt", log=False)
     spent.set_ylabel("accuracy")
-    low, high = used.get_ylim()
-    scale = (high - low) / (height - 0.7)
-    texts = [_wrapped(label, 19) for label in labels]
-    ends = [max((point for point in points if point["label"] == label), key=lambda point: point["inference"] or 0) for label in labels]
-    at = spread([end["value"] for end in ends], [_LINE * (1.15 + text.count("\n")) * scale for text in texts])
-    for label, text, end, y in zip(labels, texts, ends, at, strict=True):
+    ends = [max((point for point in points if point["label"] == label), key=lambda point: point["inference"]) for label in labels]
+    names = _Labels(list(range(len(labels))), [_wrapped(label, 19) for label in labels], [end["value"] for end in ends])
+    drawn = [point[key] for point in points for key in ("lower", "value", "upper") if point[key] is not None]
+    low, high = _fitted(drawn, [names], height - 0.7)
+    for label, text, end, y in zip(labels, names.texts, ends, names.at((high - low) / (height - 0.7)), strict=True):
         used.annotate(
-            text, (end["inference"] or 0, end["value"]), xytext=(1.07, y), textcoords=used.get_yaxis_transform(), va="center", fontsize=_SIZE,
+            text, (end["inference"], end["value"]), xytext=(1.07, y), textcoords=used.get_yaxis_transform(), va="center", fontsize=_SIZE,
             color=colours.get(label, COLOURS["ink"]), annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": COLOURS["muted"], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)},
         )  # fmt: skip
@@ -192,7 +231,7 @@ def gained_lost(data):
     rows = data["rows"]
     figure = Figure(figsize=(WIDTH, 0.75 + 0.34 * len(rows)))
     axes = figure.subplots()
-    widest = max([max(row["gained"], row["lost"]) / row["items"] for row in rows] + [0.01])
+    widest = max([max(row["gained"], row["lost"]) / row["items"] for row in rows] + [0.05])
     for place, row in enumerate(rows):
         for name, side, colour in (("lost", -1, "alert"), ("gained", 1, "targeted")):
             share = side * row[name] / row["items"]
@@ -210,7 +249,8 @@ def gained_lost(data):
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(-1.2 * widest, 1.2 * widest)
-    axes.xaxis.set_major_formatter(lambda share, _: f"{abs(share):.0%}")
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * abs(share):.3g}%")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("share of the task's items")

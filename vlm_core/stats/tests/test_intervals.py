@@ -238,3 +238,14 @@ def test_perfect_accuracy_is_not_certain():
     found = interval(np.ones(100), np.arange(100) // 2, bounds=(0.0, 1.0))
     assert found.upper == 1.0
     assert found.lower == pytest.approx(0.025 ** (1 / 50))
+
+
+def test_an_interval_over_seeds_and_clusters_is_the_crossed_one():
+    rng = np.random.default_rng(5)
+    seeds, clusters = np.repeat(np.arange(3), 60), np.tile(np.arange(60) // 2, 3)
+    values = (rng.random(180) < 0.6 + 0.1 * seeds).astype(float)
+    found = interval(values, clusters, seeds=seeds, bounds=(0.0, 1.0))
+    crossed = estimate_mean(values, clusters, seeds, bounds=(0.0, 1.0), smallest_alpha=0.025, fast=True)
+    assert (found.lower, found.upper) == pytest.approx(crossed.bounds(0.025), abs=1e-12) and found.n_items == 60
+    pooled = interval(values, clusters, bounds=(0.0, 1.0))
+    assert found.lower < pooled.lower and pooled.upper < found.upper
