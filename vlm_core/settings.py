@@ -85,7 +85,9 @@ def declared(kind: type[T], content: Any) -> T:
     for field in fields(kind):
         if field.name not in content and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"it lacks the setting '{field.name}': it takes {', '.join(_names(kind))}")
-    return kind(**content)
+    made = kind(**content)
+    checked(made)  # also of a dataclass that does not see to it itself
+    return made
 
 
 def checked(instance: Any) -> None:

@@ -3,6 +3,9 @@
 Data: ``items_from`` any data set, a ``Teacher`` that answers, filters, preference pairs, what controls train on, a leakage check, a data
 card; each module says what it exports. Training: ``Budget`` (steps, batch and rate, declared), and one run of one of TRL's trainers, saved as a
 checkpoint: ``sft`` on answers, ``preference`` on pairs of answers, ``on_policy`` on the student's own answers towards a teacher's probabilities.
+
+Practice: ``python -m vlm_core.distill --config FILE``, or ``running.distill(DistillConfig.from_file(FILE))``, does all of it as a file declares;
+``costs`` says what training took, and what the student takes beside its teacher.
 """
 
 from vlm_core.distill.card import data_card

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+import vlm_core.distill.costs as costs
 from vlm_core import DropTokens
 from vlm_core.distill.costs import model_costs, quality_per_flop, speed_pairs, training_costs
 from vlm_core.reduction.costs import saved_flops
@@ -25,12 +26,12 @@ def test_spending_adds_up(tmp_path):
         log = {"kind": "sft", "budget": {"steps": 5, "batch_size": 2}, "images": 10, "tokens": 300, "supervised_tokens": 20,
                "flops": (number + 1) * 10**15, "seconds": 1.5}  # fmt: skip
         (tmp_path / name / "training.json").write_text(json.dumps(log))
-    costs = training_costs({name: tmp_path / name for name in ("a", "b")})
-    assert costs.iloc[1].to_dict() == {
+    spent = training_costs({name: tmp_path / name for name in ("a", "b")})
+    assert spent.iloc[1].to_dict() == {
         "stage": "b", "kind": "sft", "steps": 5, "images": 10, "tokens": 300, "supervised_tokens": 20, "flops": 2 * 10**15,
         "seconds": 1.5, "flops_so_far": 3 * 10**15,
     }  # fmt: skip
-    bought = quality_per_flop(costs, {"a": 0.6, "b": 0.65}, before=0.5)
+    bought = quality_per_flop(spent, {"a": 0.6, "b": 0.65}, before=0.5)
     np.testing.assert_allclose(bought["gain"], [10, 15])
     np.testing.assert_allclose(bought["gain_per_petaflop"], [10, 5])
 
@@ -59,8 +60,19 @@ def test_times_come_in_rounds_and_the_smaller_model_is_faster(models):
     assert speed.groupby("round")["model"].apply(sorted).tolist() == [["student", "teacher"]] * 4
     table = model_costs(pair, make_items(4, size=48), batch=2, rounds=5, tokens=4)
     times = table[table["unit"] == "s"].set_index(["model", "quantity"])
-    assert (times["value"] > 0).all() and (times["lower"] <= times["of_reference"]).all() and (times["of_reference"] <= times["upper"]).all()
+    assert (times["value"] > 0).all()
+    assert (times["lower"] <= times["of_reference"]).all() and (times["of_reference"] <= times["upper"]).all()
     assert times.loc[("student", "first token"), "of_reference"] < 1, "a third of the layers of half the width"
+
+
+def test_what_a_further_token_takes_by_hand(models, monkeypatch):
+    """A model that takes a second to begin and half a second a token, another twice that."""
+    taken = {id(models["teacher"][0]): 2.0, id(models["student"][0]): 1.0}
+    monkeypatch.setattr(costs, "generation_seconds", lambda subject, prepared, row, n: taken[id(subject)] * (1 + 0.5 * (n - 1)))
+    pair = {name: models[name] for name in ("teacher", "student")}
+    speed = speed_pairs(pair, make_items(2, size=48), batch=2, rounds=2, tokens=4).set_index("model")
+    assert (speed.loc["student", "first_token"] == 1.0).all() and (speed.loc["student", "further_token"] == 0.5).all()
+    assert (speed.loc["teacher", "first_token"] == 2.0).all() and (speed.loc["teacher", "further_token"] == 1.0).all()
 
 
 def test_without_a_reference_there_are_no_shares(models):

@@ -1,0 +1,120 @@
+"""A teacher that is asked everything once: what it said is on disk, in pieces, and found again after a kill.
+
+``AskedOnce(make, key, folder)``   a `vlm_core.distill.Teacher` around one that is only loaded where something was not yet asked
+``rows_digest(data)``              hash of a data set's rows, pictures included
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from vlm_core.distill.teachers import Teacher
+from vlm_core.identity import picture_digest
+from vlm_core.items import item_field, take
+
+__all__ = ["AskedOnce", "digest", "rows_digest", "write_whole"]
+
+PIECE = 64
+"""Items in a piece: what a killed run asks again at most."""
+
+
+class AskedOnce:
+    """A teacher whose every word is kept.
+
+    Parameters
+    ----------
+    make : callable
+        ``make()``: the teacher itself.
+    key : JSON
+        What its words follow from beside the items: weights, and how it is asked.
+    folder : Path
+    say : callable
+        Told, in words, how far it is.
+    """
+
+    def __init__(self, make: Callable[[], Teacher], key: Any, folder: Path, say: Callable[[str], None]) -> None:
+        self._make, self._folder, self._say = make, folder / digest(key), say
+        self._teacher: Teacher | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The teacher's."""
+        return self._kept("identity", lambda: self._asked.identity())
+
+    def answers(self, items: Sequence) -> list[str]:
+        """The teacher's, piece by piece."""
+        return self._pieces("answers", [], items, lambda some, _: self._asked.answers(some))
+
+    def samples(self, items: Sequence, n: int, *, temperature: float = 1.0, seed: int = 0) -> list[tuple[str, ...]]:
+        """The teacher's, piece by piece."""
+        drawn = self._pieces(
+            "samples", [n, temperature, seed], items, lambda some, _: self._asked.samples(some, n, temperature=temperature, seed=seed)
+        )
+        return [tuple(one) for one in drawn]
+
+    def scores(self, items: Sequence, answers: Sequence[str]) -> np.ndarray:
+        """The teacher's, piece by piece."""
+        found = self._pieces("scores", [], items, lambda some, said: np.asarray(self._asked.scores(some, said)).tolist(), answers)
+        return np.array(found, dtype=float)
+
+    def close(self) -> None:
+        """Give back the memory of the teacher itself."""
+        self._teacher = None
+
+    @property
+    def _asked(self) -> Teacher:
+        if self._teacher is None:
+            self._teacher = self._make()
+        return self._teacher
+
+    def _pieces(self, what: str, how: list, items: Sequence, ask: Callable, answers: Sequence[str] | None = None) -> list:
+        items, found = take(items, range(len(items))), []
+        for start in range(0, len(items), PIECE):
+            some = items[start : start + PIECE]
+            said = None if answers is None else list(answers[start : start + PIECE])
+            asked = [(str(item_field(item, "id")), picture_digest(item_field(item, "image")), item_field(item, "prompt")) for item in some]
+            name = f"{what}-{digest([how, asked, said])}"
+            new = not self._path(name).is_file()
+            found += self._kept(name, lambda some=some, said=said: ask(some, said))
+            if new and start // PIECE % 8 == 7:
+                self._say(f"{what}: {start + PIECE} of {len(items)}")
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self._path(name)
+        if not path.is_file():
+            write_whole(path, json.dumps(make(), ensure_ascii=False, default=str))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def digest(content: Any) -> str:
+    """Hash of JSON, short enough for a file's name."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def rows_digest(data: datasets.Dataset) -> str:
+    """Hash of what a data set of images and texts holds, in its order."""
+    found = hashlib.sha256()
+    for row in data.with_format("arrow").data.table.to_pylist():
+        for name in sorted(row):
+            for one in row[name]:
+                found.update(one["bytes"] if "bytes" in one else json.dumps([name, one], sort_keys=True).encode())
+    return found.hexdigest()[:20]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
