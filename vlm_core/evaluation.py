@@ -47,6 +47,8 @@ def evaluate(
 
     Parameters
     ----------
+    items : sequence of items
+        With ``id, scene_id, task, image, prompt, answer``, and in mode ``"candidates"`` with those.
     plan : optional
         An intervention (or a tuple of them) in force throughout.
     blind : {None, "mean", "swap"}
@@ -71,10 +73,11 @@ def evaluate(
     SubjectError
         In ``"candidates"`` mode where the model's numbers are not finite: there is no answer to be right or wrong.
     """
-    require_items(items, SCORED)
-    require_row(plan, "plan")
     if mode not in ("candidates", "greedy"):
         raise ValueError(f"mode must be 'candidates' or 'greedy', got '{mode}'")
+    fields = SCORED if mode == "candidates" else tuple(name for name in SCORED if name != "candidates")
+    require_items(items, fields)
+    require_row(plan, "plan")
     if mode == "greedy":
         require_subject(subject)
     if batch_rows is not None:
@@ -84,7 +87,7 @@ def evaluate(
         raise ValueError(f"out {str(out)!r} is a directory: name the file that the rows go to")
     if logits and mode == "greedy":
         raise ValueError("logits are those of the candidates: ask for them in mode 'candidates'")
-    shown, names = shown_items(items, blind)
+    shown, names = shown_items(items, blind, fields)
     if mode == "candidates":
         outputs, correct, score = _by_candidates(subject, shown, plan, batch_rows)
     else:
@@ -140,17 +143,17 @@ def accuracy_table(results: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     return pd.DataFrame(rows, columns=["task", "n", "clusters", "accuracy", "lower", "upper"])
 
 
-def _fields(item, **changes) -> dict:
-    return {**{name: item_field(item, name) for name in SCORED}, **changes}
+def _fields(item, fields: Sequence[str], **changes) -> dict:
+    return {**{name: item_field(item, name) for name in fields}, **changes}
 
 
-def shown_items(items: Sequence, blind: str | None) -> tuple[list, list[str]]:
-    """Items with the images that ``evaluate(blind=...)`` shows, and the scene (or ``"mean"``) that each image is of."""
+def shown_items(items: Sequence, blind: str | None, fields: Sequence[str] = SCORED) -> tuple[list, list[str]]:
+    """Items of these ``fields`` with the images that ``evaluate(blind=...)`` shows, and the scene (or ``"mean"``) each image is of."""
     if blind not in (None, "mean", "swap"):
         raise ValueError(f"blind must be None, 'mean' or 'swap', got '{blind}'")
     shown = take(items, range(len(items)))
     for item in shown:
-        require_item(item, SCORED)
+        require_item(item, fields)
     if blind is None or not shown:
         return shown, [str(item_field(item, "scene_id")) for item in shown]
     if blind == "mean":
@@ -159,11 +162,11 @@ def shown_items(items: Sequence, blind: str | None) -> tuple[list, list[str]]:
             raise ValueError(f"item {item_field(several[0], 'id')!r} has several images, which have no mean: use blind='swap'")
         mean = _mean_image([item_field(item, "image") for item in shown])
         return [
-            _fields(item, image=mean.resize(item_field(item, "image").size)) for item in shown
+            _fields(item, fields, image=mean.resize(item_field(item, "image").size)) for item in shown
         ], ["mean"] * len(shown)
     partners = _partners(shown)
     return [
-        _fields(item, image=item_field(partner, "image")) for item, partner in zip(shown, partners, strict=True)
+        _fields(item, fields, image=item_field(partner, "image")) for item, partner in zip(shown, partners, strict=True)
     ], [str(item_field(partner, "scene_id")) for partner in partners]
 
 

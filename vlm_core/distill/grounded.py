@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_core.distill.instructions import require_answers
-from vlm_core.items import item_field, plain, take
+from vlm_core.items import item_field, plain, require_distinct, require_items, take
 
 if TYPE_CHECKING:
     from vlm_core.distill.teachers import Teacher
@@ -53,7 +53,7 @@ def grounded_answers(items: Sequence, answers: Sequence[str], where: Where, temp
     for item, answer in zip(take(items, range(len(items))), answers, strict=True):
         place = where(item)
         if place is not None and not isinstance(place, str):
-            raise ValueError(f"where gives {place!r:.60} ({type(place).__name__}) for item {item_field(item, 'id')!r}: a text or None is needed")
+            raise ValueError(f"where gives {place!r:.60} ({type(place).__name__}) for item {item_field(item, 'id')!r}, not a text or None")
         said.append(answer if place is None or not place.strip() else template.replace("{where}", place).replace("{answer}", answer, 1))
     return said
 
@@ -141,6 +141,8 @@ def by_asking(teacher: Teacher, items: Sequence, question: Callable[[Any], str |
     question : callable or str
         The prompt for an item (None: do not ask), or one for all.
     """
+    require_items(items, ("id", "image"))
+    require_distinct(items)
     items = take(items, range(len(items)))
     asked = []
     for item in items:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -95,11 +95,13 @@ def items_from(dataset: datasets.Dataset, columns: Columns | None = None, limit:
     ValueError
         A column that is not there, a row without a picture, a prompt or answer that is no text.
     """
-    if not hasattr(dataset, "column_names") or isinstance(dataset.column_names, dict):
-        raise ValueError(
-            f"items_from takes one datasets.Dataset, got a {type(dataset).__name__}"
-            + (f": choose a split of {', '.join(dataset)}" if isinstance(getattr(dataset, "column_names", None), dict) else "")
-        )
+    if not isinstance(dataset, datasets.Dataset):
+        remedy = "make it one with datasets.Dataset.from_list"
+        if isinstance(dataset, dict):
+            remedy = f"choose one of its splits, {', '.join(map(str, dataset))}" if dataset else "it is empty"
+        elif isinstance(dataset, datasets.IterableDataset):
+            remedy = "take a part of the stream, datasets.Dataset.from_list(list(dataset.take(1000)))"
+        raise ValueError(f"items_from takes one datasets.Dataset, not the type {type(dataset).__name__}: {remedy}")
     columns = Columns.of(dataset) if columns is None else columns
     named = {field.name: getattr(columns, field.name) for field in fields(columns)}
     for field, name in named.items():
@@ -187,7 +189,7 @@ def require_answers(items: Any, answers: Any, what: str) -> None:
     ValueError
     """
     require_items(items, ("image", "prompt"))
-    if isinstance(answers, str) or not hasattr(answers, "__len__"):
+    if isinstance(answers, str | bytes | Mapping) or not hasattr(answers, "__len__"):
         raise ValueError(f"answers must be a list of str, got {answers!r:.60} ({type(answers).__name__}): write [answer], also of one")
     if len(items) != len(answers):
         raise ValueError(f"{len(items)} items but {len(answers)} answers: {what} needs one answer an item")
@@ -227,7 +229,7 @@ def _text(value: Any, feature: Any, what: str, number: int) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"the {what} of row {number} is {value!r:.60} ({type(value).__name__}): a text is needed; filter such rows out before")
+        raise ValueError(f"the {what} of row {number} is {value!r:.60} ({type(value).__name__}): filter out rows without a text before")
     return value
 
 

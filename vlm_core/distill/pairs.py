@@ -113,9 +113,11 @@ def teacher_against_student(items: Sequence, taught: Sequence[str], said: Sequen
     """
     require_answers(items, taught, "a preference")
     require_answers(items, said, "a preference")
-    items = take(items, range(len(items)))
+    items, taught, said = take(items, range(len(items))), list(taught), list(said)
     apart = [
-        number for number in range(len(items)) if plain(taught[number]) and plain(said[number]) and plain(taught[number]) != plain(said[number])
+        number
+        for number, (one, other) in enumerate(zip(map(plain, taught), map(plain, said), strict=True))
+        if one and other and one != other
     ]
     margins: list[float | None] = [None] * len(apart)
     if teacher is not None and apart:
@@ -242,11 +244,11 @@ def shuffled_answers(items: Sequence, answers: Sequence[str], seed: int) -> list
         With ``task``.
     """
     require_answers(items, answers, "shuffling")
-    generator = np.random.default_rng(seed)
+    generator, answers = np.random.default_rng(seed), list(answers)
     by_task: dict[str, list[int]] = {}
     for number, item in enumerate(take(items, range(len(items)))):
         by_task.setdefault(str(item_field(item, "task")), []).append(number)
-    shuffled = list(answers)
+    shuffled = answers.copy()
     for task in sorted(by_task):
         numbers = by_task[task]
         own = [answers[number] for number in numbers]

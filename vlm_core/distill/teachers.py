@@ -118,7 +118,7 @@ class RecordedTeacher:
         self._sha256 = hashlib.sha256(content).hexdigest()
         self._lines: dict[tuple[str, str], dict] = {}
         try:
-            lines = content.decode("utf-8").split("\n")
+            lines = content.decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"'{self.path}' is no UTF-8 text ({error.reason} at byte {error.start})") from error
         for number, text in enumerate(lines, start=1):
@@ -127,7 +127,7 @@ class RecordedTeacher:
             line = _recorded(text, f"line {number} of '{self.path}'")
             key = line["image"], line["prompt"]
             if self._lines.setdefault(key, line) != line:
-                raise ValueError(f"line {number} of '{self.path}' answers {line['prompt']!r} about a picture that an earlier line answers otherwise")
+                raise ValueError(f"line {number} of '{self.path}' answers {line['prompt']!r} otherwise than an earlier line about that picture")
         if not self._lines:
             raise ValueError(f"'{self.path}' holds no recorded answers")
 
@@ -185,8 +185,8 @@ class RecordedTeacher:
             line = self._lines.get((picture_digest(item_field(item, "image")), item_field(item, "prompt")))
             if line is None:
                 raise ValueError(
-                    f"'{self.path}' has no answer for item {item_field(item, 'id')!r} ({item_field(item, 'prompt')!r}): record it, or leave "
-                    f"the item out"
+                    f"'{self.path}' has no answer for item {item_field(item, 'id')!r} ({item_field(item, 'prompt')!r}): record it, or "
+                    f"leave the item out"
                 )
             found.append(line)
         return found
@@ -223,8 +223,8 @@ def record_answers(
     model = identity.get("name") or " + ".join(identity.get("models", ())) or type(teacher).__name__
     values = None
     if scores:
-        flat = teacher.scores([item for item, answers in zip(items, said, strict=True) for _ in answers], [one for answers in said for one in answers])
-        values = iter(flat.tolist())
+        each = [(item, answer) for item, answers in zip(items, said, strict=True) for answer in answers]
+        values = iter(teacher.scores([item for item, _ in each], [answer for _, answer in each]).tolist())
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from vlm_core.errors import SubjectError
 from vlm_core.identity import picture_digest
 from vlm_core.items import SHOWN, item_field, item_number, require_items, take
 from vlm_core.subjects.subject import Subject, require_subject
+from vlm_core.subjects.wording import require_texts
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.features import KnownFeatures, encode_distinct
@@ -46,6 +47,7 @@ def answer_scores(subject: Subject, items: Sequence, answers: Sequence[str], *, 
     """
     require_subject(subject)
     require_items(items, SHOWN)
+    require_texts(answers, "answers")
     if len(items) != len(answers):
         raise ValueError(f"{len(items)} items but {len(answers)} answers: give one answer an item")
     items = take(items, range(len(items)))

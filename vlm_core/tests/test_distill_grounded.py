@@ -97,3 +97,6 @@ def test_the_teacher_says_where_when_asked_and_is_asked_once():
         where(make_items(4)[3])
     assert by_asking(Guide(), items[:1], "where is it ?")(items[0]) == "top left"
     assert calls[1][0][1] == "where is it ?"
+    for items, words in ((3, "items must be a sequence"), ([items[0], items[0]], "two items have the id 'item-0'")):
+        with pytest.raises(ValueError, match=words):
+            by_asking(Guide(), items, "where ?")

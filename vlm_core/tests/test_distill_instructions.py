@@ -69,7 +69,9 @@ def test_images_that_were_not_decoded_and_lists_of_answers_that_are_records_are_
     data = public().cast_column("image", datasets.Image(decode=False))
     assert isinstance(data[0]["image"], dict)
     assert items_from(data)[1]["image"].tobytes() == make_items(2)[1]["image"].tobytes()
-    records = datasets.Dataset.from_list([{"image": make_items(1)[0]["image"], "question": "what ?", "answers": [{"answer": "no", "by": 1}]}])
+    records = datasets.Dataset.from_list(
+        [{"image": make_items(1)[0]["image"], "question": "what ?", "answers": [{"answer": "no", "by": 1}]}]
+    )
     assert items_from(records)[0]["answer"] == "no"
 
 
@@ -90,8 +92,9 @@ def test_one_picture_has_one_digest_in_other_files_and_modes():
     ("change", "words"),
     [
         (lambda data: data.rename_column("image", "photo"), "looks like the image"),
-        (lambda data: datasets.DatasetDict(train=data, test=data), "takes one datasets.Dataset, got a DatasetDict: choose a split of train, test"),
-        (lambda data: list(data), "takes one datasets.Dataset, got a list"),
+        (lambda data: datasets.DatasetDict(train=data, test=data), "not the type DatasetDict: choose one of its splits, train, test"),
+        (lambda data: list(data), "not the type list: make it one with"),
+        (lambda data: data.to_iterable_dataset(), "not the type IterableDataset: take a part of the stream"),
     ],
 )
 def test_what_is_no_data_set_of_questions_is_one_sentence(change, words):
@@ -159,7 +162,12 @@ def test_sets_of_nothing_have_their_columns():
 
 @pytest.mark.parametrize(
     ("answers", "words"),
-    [("red", "answers must be a list of str"), (["red"], "2 items but 1 answers"), (["red", None], "answer 1 is None")],
+    [
+        ("red", "answers must be a list of str"),
+        ({0: "red"}, "answers must be a list of str"),
+        (["red"], "2 items but 1 answers"),
+        (["red", None], "answer 1 is None"),
+    ],
 )
 def test_answers_that_are_none_are_one_sentence(answers, words):
     with pytest.raises(ValueError, match=words):

@@ -81,17 +81,19 @@ def test_the_card_counts_what_was_built(sets):
     answers[0] = wrong
     answers[1] += " at row one column two"
     filters = [Kept("deduplicated", tuple(range(6)), {"duplicate": 3}), Kept("within_length", tuple(range(6)))]
-    pairs = [Pair("item-0", "red", "blue", "rubric", 0.5), Pair("item-1", "red", "blue", "rubric", 1.5), Pair("item-0", "a", "b", "teacher_ranked")]
+    pairs = [Pair(name, "red", "blue", "rubric", margin) for name, margin in (("item-0", 0.5), ("item-1", 1.5))]
+    pairs.append(Pair("item-0", "a", "b", "teacher_ranked"))
+    kinds, teacher = ["plain", "grounded", *["plain"] * 4], {"kind": "recorded", "models": ["m"]}
     card = data_card(
-        "colours", items, answers, licence="CC0", kinds=["plain", "grounded", *["plain"] * 4], teacher={"kind": "recorded", "models": ["m"]},
-        filters=filters, pairs=pairs, leakage=leaks(items, evaluated), evaluated=list(evaluated), source="made here", n_examples=4,
+        "colours", items, answers, licence="CC0", kinds=kinds, teacher=teacher, filters=filters,
+        pairs=pairs, leakage=leaks(items, evaluated), evaluated=list(evaluated), source="made here", n_examples=4,
     )  # fmt: skip
-    for fact in ("Questions: 6", "Pictures: 5", "Scenes: 3", "Kinds of answers: grounded (1), plain (5)", "Source: made here", "Licence: CC0"):
-        assert f"* {fact}" in card
+    facts = ("Questions: 6", "Pictures: 5", "Scenes: 3", "Kinds of answers: grounded (1), plain (5)", "Source: made here", "Licence: CC0")
+    assert all(f"* {fact}\n" in card for fact in facts)
     assert f"`{content_digest(items, answers)}`" in card
     by_task = {row["task"]: row for row in table(card, "Tasks")}
     assert by_task["color"]["questions"] == "3" and by_task["all"]["questions"] == "6"
-    assert by_task["color"]["right"] == "66.7% of 3" and by_task["shape"]["right"] == "100.0% of 3" and by_task["all"]["right"] == "83.3% of 6"
+    assert {task: row["right"] for task, row in by_task.items()} == {"color": "66.7% of 3", "shape": "100.0% of 3", "all": "83.3% of 6"}
     assert "* models: ['m']" in card and "Of 6 questions whose answer is known, 83.3% are answered right." in card
     assert "Words: least 1, median 1, 95th percentile 5, most 6." in card
     assert table(card, "Filters") == [

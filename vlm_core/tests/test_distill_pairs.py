@@ -75,7 +75,8 @@ def test_the_teachers_answer_is_preferred_where_the_student_says_another():
 
 def test_a_rubric_prefers_a_right_sample_to_the_commonest_wrong_one():
     items = [{**item, "answer": "red"} for item in make_items(4)]
-    samples = [("blue", "Red .", "green", "green"), ("red", "red", "red", "red"), ("blue", "green", "blue", ""), ("red", "red", "red", "blue")]
+    mixed, right, wrong = ("blue", "Red .", "green", "green"), ("red",) * 4, ("blue", "green", "blue", "")
+    samples = [mixed, right, wrong, ("red", "red", "red", "blue")]
     assert rubric(items, samples) == [
         Pair("item-0", "Red .", "green", "rubric", -0.25), Pair("item-3", "red", "blue", "rubric", 0.5)
     ]
@@ -90,7 +91,8 @@ def test_a_preference_set_is_one_pair_a_row():
     for row, item, chosen, rejected in zip(data, (items[2], items[0]), ("red", "green"), ("blue", "red"), strict=True):
         assert [image.tobytes() for image in row["images"]] == [item["image"].tobytes()]
         assert row["prompt"] == [{"role": "user", "content": item["prompt"]}]
-        assert row["chosen"] == [{"role": "assistant", "content": chosen}] and row["rejected"] == [{"role": "assistant", "content": rejected}]
+        assert row["chosen"] == [{"role": "assistant", "content": chosen}]
+        assert row["rejected"] == [{"role": "assistant", "content": rejected}]
     with pytest.raises(ValueError, match="a pair is about item 'item-9', which is not among the 3 items"):
         preference_set(items, [Pair("item-9", "red", "blue", "rubric")])
     with pytest.raises(ValueError, match="two items have the id 'item-0'"):

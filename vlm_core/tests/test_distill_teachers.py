@@ -73,6 +73,18 @@ def test_what_a_subject_cannot_write_has_no_probability(teacher):
     assert np.isfinite(scores[0]) and (scores[1:] == -np.inf).all()
 
 
+@pytest.mark.parametrize("answers", [None, 3, "red", ["red", None], ["red"]])
+def test_scores_are_of_one_text_an_item(teacher, answers):
+    with pytest.raises(ValueError, match="answers"):
+        teacher.scores(asked(2), answers)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path):
+    path = tmp_path / "said.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + line().encode() + b"\r\n")
+    assert RecordedTeacher(path).answers(asked(1)) == ["red"]
+
+
 def test_no_answer_is_none_even_where_white_space_is_a_token(teacher, monkeypatch):
     monkeypatch.setattr(type(teacher.subject), "continuation", lambda subject, answer: (5,))
     assert np.isfinite(teacher.scores(asked(1), ["red"])).all() and teacher.scores(asked(1), [" "]).tolist() == [-np.inf]

@@ -119,3 +119,12 @@ def test_logits_on_request_are_every_candidates_log_probability(subject, items):
         assert row.logits[item["answer"]] == pytest.approx(plain, abs=1e-4)
     with pytest.raises(ValueError, match="ask for them in mode 'candidates'"):
         evaluate(subject, items, logits=True, mode="greedy")
+
+
+@pytest.mark.parametrize("blind", [None, "mean", "swap"])
+def test_greedy_answers_need_no_candidates(blind, subject, items):
+    open_ended = [{name: value for name, value in item.items() if name != "candidates"} for item in items]
+    expected = evaluate(subject, items, mode="greedy", blind=blind)
+    assert evaluate(subject, open_ended, mode="greedy", blind=blind).equals(expected)
+    with pytest.raises(ValueError, match="has no field 'candidates'"):
+        evaluate(subject, open_ended, blind=blind)
