@@ -154,7 +154,7 @@ def line(**changes):
         (line(scores=[1.0, True]), "one number for each"),
         (line(scores=[1.0, float("inf")]), "one number for each"),
         (line(temperature="hot"), "has temperature 'hot'"),
-        (line() + "\n\n" + line(answers=["blue"]), "line 3 of .* that an earlier line answers otherwise"),
+        (line() + "\n\n" + line(answers=["blue"]), "line 3 of .* otherwise than an earlier line about that picture"),
         (b"\xff\xfe", "is no UTF-8 text"),
     ],
 )
