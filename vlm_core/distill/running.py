@@ -182,8 +182,9 @@ class _Run:
             self.teacher = RecordedTeacher(config.teacher.recorded)
         self.evaluated = {name: items_of(source, f"evaluation.{name}", answered=True) for name, source in config.evaluation.items()}
         for name, items in self.evaluated.items():
-            require_items(_scored(items), SCORED)
-            if config.answers.kind == "grounded" and not _choices(items):
+            if _choices(items):
+                require_items(items, SCORED)
+            elif config.answers.kind == "grounded":
                 raise ValueError(
                     f"evaluation.{name}: its items have no candidates, so that an answer is right where it equals the known one; grounded "
                     f"answers never do: give the items candidates, or teach other answers"
@@ -272,7 +273,7 @@ class _Run:
                         self.say(f"{stage}: measured")
                         subject = load_vlm(folder)
                     plan = None if path is None else Recipe.load(path).row(subject.anatomy)
-                    frame = evaluate(subject, _scored(items), plan=plan, mode="candidates" if _choices(items) else "greedy")
+                    frame = evaluate(subject, items, plan=plan, mode="candidates" if _choices(items) else "greedy")
                     write_whole(kept, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in frame.to_dict("records")))
                 self._frames[stage, path or "", name] = pd.DataFrame([json.loads(line) for line in kept.read_text().splitlines()])
         del subject
@@ -340,11 +341,6 @@ def _versions() -> list[str]:
 
 def _choices(items: list[dict]) -> bool:
     return all(item.get("candidates") for item in items)
-
-
-def _scored(items: list[dict]) -> list[dict]:
-    """Items as `evaluate` takes them: of one without choices its answer stands in for them."""
-    return [item if item.get("candidates") else {**item, "candidates": [item["answer"]]} for item in items]
 
 
 def _metrics(frames: Mapping[tuple[str, str, str], pd.DataFrame]) -> pd.DataFrame:
