@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -60,6 +60,10 @@ class Answered(Policy):
         return "answered"
 
 
+class _AllSeen(Exception):
+    """Raised where every prompt of a pass has been looked at: what later layers make of them is of no use."""
+
+
 @contextmanager
 def answering(function: Callable[[Seen, int], Choice]) -> Iterator[None]:
     """In this context ``Answered`` answers by ``function(seen, keep)``."""
@@ -94,14 +98,17 @@ def seen_by(
 
     def look(seen: Seen, keep: int) -> Choice:
         made.append(make(seen))
+        if len(made) == stop:
+            raise _AllSeen
         return Choice(torch.arange(keep, device=seen.candidates.device))
 
     for start in range(0, len(items), batch):
-        chunk = take(items, range(start, min(start + batch, len(items))))
+        stop = min(start + batch, len(items))
+        chunk = take(items, range(start, stop))
         encoded = encode_items(subject, chunk, reads=reads & OUTSIDE)
         for item, one in zip(chunk, encoded, strict=True):
             if int(one.image.sum()) < 2:
                 raise ValueError(f"item {item_field(item, 'id')!r} has fewer than two image tokens: there is nothing to choose among")
-        with answering(look):
+        with answering(look), suppress(_AllSeen):
             forward_rows(subject, encoded, np.arange(len(chunk)), [row] * len(chunk), list(map(item_number, chunk)))
     return made

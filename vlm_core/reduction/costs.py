@@ -120,7 +120,7 @@ def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8
     DataFrame
         ``round, whole, reduced, saved``: seconds, and ``1 - reduced / whole``.
     """
-    passes = _passes(subject, items, batch)
+    passes = _passes(subject, items, batch, row)
 
     def timed(turn: int, used: Row) -> float:
         return seconds(lambda: _prefill(subject, *passes[turn % len(passes)], used), subject.device)
@@ -169,7 +169,7 @@ def cache_bytes(subject: Subject, items: Sequence, row: Row = None) -> np.ndarra
 
 def peak_pairs(subject: Subject, items: Sequence, row: Row, batch: int = 8) -> tuple[int, int]:
     """Most bytes that a prefill of ``batch`` prompts holds at once beyond the weights, whole and reduced."""
-    (encoded, numbers, prepared), *_ = _passes(subject, items, batch)
+    (encoded, numbers, prepared), *_ = _passes(subject, items, batch, row)
 
     def peak(used: Row) -> int:
         def work():
@@ -188,17 +188,19 @@ def cycled(items: Sequence, batch: int) -> list[list]:
     return [[items[(start + k) % n] for k in range(batch)] for start in range(0, n, batch)]
 
 
-def _passes(subject: Subject, items: Sequence, batch: int) -> list[tuple[list[Encoded], list[int], Batch]]:
+def _passes(subject: Subject, items: Sequence, batch: int, row: Row) -> list[tuple[list[Encoded], list[int], Batch | None]]:
+    """Prompts of each pass, their items' numbers, and the model's own inputs where ``row`` reads anything outside the decoder."""
     require_items(items)
-    encoded = encode_distinct(subject, items)
+    encoded, reads = encode_distinct(subject, items), asked_outside([row])
     passes = []
     for some in cycled(list(zip(items, encoded, strict=True)), batch):
         own = [item for item, _ in some]
-        passes.append(([one for _, one in some], list(map(item_number, own)), subject.encode_items(own, padding_side="right")))
+        prepared = subject.encode_items(own, padding_side="right") if reads else None
+        passes.append(([one for _, one in some], list(map(item_number, own)), prepared))
     return passes
 
 
-def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], prepared: Batch, row: Row) -> torch.Tensor:
+def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], prepared: Batch | None, row: Row) -> torch.Tensor:
     reads = asked_outside([row])
     if reads:
         outside = visuals(subject, prepared.inputs, prepared.sizes, reads)

@@ -115,6 +115,18 @@ def test_training_begins_with_half_of_the_tokens_and_ends_with_as_many_as_asked_
     assert [_count(done, 10, 7) for done in (0.0, 0.5)] == [7, 7] and _count(0.99, 5, 1) == 1
 
 
+def test_a_look_at_prompts_runs_no_layer_after_it(subject):
+    run: list[int] = []
+    handles = [layer.register_forward_hook(lambda *_, number=number: run.append(number)) for number, layer in enumerate(subject.anatomy.layers)]
+    try:
+        found = seen_by(subject, make_items(5), 2, frozenset({"attention"}), lambda seen: (seen.item, seen.layer), batch=2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [layer for _, layer in found] == [2] * 5 and len({item for item, _ in found}) == 5
+    assert run == [0, 1] * 3
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_closed_gates_are_dropped_tokens(subject, layer):
     items = make_items(3)
