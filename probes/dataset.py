@@ -10,12 +10,14 @@ Exports: ``SPLITS``, ``scene_stream``, ``build``, ``debug_set``, ``content_hash`
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import datasets
 import numpy as np
+from PIL import Image
 
 from .render import detail_mask, object_box, object_mask, render
 from .scene import Scene, sample_scene
@@ -106,10 +108,12 @@ def build(split: str, *, tasks: Sequence[str] = tuple(TASKS), n_per_task: int = 
     rows: list[dict] = []
     for index, scene, rng in scene_stream(split, seed):
         asked = [(t, q) for t in tasks if missing[t] for q in [_propose(t, scene, rng, quotas)] if q is not None]
-        image = render(scene) if asked else None
+        if asked:  # what its questions share, once
+            shown = {"scene_id": f"{split}-{seed}-{index:06d}-{scene.content_hash}", "image": _png(render(scene)), "objects": json.dumps(scene.as_dict())}
         for task, question in asked:
             missing[task] -= 1
-            rows.append(_row(f"{split}-{seed}-{index:06d}", scene, image, task, question))
+            row = {"id": f"{split}-{seed}-{index:06d}-{task}", "task": task, **shown, **_row(scene, question)}
+            rows.append({name: row[name] for name in FEATURES})
         if not any(missing.values()):
             break
     return datasets.Dataset.from_list(sorted(rows, key=lambda r: (tasks.index(r["task"]), r["id"])), features=FEATURES)
@@ -126,23 +130,25 @@ def _propose(task: str, scene: Scene, rng: np.random.Generator, quotas: dict):
     return None
 
 
-def _row(name: str, scene: Scene, image, task: str, question) -> dict:
+def _row(scene: Scene, question) -> dict:
     by_id = {o.id: o for o in scene.objects}
     return {
-        "id": f"{name}-{task}",
-        "scene_id": f"{name}-{scene.content_hash}",
-        "task": task,
-        "image": image,
         "prompt": question.prompt,
         "paraphrase": question.paraphrase,
         "answer": question.answer,
         "candidates": list(question.candidates),
         "target": list(question.target),
         "boxes": [list(object_box(by_id[i])) for i in question.target],
-        "objects": json.dumps(scene.as_dict()),
-        "partner_image": render(question.partner),
+        "partner_image": _png(render(question.partner)),
         "partner_answer": question.partner_answer,
     }
+
+
+def _png(image: Image.Image) -> dict:
+    """A picture as `datasets` stores it, compressed for speed."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def debug_set(n: int = 100) -> datasets.Dataset:
