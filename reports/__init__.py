@@ -9,7 +9,9 @@
 ``collect``       the controller's side: gather, gate, write the run directory
 ``provenance``    commit, versions, machine, memory
 ``terminal``      live progress and the verdict table
-``figures``       the figure kinds and their data, rendered as SVG from JSON; ``drawings`` draws them
+``exhibits``      from measured tables to the tables and figures that tests leave; ``exhibits_...`` those of one subject each
+``figures``       the figure kinds and their data, rendered from JSON as SVG (``drawings``, ``drawings_students``) or as words (a template)
+``pictures``      small pictures as text
 ``wording``       numbers and lists as a reader wants them
 ``summary``       what the page says, derived from the JSON
 ``page``          the page itself; ``python -m reports render RUN`` draws it again

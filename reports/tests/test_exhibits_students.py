@@ -362,7 +362,7 @@ CROWDS = {
     },
     "quality_per_flop": {
         "points": [
-            {"label": arm["label"] + str(arm["stage"]), "reduced": False, "training": 1e12, "inference": 1e8, "value": arm["values"][0], "lower": 0.55, "upper": 0.65}
+            {"label": arm["label"] + str(arm["stage"]), "reduced": False, "training": 1e12, "inference": 1e8, "value": arm["values"][0], "lower": 0.3, "upper": 0.65}
             for arm in (*crowd(7, 1, 0), *crowd(6, 2, 0))
         ]
     },
