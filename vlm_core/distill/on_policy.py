@@ -6,6 +6,7 @@ The student answers prompts by sampling, and learns to give each next token of i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
 from vlm_core.distill.lora import Lora
+from vlm_core.distill.operations import Operations
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
 from vlm_core.families.processing import load_processor
+from vlm_core.interventions import Row
+from vlm_core.reduction.recipe import Recipe
 from vlm_core.subjects.load import load_vlm
 
 __all__ = ["on_policy"]
@@ -96,6 +100,7 @@ def on_policy(
     temperature: float = 1.0,
     max_new_tokens: int = 8,
     seed: int = 0,
+    recipe: Recipe | Row = None,
     lora: Lora | None = None,
     checkpoints: str | Path | None = None,
     log_to: str | Path | None = None,
@@ -105,7 +110,7 @@ def on_policy(
 
     Parameters
     ----------
-    student, budget, out, seed, lora, checkpoints, log_to, progress
+    student, budget, out, seed, recipe, lora, checkpoints, log_to, progress
         See `vlm_core.distill.training.Run`.
     teacher : path or hub id
         A checkpoint with the student's vocabulary, and the same preparation of pictures.
@@ -134,12 +139,13 @@ def on_policy(
         raise ValueError(f"{len(data)} prompts are fewer than the {budget.batch_size} of a batch: give more, or a smaller batch_size")
     _require_alike(student, teacher, data)
     set_seed(seed)
-    run = Run(student, budget, Path(out), seed, lora, checkpoints, log_to, progress)
-    taught, spent = Student(student, lora), Spent()
+    run = Run(student, budget, Path(out), seed, recipe, lora, checkpoints, log_to, progress)
+    taught, spent = Student(run), Spent()
     reading = load_processor(student)
     reading.tokenizer.padding_side = "left"  # TRL's generation asks for it; the student's own processor is saved as it was
     teaching = load_vlm(teacher, dtype=torch.float32, device="cpu", check=False)
     teaching.model.requires_grad_(False)
+    reading_teacher = Operations(teaching)
 
     class Trainer(trl.DistillationTrainer):
         prompts: _Prompts | None = None
@@ -174,8 +180,28 @@ def on_policy(
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             answered = inputs["completion_mask"].sum()
-            spent.add(images=len(inputs["prompt_ids"]), tokens=inputs["prompt_mask"].sum() + answered, supervised_tokens=answered)
+            tokens = inputs["prompt_mask"].sum() + answered
+            spent.add(images=len(inputs["prompt_ids"]), tokens=tokens, supervised_tokens=answered, flops=self.flops(inputs))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        def flops(self, inputs: Mapping[str, Any]) -> int:
+            """The student says it, learns from it, and the teacher reads it."""
+            read = inputs["completion_mask"].sum(1)
+            whole = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")]
+            total = taught.operations.rows(*whole, read) + reading_teacher.rows(*whole, read, False)
+            image = (inputs["prompt_ids"] == taught.subject.anatomy.image_token_id).sum(1)
+            for past, pictured, said in torch.stack([inputs["prompt_mask"].sum(1), image, read], 1).tolist():
+                total += taught.operations.sequence(past, pictured, 1, False)
+                total += sum(taught.operations.continuation(1, past + before, pictured, 1, False) for before in range(said - 1))
+            return total
+
+        def _get_last_hidden_state(self, model, input_ids, attention_mask, logits_to_keep, **fields):
+            answering = contextlib.nullcontext()
+            if taught.kept is not None and model is self.accelerator.unwrap_model(self.model):
+                place = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - logits_to_keep
+                answering = taught.kept.answering(place & attention_mask.bool())
+            with answering:
+                return super()._get_last_hidden_state(model, input_ids, attention_mask, logits_to_keep, **fields)
 
     def make(arguments, callbacks):
         config = trl.DistillationConfig(**arguments, beta=divergence, temperature=temperature, max_completion_length=max_new_tokens)

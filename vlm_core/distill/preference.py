@@ -31,6 +31,8 @@ from vlm_core.distill.lora import Lora
 from vlm_core.distill.pairs import swapped_images
 from vlm_core.distill.ready import encoded_by, ready_rows
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
+from vlm_core.interventions import Row
+from vlm_core.reduction.recipe import Recipe
 
 __all__ = ["preference", "preference_loss"]
 
@@ -90,6 +92,7 @@ def preference(
     image_term: float = 0.0,
     anchor_term: float = 0.0,
     seed: int = 0,
+    recipe: Recipe | Row = None,
     lora: Lora | None = None,
     checkpoints: str | Path | None = None,
     log_to: str | Path | None = None,
@@ -102,7 +105,7 @@ def preference(
 
     Parameters
     ----------
-    student, budget, out, seed, lora, checkpoints, log_to, progress
+    student, budget, out, seed, recipe, lora, checkpoints, log_to, progress
         See `vlm_core.distill.training.Run`.
     data : datasets.Dataset
         See `vlm_core.distill.preference_set`.
@@ -124,9 +127,9 @@ def preference(
         As `vlm_core.distill.sft`.
     """
     set_seed(seed)
-    run = Run(student, budget, Path(out), seed, lora, checkpoints, log_to, progress)
+    run = Run(student, budget, Path(out), seed, recipe, lora, checkpoints, log_to, progress)
     swapped = [swapped_images(data, seed)] if image_term else []
-    taught, spent = Student(student, lora), Spent()
+    taught, spent = Student(run), Spent()
 
     class Trainer(trl.DPOTrainer):
         shares_prompts = False
@@ -150,12 +153,23 @@ def preference(
             loss, margins = preference_loss(scores, reference, self.beta, image_term, anchor_term)
             self._metrics["train"]["rewards/margins"].append(margins.mean().item())
             self._metrics["train"]["rewards/accuracies"].append((margins > 0).float().mean().item())
-            own, *others = inputs["batches"]
-            n = len(inputs["row"])
-            spent.add(images=n, **_counted(own, 2 * n))
-            for other in others:
-                spent.add(**_counted(other, n))
+            spent.add(images=len(inputs["row"]), flops=self.flops(inputs, True), **_counted(inputs))
             return loss
+
+        def flops(self, inputs: Mapping[str, Any], gradients: bool) -> int:
+            """Of a pass over a batch: whole sequences, or prompts and then what is said after them."""
+            total = 0
+            for batch, sequences in _read(inputs):
+                ids, valid, said = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].bool()
+                if not self.shares_prompts:
+                    total += taught.operations.rows(ids[:sequences], valid[:sequences], said[:sequences].sum(1), gradients)
+                    continue
+                n, asked = len(inputs["row"]), (valid.bool() & ~said).long()
+                total += taught.operations.rows(ids[:n], asked[:n], torch.ones(n, dtype=torch.long), gradients)
+                image = (ids == taught.subject.anatomy.image_token_id).sum(1)
+                for length, past, pictured in torch.stack([said.sum(1), asked.sum(1), image], 1)[:sequences].tolist():
+                    total += taught.operations.continuation(length - 1, past, pictured, length - 1, gradients)
+            return total
 
     def make(arguments, callbacks):
         trainer = Trainer(
@@ -176,14 +190,23 @@ def preference(
     def prepare(trainer):
         pairs, size = trainer.train_dataset, budget.batch_size
 
+        def batch(start: int) -> dict[str, Any]:
+            return trainer._prepare_inputs(pairs.collate([pairs[row] for row in range(start, min(start + size, len(pairs)))]))
+
         @torch.no_grad()
-        def found(start: int, share: bool) -> torch.Tensor:
-            some = [pairs[row] for row in range(start, min(start + size, len(pairs)))]
-            return trainer.scores(trainer.model, trainer._prepare_inputs(pairs.collate(some)), share)
+        def found(inputs: Mapping[str, Any], share: bool) -> torch.Tensor:
+            return trainer.scores(trainer.model, inputs, share)
 
         trainer.model.train()
-        trainer.shares_prompts = trainer.accelerator.num_processes == 1 and _shares(found)
-        trainer.reference = torch.cat([found(start, trainer.shares_prompts) for start in range(0, len(pairs), size)], dim=1)
+        # A recipe lets go of tokens of whole sequences; several processes share the gradients of one pass a step.
+        alone = trainer.accelerator.num_processes == 1 and taught.kept is None
+        trainer.shares_prompts = alone and _shares(lambda share: found(batch(0), share))
+        parts = []
+        for start in range(0, len(pairs), size):
+            inputs = batch(start)
+            parts.append(found(inputs, trainer.shares_prompts))
+            spent.add(flops=trainer.flops(inputs, False))
+        trainer.reference = torch.cat(parts, dim=1)
         return {"shared_prompts": trainer.shares_prompts}
 
     terms = {"beta": beta, "image_term": image_term, "anchor_term": anchor_term}
@@ -193,10 +216,18 @@ def preference(
 def _shares(found) -> bool:
     """Whether a pass over shared prompts gives what one over whole sequences gives, on the first batch."""
     try:
-        return torch.allclose(found(0, True), found(0, False), rtol=_AGREES, atol=_AGREES)
+        return torch.allclose(found(True), found(False), rtol=_AGREES, atol=_AGREES)
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
         return False  # a family whose prompts need more than a cache to be gone on from
 
 
-def _counted(batch: Mapping[str, torch.Tensor], sequences: int) -> dict[str, torch.Tensor]:
-    return {"tokens": batch["attention_mask"][:sequences].sum(), "supervised_tokens": batch["completion_mask"][:sequences].sum()}
+def _read(inputs: Mapping[str, Any]) -> list[tuple[Mapping[str, torch.Tensor], int]]:
+    """Batches, and how many of their sequences are read: both answers of the first, the chosen ones about other pictures."""
+    n = len(inputs["row"])
+    return list(zip(inputs["batches"], (2 * n, n), strict=False))
+
+
+def _counted(inputs: Mapping[str, Any]) -> dict[str, int]:
+    every = _read(inputs)
+    masks = {"tokens": "attention_mask", "supervised_tokens": "completion_mask"}
+    return {name: sum(int(batch[mask][:sequences].sum()) for batch, sequences in every) for name, mask in masks.items()}

@@ -11,6 +11,8 @@ from transformers import set_seed
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.ready import encoded_conversations, ready_rows
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
+from vlm_core.interventions import Row
+from vlm_core.reduction.recipe import Recipe
 
 __all__ = ["sft"]
 
@@ -22,6 +24,7 @@ def sft(
     out: str | Path,
     *,
     seed: int = 0,
+    recipe: Recipe | Row = None,
     lora: Lora | None = None,
     checkpoints: str | Path | None = None,
     log_to: str | Path | None = None,
@@ -31,7 +34,7 @@ def sft(
 
     Parameters
     ----------
-    student, budget, out, seed, lora, checkpoints, log_to, progress
+    student, budget, out, seed, recipe, lora, checkpoints, log_to, progress
         See `vlm_core.distill.training.Run`.
     data : datasets.Dataset
         See `instruction_set`.
@@ -44,23 +47,21 @@ def sft(
     Raises
     ------
     ValueError
-        For adapters on layers or modules that the model does not have.
+        For adapters or a recipe on layers that the model does not have.
     SubjectError
         If the model cannot be loaded, or has no vision tower that could be frozen.
     TrainingDiverged
         If a loss or weight is not finite; nothing is saved.
     """
     set_seed(seed)
-    run = Run(student, budget, Path(out), seed, lora, checkpoints, log_to, progress)
-    taught, spent = Student(student, lora), Spent()
+    run = Run(student, budget, Path(out), seed, recipe, lora, checkpoints, log_to, progress)
+    taught, spent = Student(run), Spent()
 
     class Trainer(trl.SFTTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            spent.add(
-                images=len(inputs["input_ids"]),
-                tokens=inputs["attention_mask"].sum(),
-                supervised_tokens=(inputs["labels"] != -100).sum(),
-            )
+            ids, valid, read = inputs["input_ids"], inputs["attention_mask"], (inputs["labels"] != -100).sum(1)
+            flops = taught.operations.rows(ids, valid, read)
+            spent.add(images=len(ids), tokens=valid.sum(), supervised_tokens=read.sum(), flops=flops)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def make(arguments, callbacks):

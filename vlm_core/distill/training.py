@@ -10,6 +10,7 @@
 ``kind``                 "sft", "preference" or "on_policy", with the settings of that kind under their own names
 ``budget``, ``seed``     as given
 ``lora``                 as given, or null
+``recipe``               each part of it in words, as fitted to the student's depth, or null
 ``trained_parameters``   how many numbers could change
 ``losses``               means between logs, ten in all
 ``images``               pictures in the rows that were trained on, again for every time
@@ -40,8 +41,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from vlm_core.distill.lora import Lora
+from vlm_core.distill.operations import Operations
 from vlm_core.distill.ready import features_once
 from vlm_core.errors import SubjectError
+from vlm_core.interventions import Row, parts
+from vlm_core.reduction.keeping import KeptTokens, keep_tokens
+from vlm_core.reduction.recipe import Recipe
 from vlm_core.subjects.load import load_vlm
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.features import vision_tower
@@ -85,6 +90,8 @@ class Run:
     checkpoints : path, optional
         Folder for what a killed run is resumed from: a run that finds checkpoints of its own there goes on from the newest whole one, and ends with
         the same weights, bit by bit, on the same kind of machine with as many threads. Whoever changes data or settings takes another folder.
+    recipe : Recipe or interventions that drop or merge tokens, optional
+        In force in every pass of the student (`vlm_core.keep_tokens`): those of the loss, of the reference, of generation.
     lora : Lora, optional
         Train adapters only; default: all weights but the vision tower's.
     log_to : path, optional
@@ -97,6 +104,7 @@ class Run:
     budget: Budget
     out: Path
     seed: int = 0
+    recipe: Recipe | Row = None
     lora: Lora | None = None
     checkpoints: str | Path | None = None
     log_to: str | Path | None = None
@@ -148,14 +156,20 @@ class Student:
         The subject's; the vision tower does not train, and stays in evaluation mode when the model is set to training.
     trained : model
         What a trainer takes: the model, or the model with adapters.
+    kept : KeptTokens or None
+        The recipe in force.
+    operations : Operations
 
     Raises
     ------
     SubjectError
         If it cannot be loaded, or has no vision tower that could be frozen.
+    ValueError
+        For adapters or a recipe on layers that it does not have.
     """
 
-    def __init__(self, source: str | Path, lora: Lora | None = None) -> None:
+    def __init__(self, run: Run) -> None:
+        source, lora = run.student, run.lora
         self.subject: Subject = load_vlm(source, dtype=torch.float32, device="cpu", check=False)
         self.model, self.processor = self.subject.model, self.subject.processor
         tower = vision_tower(self.subject)
@@ -164,6 +178,8 @@ class Student:
         tower.requires_grad_(False)
         tower.eval().train = lambda mode=True: tower
         self.trained = self.model if lora is None else lora.on(self.subject)
+        self.kept = None if run.recipe is None else keep_tokens(self.subject, run.recipe)
+        self.operations = Operations(self.subject, None if self.kept is None else self.kept.row)
         self.trained_parameters = sum(weight.numel() for weight in self.trained.parameters() if weight.requires_grad)
 
 
@@ -192,8 +208,10 @@ class Spent(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"counts": dict(self.counts), "seconds": self.seconds + time.monotonic() - self._began}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        found = state.stateful_callbacks[type(self).__name__]["attributes"]
-        self.counts, self.seconds, self._began = dict(found["counts"]), found["seconds"] if state.global_step else 0.0, time.monotonic()
+        self._began = time.monotonic()
+        if state.global_step:
+            found = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self.counts, self.seconds = dict(found["counts"]), found["seconds"]
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds, self._began = self.seconds + time.monotonic() - self._began, time.monotonic()
@@ -285,6 +303,8 @@ def train(
     if trainer.is_world_process_zero():
         if run.lora is not None:
             student.trained.merge_and_unload()
+        if student.kept is not None:
+            student.kept.remove()
         used = {**dict(zip(Spent.COUNTS, counts.tolist(), strict=True)), "seconds": spent.seconds}
         _save(run, student, {**log, "losses": losses, **used, "encoded_once": once})
     trainer.accelerator.wait_for_everyone()
@@ -295,8 +315,12 @@ def _save(run: Run, student: Student, log: dict[str, Any]) -> None:
     student.model.save_pretrained(run.out)
     student.processor.save_pretrained(run.out)
     lora = None if run.lora is None else asdict(run.lora)
-    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "trained_parameters": student.trained_parameters}
+    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "recipe": _described(student.kept), "trained_parameters": student.trained_parameters}
     (run.out / "training.json").write_text(json.dumps({**log, **common}))
+
+
+def _described(kept: KeptTokens | None) -> list[str] | None:
+    return None if kept is None else [part.describe() for part in parts(kept.row)]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -50,10 +51,14 @@ class KeptTokens:
         self._reads = asked_outside([row])
         self._caches: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
         self._local = threading.local()
-        model = subject.model
+        # Trainers that compute their own loss call the model without its head.
         self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            handle
+            for module in (subject.model, subject.anatomy.base)
+            for handle in (
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            )
         ]
 
     def remove(self) -> None:
@@ -61,6 +66,19 @@ class KeptTokens:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @contextmanager
+    def answering(self, answer: torch.Tensor) -> Iterator[None]:
+        """Passes within (of this thread) end in answers, which are no part of what is asked: ``answer`` ``[prompt, token]`` marks them.
+
+        What ``labels`` tell where they are given.
+        """
+        before = self._local.__dict__.get("answer")
+        self._local.answer = answer
+        try:
+            yield
+        finally:
+            self._local.answer = before
 
     def __enter__(self) -> KeptTokens:
         return self
@@ -103,6 +121,8 @@ class KeptTokens:
         if cache is not None and int(cache.get_seq_length()):
             return self._caches.get(cache)
         ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and not isinstance(ids, torch.Tensor):
+            return None  # a trainer calls a method of its own by way of the model
         if ids is None:
             raise SubjectError(
                 f"subject '{subject.name}' keeps tokens by its recipe, which needs to know the image tokens: call it with input_ids, not "
@@ -125,8 +145,13 @@ class KeptTokens:
         with torch.inference_mode(False):
             return Run(
                 anatomy, program, image & valid, valid, items=_numbers(ids, valid), visual=outside, restores=True,
-                groups=_answers(kwargs.get("labels")),
+                groups=self._answers(kwargs.get("labels")),
             )  # fmt: skip
+
+    def _answers(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
+        """An answer that is trained on is no part of what is asked."""
+        answer = self._local.__dict__.get("answer") if labels is None else labels != -100
+        return None if answer is None else {"answer": answer}
 
     def _outside(self, inputs: Mapping[str, Any], image: torch.Tensor) -> list[Visual]:
         """Places of image tokens, and what the tower saw, as far as the inputs tell."""
@@ -181,8 +206,3 @@ def _numbers(ids: torch.Tensor, valid: torch.Tensor) -> list[int]:
     rows = zip(ids.tolist(), valid.tolist(), strict=True)
     texts = [repr([token for token, real in zip(row, there, strict=True) if real]) for row, there in rows]
     return [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
-
-
-def _answers(labels: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
-    """An answer that is trained on is no part of what is asked."""
-    return None if labels is None else {"answer": labels != -100}

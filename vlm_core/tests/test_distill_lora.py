@@ -59,8 +59,8 @@ def test_the_saved_student_is_the_model_with_its_adapters(student, tmp_path, mon
             return model(**subject.encode_items(items).inputs).logits
 
     class Recording(Student):
-        def __init__(self, source, lora):
-            super().__init__(source, lora)
+        def __init__(self, run):
+            super().__init__(run)
             merge = self.trained.merge_and_unload
 
             def recorded():
