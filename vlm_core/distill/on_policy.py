@@ -23,6 +23,7 @@ from trl.trainer.utils import RepeatSampler
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.operations import Operations
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
+from vlm_core.errors import NotMeasurable
 from vlm_core.families.processing import load_processor
 from vlm_core.interventions import Row
 from vlm_core.reduction.recipe import Recipe
@@ -132,6 +133,8 @@ def on_policy(
     ------
     ValueError
         For a teacher with another vocabulary or other inputs, or fewer rows than a batch; before anything is trained.
+    NotMeasurable
+        For a recipe that reads the vision tower, which generation has seen before the model is called.
     SubjectError, TrainingDiverged
         As `vlm_core.distill.sft`.
     """
@@ -205,22 +208,24 @@ def on_policy(
 
     def make(arguments, callbacks):
         config = trl.DistillationConfig(**arguments, beta=divergence, temperature=temperature, max_completion_length=max_new_tokens)
-        trainer = Trainer(
+        return Trainer(
             taught.trained,
             teacher_model=teaching.model,
             args=config,
             train_dataset=data,
             processing_class=reading,
             callbacks=callbacks,
-        )
+        ), False
+
+    def prepare(trainer):
         prompts = _encoded_once(trainer, data, budget.batch_size)
         if prompts is not None:
             trainer.prompts = trainer.train_dataset = prompts
-        return trainer, prompts is not None
+        return {"encoded_once": prompts is not None}
 
     settings = {"divergence": divergence, "temperature": temperature, "max_new_tokens": max_new_tokens, "teacher": str(teacher)}
     log = {"kind": "on_policy", **settings}
-    return train(run, taught, data, make, spent, log, frozen=[teaching])
+    return train(run, taught, data, make, spent, log, prepare, [teaching])
 
 
 def _encoded_once(trainer: Any, data: datasets.Dataset, size: int) -> _Prompts | None:
@@ -232,6 +237,8 @@ def _encoded_once(trainer: Any, data: datasets.Dataset, size: int) -> _Prompts |
         theirs = trl.DistillationTrainer._generate_and_score_completions(trainer, [data[row] for row in rows])
         torch.set_rng_state(state)
         ours = trainer.generated(prompts, [prompts[row] for row in rows])
+    except NotMeasurable:
+        raise  # a recipe that cannot be in force here
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None  # fields of other shapes than these: TRL knows them
     finally:

@@ -157,18 +157,11 @@ def preference(
             return loss
 
         def flops(self, inputs: Mapping[str, Any], gradients: bool) -> int:
-            """Of a pass over a batch: whole sequences, or prompts and then what is said after them."""
+            """Of whole sequences, shared prompts or not: runs with and without a recipe are to be compared."""
             total = 0
             for batch, sequences in _read(inputs):
-                ids, valid, said = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].bool()
-                if not self.shares_prompts:
-                    total += taught.operations.rows(ids[:sequences], valid[:sequences], said[:sequences].sum(1), gradients)
-                    continue
-                n, asked = len(inputs["row"]), (valid.bool() & ~said).long()
-                total += taught.operations.rows(ids[:n], asked[:n], torch.ones(n, dtype=torch.long), gradients)
-                image = (ids == taught.subject.anatomy.image_token_id).sum(1)
-                for length, past, pictured in torch.stack([said.sum(1), asked.sum(1), image], 1)[:sequences].tolist():
-                    total += taught.operations.continuation(length - 1, past, pictured, length - 1, gradients)
+                ids, valid, said = (batch[name][:sequences] for name in ("input_ids", "attention_mask", "completion_mask"))
+                total += taught.operations.rows(ids, valid, said.sum(1), gradients)
             return total
 
     def make(arguments, callbacks):
@@ -199,7 +192,7 @@ def preference(
 
         trainer.model.train()
         # A recipe lets go of tokens of whole sequences; several processes share the gradients of one pass a step.
-        alone = trainer.accelerator.num_processes == 1 and taught.kept is None
+        alone = trainer.accelerator.num_processes == 1 and taught.row is None
         trainer.shares_prompts = alone and _shares(lambda share: found(batch(0), share))
         parts = []
         for start in range(0, len(pairs), size):

@@ -16,7 +16,8 @@
 ``images``               pictures in the rows that were trained on, again for every time
 ``tokens``               of the sequences that gradients were computed for, padding not counted
 ``supervised_tokens``    those of them that the loss reads
-``flops``                operations of the language model by formula (`vlm_core.distill.operations`), forward and backward
+``flops``                operations of the language model by formula (`vlm_core.distill.operations`), forward and backward;
+                         of whole sequences, also where answers share a prompt
 ``seconds``              from the first step to the last, of all runs that a killed one was resumed in
 ``encoded_once``         whether rows were encoded once (else TRL's collator made every batch)
 """
@@ -156,8 +157,10 @@ class Student:
         The subject's; the vision tower does not train, and stays in evaluation mode when the model is set to training.
     trained : model
         What a trainer takes: the model, or the model with adapters.
+    row : Row
+        The recipe, fitted to the student's depth.
     kept : KeptTokens or None
-        The recipe in force.
+        The recipe while it is in force.
     operations : Operations
 
     Raises
@@ -178,8 +181,12 @@ class Student:
         tower.requires_grad_(False)
         tower.eval().train = lambda mode=True: tower
         self.trained = self.model if lora is None else lora.on(self.subject)
-        self.kept = None if run.recipe is None else keep_tokens(self.subject, run.recipe)
-        self.operations = Operations(self.subject, None if self.kept is None else self.kept.row)
+        self.kept: KeptTokens | None = None
+        self.row = None
+        if run.recipe is not None:
+            with keep_tokens(self.subject, run.recipe) as fitted:
+                self.row = fitted.row
+        self.operations = Operations(self.subject, self.row)
         self.trained_parameters = sum(weight.numel() for weight in self.trained.parameters() if weight.requires_grad)
 
 
@@ -292,9 +299,11 @@ def train(
         trainer, once = make(run.arguments(len(data)), callbacks)
         trainer.remove_callback(PrinterCallback)
         with contextlib.ExitStack() as stack:
+            if student.row is not None:
+                student.kept = stack.enter_context(keep_tokens(student.subject, student.row))
             for subject in (student.subject, *frozen):
                 stack.enter_context(features_once(subject))
-            log = {**log, **(prepare(trainer) if prepare is not None else {})}
+            log = {"encoded_once": once, **log, **(prepare(trainer) if prepare is not None else {})}
             trainer.train(resume_from_checkpoint=_restored(student.model, _newest(run.checkpoints)))
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in student.model.parameters())):
@@ -303,10 +312,8 @@ def train(
     if trainer.is_world_process_zero():
         if run.lora is not None:
             student.trained.merge_and_unload()
-        if student.kept is not None:
-            student.kept.remove()
         used = {**dict(zip(Spent.COUNTS, counts.tolist(), strict=True)), "seconds": spent.seconds}
-        _save(run, student, {**log, "losses": losses, **used, "encoded_once": once})
+        _save(run, student, {**log, "losses": losses, **used})
     trainer.accelerator.wait_for_everyone()
     return run.out
 
@@ -315,12 +322,12 @@ def _save(run: Run, student: Student, log: dict[str, Any]) -> None:
     student.model.save_pretrained(run.out)
     student.processor.save_pretrained(run.out)
     lora = None if run.lora is None else asdict(run.lora)
-    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "recipe": _described(student.kept), "trained_parameters": student.trained_parameters}
+    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "recipe": _described(student.row), "trained_parameters": student.trained_parameters}
     (run.out / "training.json").write_text(json.dumps({**log, **common}))
 
 
-def _described(kept: KeptTokens | None) -> list[str] | None:
-    return None if kept is None else [part.describe() for part in parts(kept.row)]
+def _described(row: Row) -> list[str] | None:
+    return None if row is None else [part.describe() for part in parts(row)]
 
 
 @contextlib.contextmanager

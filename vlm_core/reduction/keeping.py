@@ -88,7 +88,8 @@ class KeptTokens:
 
     def _before(self, module, args: tuple, kwargs: dict) -> None:
         contexts = self._local.__dict__.setdefault("contexts", [])
-        run = None if current_run() is not None else self._run(args, kwargs)
+        looking = self._local.__dict__.get("looking", False)  # at the tower, by way of the model
+        run = None if looking or current_run() is not None else self._run(args, kwargs)
         context = None if run is None else active(run)
         contexts.append((run, context))
         if context is not None:
@@ -161,6 +162,7 @@ class KeptTokens:
         try:
             if not told and subject.anatomy.family.layout in _CUT_BY_SIZE:
                 raise SubjectError("how an image is cut depends on its size")
+            self._local.looking = True
             return visuals(subject, inputs, sizes, self._reads)
         except NotMeasurable:
             raise
@@ -170,6 +172,8 @@ class KeptTokens:
                 f"of these prompts: run them in subject.intervene(...) on a batch of subject.encode(images, prompts), or take a policy that reads "
                 f"neither"
             ) from error
+        finally:
+            self._local.looking = False
 
 
 def keep_tokens(subject: Subject, recipe: Recipe | Row) -> KeptTokens:
