@@ -47,6 +47,7 @@ from vlm_core.distill.preference import preference
 from vlm_core.distill.processes import Processes
 from vlm_core.distill.sft import sft
 from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher
+from vlm_core.distill.training import newest_checkpoint
 from vlm_core.evaluation import accuracy_table, evaluate
 from vlm_core.interventions import Row
 from vlm_core.items import SCORED, require_items
@@ -229,8 +230,7 @@ class _Run:
             self._measured(number)
         else:
             task.partial.parent.mkdir(exist_ok=True)
-            goes_on = task.checkpoints.is_dir() and any(task.checkpoints.iterdir())
-            begins = "goes on from its newest checkpoint" if goes_on else "begins"
+            begins = "goes on from its newest checkpoint" if newest_checkpoint(task.checkpoints) else "begins"
             self.say(f"{stage.name}: {begins}, {stage.steps} steps on {len(data)} rows")
             shutil.rmtree(task.partial, ignore_errors=True)
             for asked in (student, self.teacher):

@@ -52,7 +52,7 @@ from vlm_core.subjects.load import load_vlm
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.features import vision_tower
 
-__all__ = ["Budget", "Run", "Spent", "Student", "TrainingDiverged", "train"]
+__all__ = ["Budget", "Run", "Spent", "Student", "TrainingDiverged", "newest_checkpoint", "train"]
 
 _LOGS = 10
 _WHOLE = "whole"
@@ -240,7 +240,8 @@ class _MarksWhole(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
 
-def _newest(checkpoints: str | Path | None) -> str | None:
+def newest_checkpoint(checkpoints: str | Path | None) -> str | None:
+    """The newest checkpoint in a folder that was written whole; None without one."""
     found = [mark.parent for mark in Path(checkpoints).glob(f"checkpoint-*/{_WHOLE}")] if checkpoints else []
     return str(max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[-1]))) if found else None
 
@@ -304,7 +305,7 @@ def train(
             for subject in (student.subject, *frozen):
                 stack.enter_context(features_once(subject))
             log = {"encoded_once": once, **log, **(prepare(trainer) if prepare is not None else {})}
-            trainer.train(resume_from_checkpoint=_restored(student.model, _newest(run.checkpoints)))
+            trainer.train(resume_from_checkpoint=_restored(student.model, newest_checkpoint(run.checkpoints)))
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     if not (all(map(math.isfinite, losses)) and all(bool(weight.isfinite().all()) for weight in student.model.parameters())):
         raise TrainingDiverged(f"training of '{run.student}' diverged: lower the learning rate {run.budget.learning_rate}")

@@ -20,7 +20,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 import vlm_core.distill.running as running
-from vlm_core import load_vlm
+from vlm_core import DropTokens, Recipe, evaluate, load_vlm
 from vlm_core.distill import RecordedTeacher, SubjectTeacher, instruction_set, sft
 from vlm_core.distill.__main__ import main
 from vlm_core.distill.asked_once import PIECE, AskedOnce
@@ -105,7 +105,7 @@ def test_three_stages_from_a_file(declared, models, tmp_path, capsys):
     overall = metrics[(metrics["stage"] == "on_policy") & (metrics["task"] == "all")]["accuracy"].item()
     assert overall == np.mean([line["correct"] for line in answers]) and len(answers) == 8
     spent = pd.read_csv(out / "training-costs.csv")
-    assert spent["stage"].tolist() == ["sft", "dpo", "on_policy"] and (spent["tokens"] > 0).all()
+    assert spent["stage"].tolist() == ["sft", "dpo", "on_policy"] and (spent["flops"] > 0).all()
     assert spent["flops_so_far"].tolist() == spent["flops"].cumsum().tolist()
     costs = pd.read_csv(out / "costs.csv")
     assert set(costs["model"]) == {"student", "teacher"} and {"first token", "weights"} <= set(costs["quantity"])
@@ -136,6 +136,23 @@ def test_each_stage_starts_from_the_one_before(declared, monkeypatch):
     out = distill(config)
     first = next((out / "stages").glob("1-a-*"))
     assert started == [(config.student.path, 1), (str(first), 2)]
+
+
+def test_a_recipe_is_in_force_while_training_and_the_student_measured_with_it_and_without(declared, models, tmp_path):
+    path = tmp_path / "recipe.json"
+    Recipe(DropTokens(1, 0.25, "stride"), n_layers=2, policy="stride", keep=0.25).save(path)
+    config = DistillConfig.from_dict(declared(stages=[{"kind": "sft", "steps": 2, "batch_size": 2, "recipe": str(path)}]))
+    out = distill(config)
+    taught = datasets.load_from_disk(str(next((out / "kept" / "data").iterdir())))
+    with_it = sft(models["student"], taught, config.stages[0].budget, tmp_path / "with", recipe=Recipe.load(path))
+    without = sft(models["student"], taught, config.stages[0].budget, tmp_path / "without")
+    assert same(out / "student", with_it) and not same(out / "student", without)
+    metrics = pd.read_csv(out / "student-metrics.csv", keep_default_na=False)
+    rows = metrics[(metrics["stage"] == "sft") & (metrics["task"] == "all")].set_index("recipe")["accuracy"]
+    subject, items = load_vlm(out / "student"), make_items(8, seed=2)
+    for recipe, plan in (("", None), (str(path), DropTokens(1, 0.25, "stride"))):
+        assert rows[recipe] == evaluate(subject, items, plan=plan)["correct"].mean()
+    assert set(pd.read_csv(out / "costs.csv")["model"]) == {"student", "student under its recipe", "teacher"}
 
 
 def test_a_recorded_teacher_teaches_the_same(declared, models, tmp_path):
