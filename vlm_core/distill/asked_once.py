@@ -84,7 +84,7 @@ class AskedOnce:
             new = not self._path(name).is_file()
             found += self._kept(name, lambda some=some, said=said: ask(some, said))
             if new and start // PIECE % 8 == 7:
-                self._say(f"{what}: {start + PIECE} of {len(items)}")
+                self._say(f"{what}: {min(start + PIECE, len(items))} of {len(items)}")
         return found
 
     def _path(self, name: str) -> Path:
