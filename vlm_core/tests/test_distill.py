@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,21 @@ from vlm_core.distill import Budget, TrainingDiverged, instruction_set, sft
 from vlm_core.tests.distill_students import save_student, weights
 from vlm_core.tests.tiny import make_items
 
+STAND_IN = """
+from pathlib import Path
+class SummaryWriter:
+    def __init__(self, log_dir):
+        Path(log_dir).mkdir(parents=True)
+        self.file = open(Path(log_dir) / "events.txt", "w")
+    def add_scalar(self, name, value, step):
+        self.file.write(f"{name}:{step} ")
+    def add_text(self, *given):
+        pass
+    def flush(self):
+        self.file.flush()
+    def close(self):
+        self.file.close()
+"""
 BUDGET = Budget(steps=2, batch_size=3, learning_rate=1e-3)
 
 
@@ -173,3 +189,19 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(killed_at, student, t
     logs = [json.loads((folder / "training.json").read_text()) for folder in (whole, out)]
     for name in ("losses", "images", "tokens", "supervised_tokens"):
         assert logs[0][name] == logs[1][name], name
+
+
+def test_training_is_logged_to_tensorboard_where_that_is_installed(student, taught, tmp_path, monkeypatch):
+    """A stand-in that writes lines, by the name of one of the two packages that transformers asks for."""
+    written = {}
+    for installed in (False, True):
+        if installed:
+            (tmp_path / "packages" / "tensorboardX").mkdir(parents=True)
+            (tmp_path / "packages" / "tensorboardX" / "__init__.py").write_text(STAND_IN)
+            monkeypatch.syspath_prepend(tmp_path / "packages")
+        folder = tmp_path / f"log-{installed}"
+        sft(student, taught[1], BUDGET, tmp_path / f"out-{installed}", log_to=folder)
+        written[installed] = (folder / "events.txt").read_text().split() if folder.exists() else None
+    assert written[False] is None
+    assert {"train/loss:1", "train/loss:2", "train/grad_norm:1"} <= set(written[True])
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
