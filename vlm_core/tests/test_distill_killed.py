@@ -13,7 +13,7 @@ import torch
 
 from vlm_core import DropTokens
 from vlm_core.distill import Budget, Lora, instruction_set, on_policy, preference, prompt_set, sft
-from vlm_core.distill.training import _MarksWhole, _newest
+from vlm_core.distill.training import _MarksWhole, newest_checkpoint
 from vlm_core.tests.distill_students import preferences, save_student, weights
 from vlm_core.tests.tiny import make_items
 
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_student(kind, killed, tmp_path):
     try:
         assert not (killed / "killed" / kind / "training.json").exists()
         last = 5 if kind == "while saving" else KILLED_AFTER - 1
-        assert Path(_newest(killed / "checkpoints" / kind)).name == f"checkpoint-{last}"
+        assert Path(newest_checkpoint(killed / "checkpoints" / kind)).name == f"checkpoint-{last}"
         steps = []
         again = train(kind, killed, killed / "killed" / kind, killed / "checkpoints" / kind, lambda done, n: steps.append(done))
         whole = train(kind, killed, tmp_path / "whole", tmp_path / "checkpoints")
