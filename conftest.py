@@ -11,4 +11,5 @@ pytest_plugins = [
     "fixtures.token_measurements",
     "fixtures.redundancy_measurements",
     "fixtures.students",
+    "fixtures.student_results",
 ]

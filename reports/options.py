@@ -60,6 +60,7 @@ def declare(parser):
         help="fail: exit 10 when a claim is inconclusive or invalid (default); warn: exit 0",
     )
     add("--claims-expectations", metavar="FILE", default=None, help="known outcomes of the subject (TOML or JSON)")
+    add("--claims-retrain", action="store_true", help="train students again that are in the cache")
     add("--claims-list", action="store_true", help="list the declared claims and stop")
 
 

@@ -89,7 +89,7 @@ def evaluate(
         raise ValueError("logits are those of the candidates: ask for them in mode 'candidates'")
     shown, names = shown_items(items, blind, fields)
     if mode == "candidates":
-        outputs, correct, score = _by_candidates(subject, shown, plan, batch_rows)
+        outputs, correct, score, each = _by_candidates(subject, shown, plan, batch_rows, logits)
     else:
         outputs = greedy_answers(subject, shown, plan=plan, batch_rows=batch_rows, max_new_tokens=max_new_tokens)
         answers = [str(item_field(item, "answer")) for item in shown]
@@ -110,7 +110,7 @@ def evaluate(
         columns=list(COLUMNS),
     )
     if logits:
-        results["logits"] = _candidate_scores(subject, shown, plan, batch_rows)
+        results["logits"] = each
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         results.to_json(out, orient="records", lines=True, force_ascii=False)
@@ -200,27 +200,22 @@ def _partners(items: Sequence) -> list:
     return partners
 
 
-def _by_candidates(subject, items, plan, batch_rows) -> tuple[list[str], np.ndarray, np.ndarray]:
-    table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=("correct", "margin", "choice"))
-    values = table["value"].to_numpy().reshape(len(items), 3)
-    unknown = np.flatnonzero(np.isnan(values).any(1))
+def _by_candidates(subject, items, plan, batch_rows, logits) -> tuple[list[str], np.ndarray, np.ndarray, list[dict[str, float]]]:
+    """What was chosen, whether it is right, its margin, and with ``logits`` every candidate's log-probability."""
+    candidates = [list(item_field(item, "candidates")) for item in items]
+    each = [candidate_metric(k) for k in range(max(map(len, candidates), default=0))] if logits else []
+    metrics = ("correct", "margin", "choice", *each)
+    table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=metrics)
+    values = table["value"].to_numpy().reshape(len(items), len(metrics))
+    unknown = np.flatnonzero(np.isnan(values[:, :3]).any(1))
     if len(unknown):
         raise SubjectError(
             f"subject '{subject.name}' gives numbers that are not finite for item {item_field(items[int(unknown[0])], 'id')!r} "
             f"({len(unknown)} of {len(items)} items), so it has no answer there: load it in float32 or bfloat16, or weaken the plan."
         )
-    outputs = [
-        item_field(item, "candidates")[int(choice)] for item, choice in zip(items, values[:, 2], strict=True)
-    ]
-    return outputs, values[:, 0] == 1.0, values[:, 1]
-
-
-def _candidate_scores(subject, items, plan, batch_rows) -> list[dict[str, float]]:
-    candidates = [list(item_field(item, "candidates")) for item in items]
-    metrics = [candidate_metric(k) for k in range(max(map(len, candidates)))]
-    table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=metrics)
-    values = table["value"].to_numpy().reshape(len(items), len(metrics))
-    return [dict(zip(names, row.tolist(), strict=False)) for names, row in zip(candidates, values, strict=True)]
+    outputs = [names[int(choice)] for names, choice in zip(candidates, values[:, 2], strict=True)]
+    scores = [dict(zip(names, row.tolist(), strict=False)) for names, row in zip(candidates, values[:, 3:], strict=True)] if logits else []
+    return outputs, values[:, 0] == 1.0, values[:, 1], scores
 
 
 def greedy_answers(

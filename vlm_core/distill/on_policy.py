@@ -29,7 +29,7 @@ from vlm_core.interventions import Row
 from vlm_core.reduction.recipe import Recipe
 from vlm_core.subjects.load import load_vlm
 
-__all__ = ["on_policy"]
+__all__ = ["on_policy", "require_alike"]
 
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
@@ -140,7 +140,7 @@ def on_policy(
     """
     if len(data) < budget.batch_size:
         raise ValueError(f"{len(data)} prompts are fewer than the {budget.batch_size} of a batch: give more, or a smaller batch_size")
-    _require_alike(student, teacher, data)
+    require_alike(student, teacher, data)
     set_seed(seed)
     run = Run(student, budget, Path(out), seed, recipe, lora, checkpoints, log_to, progress)
     taught, spent = Student(run), Spent()
@@ -252,8 +252,14 @@ def _same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def _require_alike(student: str | Path, teacher: str | Path, data: datasets.Dataset) -> None:
-    """Refuse a teacher that cannot read what the student reads."""
+def require_alike(student: str | Path, teacher: str | Path, data: datasets.Dataset) -> None:
+    """Refuse a teacher that cannot read what the student reads.
+
+    Raises
+    ------
+    ValueError
+        For another vocabulary, or other inputs for the first row of ``data``.
+    """
     processors = [load_processor(one) for one in (student, teacher)]
     words, known = (processor.tokenizer.get_vocab() for processor in processors)
     sizes = [AutoConfig.from_pretrained(one).get_text_config().vocab_size for one in (student, teacher)]

@@ -9,6 +9,7 @@ student and under the student before this stage, chosen answer ``w``, rejected a
     - log sigmoid(beta (s(w | m) - s(l | m)))                          DPO
     - image_term  log sigmoid(beta (s(w | m) - s(w | m')))             conditional preference: the chosen answer is the better one of its own picture
     - anchor_term log sigmoid(beta s(w | m))                           anchored preference (mDPO's with its anchor at 0): the chosen answer does not lose
+    - answer_term log p(w | m, x) / tokens of w                        supervised training on the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 2)
 
 mDPO crops its own picture to get ``m'``; here it is another row's picture (`vlm_core.distill.pairs.swapped_images`), the same one all run long.
 """
@@ -41,7 +42,13 @@ _AGREES = 1e-4
 
 
 def preference_loss(
-    scores: torch.Tensor, reference: torch.Tensor, beta: float, image_term: float = 0.0, anchor_term: float = 0.0
+    scores: torch.Tensor,
+    reference: torch.Tensor,
+    beta: float,
+    image_term: float = 0.0,
+    anchor_term: float = 0.0,
+    answer_term: float = 0.0,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module.
 
@@ -49,6 +56,8 @@ def preference_loss(
     ----------
     scores, reference : Tensor ``[2 or 3, pair]``
         Summed log-probabilities of the chosen answer, the rejected one, and with ``image_term`` the chosen one given another picture.
+    lengths : Tensor ``[pair]``
+        Tokens of the chosen answers, for ``answer_term``.
 
     Returns
     -------
@@ -62,6 +71,8 @@ def preference_loss(
         loss = loss - image_term * logsigmoid(gained[0] - gained[2])
     if anchor_term:
         loss = loss - anchor_term * logsigmoid(gained[0])
+    if answer_term:
+        loss = loss - answer_term * scores[0] / lengths
     return loss.mean(), margins.detach()
 
 
@@ -91,6 +102,7 @@ def preference(
     beta: float = 0.1,
     image_term: float = 0.0,
     anchor_term: float = 0.0,
+    answer_term: float = 0.0,
     seed: int = 0,
     recipe: Recipe | Row = None,
     lora: Lora | None = None,
@@ -111,8 +123,8 @@ def preference(
         See `vlm_core.distill.preference_set`.
     beta : float
         How dear it is to leave the student before this stage.
-    image_term, anchor_term : float
-        Weights of mDPO's two terms; see the module.
+    image_term, anchor_term, answer_term : float
+        Weights of mDPO's two terms, and of supervised training on the chosen answer; see the module.
 
     Returns
     -------
@@ -150,10 +162,12 @@ def preference(
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             scores = self.scores(model, inputs, self.shares_prompts)
             reference = self.reference[:, inputs["row"]]
-            loss, margins = preference_loss(scores, reference, self.beta, image_term, anchor_term)
+            n = len(inputs["row"])
+            lengths = inputs["batches"][0]["completion_mask"][:n].sum(1)  # chosen answers come first
+            loss, margins = preference_loss(scores, reference, self.beta, image_term, anchor_term, answer_term, lengths)
             self._metrics["train"]["rewards/margins"].append(margins.mean().item())
             self._metrics["train"]["rewards/accuracies"].append((margins > 0).float().mean().item())
-            spent.add(images=len(inputs["row"]), flops=self.flops(inputs, True), **_counted(inputs))
+            spent.add(images=n, flops=self.flops(inputs, True), **_counted(inputs))
             return loss
 
         def flops(self, inputs: Mapping[str, Any], gradients: bool) -> int:
@@ -202,7 +216,7 @@ def preference(
         trainer.reference = torch.cat(parts, dim=1)
         return {"shared_prompts": trainer.shares_prompts}
 
-    terms = {"beta": beta, "image_term": image_term, "anchor_term": anchor_term}
+    terms = {"beta": beta, "image_term": image_term, "anchor_term": anchor_term, "answer_term": answer_term}
     return train(run, taught, data, make, spent, {"kind": "preference", **terms}, prepare)
 
 

@@ -4,6 +4,7 @@
 ``encoded_conversations(collator)``     how rows of an instruction set are encoded
 ``encoded_by(collator)``                how rows of any set are encoded: by TRL's collator itself, alone
 ``features_once(subject)``              context manager: each picture passes the vision tower once, alone
+``sharing(limit)``                      context manager: trainings in it share what was done once, where it is the same
 
 TRL renders, tokenizes and normalises every row of every batch anew, which for small models costs as much as the training itself.
 Its collator stays the authority: rows encoded once are put together and compared with its batches of the same rows (the shortest alone; the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,12 @@ import torch
 from torch.utils.data import Dataset
 from trl.data_utils import prepare_multimodal_messages
 
+from vlm_core.memory import Bounded
+from vlm_core.subjects.fingerprint import processor_settings, weights_digest
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps.features import KnownFeatures, recalling
+from vlm_core.sweeps.features import KnownFeatures, recalling, vision_tower
 
-__all__ = ["ReadyRows", "encoded_by", "encoded_conversations", "features_once", "ready_rows"]
+__all__ = ["ReadyRows", "encoded_by", "encoded_conversations", "features_once", "ready_rows", "sharing"]
 
 _COMPARED = 4
 """Rows of the batch on which TRL's collator and the rows put together are compared."""
@@ -33,6 +37,10 @@ _ENCODED = "encoded"
 
 _CHUNK = 32
 """Rows that are encoded together."""
+_TOWERS = 4
+"""Vision towers whose features find room in what trainings share: a student's, its teacher's, and as many for rows."""
+
+_SHARED: ContextVar[Bounded | None] = ContextVar("shared by trainings", default=None)
 
 Sequences = tuple[dict[str, torch.Tensor], ...]
 Encode = Callable[[Sequence[dict[str, Any]]], list[Sequences]]
@@ -60,6 +68,11 @@ class ReadyRows(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return {**self._sample, _ENCODED: self._rows[row]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(value.nbytes for sequences in self._rows for one in sequences for value in one.values())
 
     def lengths(self) -> list[int]:
         """Tokens of each row's longest sequence."""
@@ -92,6 +105,22 @@ def ready_rows(data: Dataset, collator: Callable, encode: Encode) -> tuple[Datas
     data, collator, encoded
         What a trainer takes; ``encoded`` tells whether the rows were encoded (else both are those that came in).
     """
+    shared, key = _SHARED.get(), None
+    if shared is not None and hasattr(data, "_fingerprint"):
+        key = ("rows", data._fingerprint, type(collator).__name__, encode.__qualname__, processor_settings(collator.processor))
+        known = shared.get(key)
+        if known is not None:
+            return known, known.collate, True
+    rows = _encoded_rows(data, collator, encode)
+    if rows is None:
+        return data, collator, False
+    if key is not None:
+        shared.keep(key, rows, rows.nbytes)
+    return rows, rows.collate, True
+
+
+def _encoded_rows(data: Dataset, collator: Callable, encode: Encode) -> ReadyRows | None:
+    """Every row encoded; None where that does not give what the collator gives."""
     tokenizer = collator.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
@@ -102,8 +131,8 @@ def ready_rows(data: Dataset, collator: Callable, encode: Encode) -> tuple[Datas
         batches = [ends[:1], list(dict.fromkeys([*ends, *range(min(_COMPARED, len(data)))]))[:_COMPARED]]
         same = all(_equal(rows.collate([rows[row] for row in some]), collator([data[row] for row in some])) for some in batches)
     except (KeyError, TypeError, ValueError, RuntimeError):
-        same = False  # fields of other shapes than these: the collator knows them
-    return (rows, rows.collate, True) if same else (data, collator, False)
+        return None  # fields of other shapes than these: the collator knows them
+    return rows if same else None
 
 
 def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -188,6 +217,29 @@ def features_once(subject: Subject) -> Iterator[KnownFeatures]:
 
     Alone, so that what a picture's features are does not depend on the batch that it came in first. The last bits of a number may depend on it.
     """
-    known = KnownFeatures.of(subject, alone=True)
+    shared, tower = _SHARED.get(), vision_tower(subject)
+    key = None if shared is None or tower is None else ("features", weights_digest(tower), str(subject.device))
+    known = None if key is None else shared.get(key)
+    if known is None:
+        known = KnownFeatures.of(subject, alone=True)
+        if key is not None:
+            known.limit = min(known.limit, shared.limit // _TOWERS)
+            shared.keep(key, known, known.limit)
     with recalling(subject, known):
         yield known
+
+
+@contextmanager
+def sharing(limit: int) -> Iterator[None]:
+    """Trainings in this context (and thread) share encoded rows of the same set under the same processor, and features of the same vision tower.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes that may be kept.
+    """
+    token = _SHARED.set(Bounded(limit))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)

@@ -3,6 +3,7 @@
 ``weights_state(model)``         tells cheaply whether weights were changed in memory
 ``weights_digest(model)``        the weights themselves, wherever they are kept
 ``settings_digest(...)``         configuration of model and processor, attention, versions
+``processor_settings(...)``      what a processor makes of text and pictures depends on
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 
 from vlm_core.placement import present
 
-__all__ = ["settings_digest", "weights_digest", "weights_state"]
+__all__ = ["processor_settings", "settings_digest", "weights_digest", "weights_state"]
 
 
 def weights_state(model: nn.Module) -> tuple:
@@ -56,12 +57,15 @@ def settings_digest(model: nn.Module, processor: Any, attention: str) -> str:
     """Digest of what else the numbers depend on; ``attention`` is the one that the seam delegates to."""
     parts = [model.config.to_json_string(), attention, torch.__version__, transformers.__version__]
     if processor is not None:
-        parts.append(processor.to_json_string())
-        parts.append(str(getattr(processor, "chat_template", None)))
-        if processor.tokenizer.is_fast:
-            content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-            # How the last batch was padded is no setting.
-            parts.append(json.dumps({key: value for key, value in content.items() if key not in ("padding", "truncation")}))
-        else:
-            parts.append(json.dumps(sorted(processor.tokenizer.get_vocab().items())))
+        parts += processor_settings(processor)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def processor_settings(processor: Any) -> tuple[str, ...]:
+    """Configuration, chat template and tokenizer of a processor, as texts."""
+    configured, template = processor.to_json_string(), str(getattr(processor, "chat_template", None))
+    if not processor.tokenizer.is_fast:
+        return configured, template, json.dumps(sorted(processor.tokenizer.get_vocab().items()))
+    content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    # How the last batch was padded is no setting.
+    return configured, template, json.dumps({key: value for key, value in content.items() if key not in ("padding", "truncation")})

@@ -59,17 +59,20 @@ def texts(row):
 # -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("image_term", "anchor_term"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (1.0, 1.0)])
-def test_the_loss_is_that_of_the_papers(image_term, anchor_term):
+@pytest.mark.parametrize(
+    ("image_term", "anchor_term", "answer_term"), [(0.0, 0.0, 0.0), (0.7, 0.0, 0.0), (0.0, 0.4, 0.0), (0.0, 0.0, 0.6), (1.0, 1.0, 1.0)]
+)
+def test_the_loss_is_that_of_the_papers(image_term, anchor_term, answer_term):
     generator = torch.Generator().manual_seed(0)
     scores, reference = (-10 * torch.rand(3, 5, generator=generator) for _ in range(2))
+    lengths = torch.tensor([1, 2, 3, 5, 8])
     beta, terms = 0.3, []
-    for w, l, o, rw, rl, ro in torch.cat([scores, reference]).T.tolist():
+    for w, l, o, rw, rl, ro, n in torch.cat([scores, reference, lengths[None]]).T.tolist():
         log_sigmoid = [
             -math.log1p(math.exp(-beta * x)) for x in ((w - rw) - (l - rl), (w - rw) - (o - ro), w - rw)
         ]
-        terms.append(-log_sigmoid[0] - image_term * log_sigmoid[1] - anchor_term * log_sigmoid[2])
-    loss, margins = preference_loss(scores, reference, beta, image_term, anchor_term)
+        terms.append(-log_sigmoid[0] - image_term * log_sigmoid[1] - anchor_term * log_sigmoid[2] - answer_term * w / n)
+    loss, margins = preference_loss(scores, reference, beta, image_term, anchor_term, answer_term, lengths)
     assert float(loss) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
     assert margins.tolist() == pytest.approx((beta * (scores - reference)[0] - beta * (scores - reference)[1]).tolist(), rel=1e-5)
 
@@ -118,6 +121,15 @@ def test_what_the_student_said_before_and_of_another_picture_is_computed_once(st
     for reference in seen:
         for found in reference.T.tolist():
             assert any(found == pytest.approx(one, abs=1e-3) for one in expected)
+
+
+def test_the_answers_own_loss_is_divided_by_its_tokens(student, data, tmp_path, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(MODULE, "preference_loss", lambda *args: lengths.append(args[-1].tolist()) or preference_loss(*args))
+    preference(student, data, BUDGET, tmp_path / "out", answer_term=1.0, seed=4)
+    tokenizer = AutoProcessor.from_pretrained(student).tokenizer
+    known = [len(tokenizer(f" {texts(row)[1]} </s>")["input_ids"]) for row in data]
+    assert len(set(known)) > 1 and {length for step in lengths for length in step} <= set(known) and len({x for step in lengths for x in step}) > 1
 
 
 @pytest.mark.parametrize("name", SHARED)

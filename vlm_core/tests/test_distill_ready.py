@@ -10,8 +10,10 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vlm_core import Subject
-from vlm_core.distill import instruction_set
-from vlm_core.distill.ready import encoded_by, encoded_conversations, features_once, ready_rows
+from vlm_core.distill import Budget, instruction_set, sft
+from vlm_core.distill import ready as ready_module
+from vlm_core.distill.ready import encoded_by, encoded_conversations, features_once, ready_rows, sharing
+from vlm_core.sweeps import features as features_module
 from vlm_core.sweeps.features import vision_tower
 from vlm_core.tests.distill_students import TEMPLATE, preferences
 from vlm_core.tests.family_processors import PROCESSORS
@@ -102,3 +104,43 @@ def test_features_of_pictures_are_the_towers_whatever_came_with_them():
                 assert torch.equal(tower(pixels[chosen], output_hidden_states=True).hidden_states[-1], alone[chosen])
         handle.remove()
     assert calls == [1, 1, 1, 1]
+
+
+# -- several trainings in one process ---------------------------------------------------------------------------------
+
+
+def test_trainings_that_share_encode_a_set_once_and_give_the_same_students(tmp_path, monkeypatch):
+    student, data = tmp_path / "student", taught()
+    for part in tiny_llava(layers=2, chat_template=TEMPLATE):
+        part.save_pretrained(student)
+    encoded, passed = [], []
+    encode, recall = ready_module._encoded_rows, features_module._recall
+
+    def counting(rows, collator, how):
+        encoded.append(len(rows))
+        return encode(rows, collator, how)
+
+    def watching(original, *rest):
+        def tower(*args, **kwargs):
+            passed.append(1)
+            return original(*args, **kwargs)
+
+        return recall(tower, *rest)
+
+    monkeypatch.setattr(ready_module, "_encoded_rows", counting)
+    monkeypatch.setattr(features_module, "_recall", watching)
+    budget = Budget(3, 2, 1e-3)
+    alone = [sft(student, data, budget, tmp_path / f"alone-{seed}", seed=seed) for seed in (0, 1)]
+    one_by_one = len(encoded), len(passed)
+    with sharing(2**26):
+        encoded.clear(), passed.clear()
+        together = [sft(student, data, budget, tmp_path / f"together-{seed}", seed=seed) for seed in (0, 1)]
+        other = data.select(range(len(data) - 1))
+        sft(student, other, budget, tmp_path / "other")
+    assert one_by_one[0] == 2 and len(encoded) == 2 and encoded[1] == len(other)
+    assert 0 < len(passed) < one_by_one[1]
+    for one, two in zip(alone, together, strict=True):
+        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    encoded.clear()
+    sft(student, data, budget, tmp_path / "after")
+    assert len(encoded) == 1  # nothing is kept beyond the context

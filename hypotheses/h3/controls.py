@@ -1,0 +1,39 @@
+"""Baselines and controls that several claims of H3 share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlm_core.stats import Baseline, Control, estimate_mean
+
+HINTON = "Hinton et al. 2015, arXiv:1503.02531"
+LLAVA_KD = "LLaVA-KD, Cai et al. 2024, arXiv:2410.16236"
+LITERATURE = {"published": "54.7 to 57.9 mean score (LLaVA-KD, 0.5 B student)", "where": "five VQA benchmarks"}
+
+
+def correct(frame) -> np.ndarray:
+    """1 for a right answer, 0 for a wrong one."""
+    return frame["correct"].to_numpy(float)
+
+
+def gains(after, before) -> list[np.ndarray]:
+    """Right answers gained, one array a seed."""
+    return [correct(one) - correct(other) for one, other in zip(after, before, strict=True)]
+
+
+def whole(answers, blind, floors) -> Baseline:
+    """Accuracy over all grounding tasks of what is started from (one frame a seed), what it answers to another scene's image, and chance."""
+    mean = [float(np.mean([correct(frame).mean() for frame in frames])) for frames in (answers, blind)]
+    return Baseline(*mean, float(np.mean(list(floors.chance.values()))))
+
+
+def teacher_is_right(taught, before, threshold) -> Control:
+    """The very answers that are taught must be right more often than the student already is; else a gain is not theirs, or a loss is one of form."""
+    right, floor = float(taught["correct"].mean()), float(before["correct"].mean()) + threshold
+    return Control("taught answers that are right", "positive", right > floor, right, f"more than {floor:.2f}")
+
+
+def surely_above(name: str, rows, limit: float = 0.0, kind: str = "positive") -> Control:
+    """Control: the mean effect of crossed rows (`fixtures.students.crossed`) has a lower 95 % bound above ``limit``."""
+    lower = estimate_mean(rows["effect"], rows["cluster"], rows["seed"]).bounds(0.05)[0]
+    return Control(name, kind, lower > limit, lower, f"a mean surely above {limit:g}")
