@@ -1,10 +1,10 @@
 """How probable a model finds answers to prompts with pictures, for training on whole answers.
 
-``whole_sequences(model, batch)``       summed log-probability of each answer of TRL's batch of prompts and answers, one pass over all sequences
+``whole_sequences(model, batch)``       summed log-probability of each answer of TRL's batch, one pass over all sequences
 ``SharedPrompts(...)``, ``shared(...)``   the same numbers from one pass over each prompt, which its answers then read from the cache
 
-Two answers to one prompt of many image tokens differ in a few tokens at the end; read from the cache, the prompt is computed, and its gradients, once
-for both.
+Two answers to one prompt of many image tokens differ in a few tokens at the end; read from the cache, the prompt is computed, and its
+gradients, once for both.
 """
 
 from __future__ import annotations

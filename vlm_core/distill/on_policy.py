@@ -107,7 +107,7 @@ def on_policy(
     log_to: str | Path | None = None,
     progress=None,
 ) -> Path:
-    """Train a student on its own answers towards a teacher's next-token probabilities, with ``trl.DistillationTrainer``, vision tower frozen.
+    """Train a student on its own answers towards a teacher's next-token probabilities, tower frozen, with ``trl.DistillationTrainer``.
 
     Parameters
     ----------
@@ -268,8 +268,8 @@ def require_alike(student: str | Path, teacher: str | Path, data: datasets.Datas
         apart = sorted(word for word in words.keys() | known.keys() if words.get(word) != known.get(word))
         what = f"{len(apart)} tokens apart, such as {apart[0]!r}" if apart else f"{sizes[1]} against {sizes[0]} of the student"
         raise ValueError(
-            f"teacher '{teacher}' has another vocabulary than student '{student}' ({what}), but on-policy distillation compares probabilities "
-            f"of the same tokens: {instead}"
+            f"teacher '{teacher}' has another vocabulary than student '{student}' ({what}), but on-policy distillation compares "
+            f"probabilities of the same tokens: {instead}"
         )
     asked = [prepare_multimodal_messages(data[0]["prompt"], images=data[0]["images"])]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}

@@ -80,7 +80,9 @@ class _Layer:
     """Linear maps of a decoder layer: weights, those that train, and those that come after what trains."""
 
     def __init__(self, read: list[nn.Linear], rest: list[nn.Linear], adapters: list[nn.Linear]) -> None:
-        self._maps = [(one.weight.numel(), one.weight.requires_grad, later) for later, some in ((0, read), (1, rest), (2, adapters)) for one in some]
+        self._maps = [
+            (one.weight.numel(), one.weight.requires_grad, later) for later, some in enumerate((read, rest, adapters)) for one in some
+        ]
         self._entrance_trains = any(one.weight.requires_grad for one in (*read, *adapters))
         self.trains = any(trains for _, trains, _ in self._maps)
         self.below = False

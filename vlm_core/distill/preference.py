@@ -3,15 +3,17 @@
 ``preference(...)``        train
 ``preference_loss(...)``   DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7) with the terms of mDPO (Wang et al. 2024, arXiv:2406.11839)
 
-With ``s(y | m) = log p(y | m, x) - log p_ref(y | m, x)``, the summed log-probabilities of an answer to prompt ``x`` about picture ``m`` under the
-student and under the student before this stage, chosen answer ``w``, rejected answer ``l`` and another picture ``m'``, the loss is the mean over pairs of
+With ``s(y | m) = log p(y | m, x) - log p_ref(y | m, x)``, the summed log-probabilities of an answer to prompt ``x`` about picture ``m``
+under the student and under the student before this stage, chosen answer ``w``, rejected answer ``l`` and another picture ``m'``, the loss
+is the mean over pairs of
 
-    - log sigmoid(beta (s(w | m) - s(l | m)))                          DPO
-    - image_term  log sigmoid(beta (s(w | m) - s(w | m')))             conditional preference: the chosen answer is the better one of its own picture
-    - anchor_term log sigmoid(beta s(w | m))                           anchored preference (mDPO's with its anchor at 0): the chosen answer does not lose
-    - answer_term log p(w | m, x) / tokens of w                        supervised training on the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 2)
+    - log sigmoid(beta (s(w | m) - s(l | m)))                 DPO
+    - image_term  log sigmoid(beta (s(w | m) - s(w | m')))    conditional preference: the chosen answer is the better one of its own picture
+    - anchor_term log sigmoid(beta s(w | m))                  anchored preference (mDPO's, anchor at 0): the chosen answer does not lose
+    - answer_term log p(w | m, x) / tokens of w               supervised training on the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 2)
 
-mDPO crops its own picture to get ``m'``; here it is another row's picture (`vlm_core.distill.pairs.swapped_images`), the same one all run long.
+mDPO crops its own picture to get ``m'``; here it is another row's picture (`vlm_core.distill.pairs.swapped_images`), the same one
+all run long.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from vlm_core.reduction.recipe import Recipe
 __all__ = ["preference", "preference_loss"]
 
 _AGREES = 1e-4
-"""Largest difference of a log-probability, relative or in nats, at which one pass over shared prompts stands for one over whole sequences."""
+"""Largest difference of a log-probability, relative or in nats, at which a pass over shared prompts stands for one over sequences."""
 
 
 def preference_loss(

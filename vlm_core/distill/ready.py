@@ -148,9 +148,9 @@ def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bo
 
 
 def encoded_conversations(collator: Any) -> Encode:
-    """Rows with ``images`` and ``messages`` as TRL's ``DataCollatorForVisionLanguageModeling`` encodes them, loss on the assistant's tokens only.
+    """Rows with ``images`` and ``messages`` as TRL's ``DataCollatorForVisionLanguageModeling`` encodes them, loss on answers only.
 
-    The processor is asked for lists: it marks the assistant's tokens in a loop over all of them, which takes ten times as long over tensors.
+    The processor is asked for lists: it marks the assistant's tokens in a loop over all of them, ten times as long over tensors.
     """
     processor = collator.processor
 
@@ -215,7 +215,7 @@ def _tensor(value: Any) -> torch.Tensor:
 def features_once(subject: Subject) -> Iterator[KnownFeatures]:
     """In this context the subject's vision tower, which must not train, computes each picture once, alone.
 
-    Alone, so that what a picture's features are does not depend on the batch that it came in first. The last bits of a number may depend on it.
+    Alone, so that what a picture's features are does not depend on the batch that it came in first: the last bits may.
     """
     shared, tower = _SHARED.get(), vision_tower(subject)
     key = None if shared is None or tower is None else ("features", weights_digest(tower), str(subject.device))

@@ -67,7 +67,8 @@ class TrainingDiverged(Exception):
 class Budget:
     """What one training run may spend; equal budgets make arms comparable.
 
-    ``steps`` are optimiser steps of ``batch_size`` images with all their turns; the rate warms up over a tenth of the steps and falls linearly.
+    ``steps`` are optimiser steps of ``batch_size`` images with all their turns; the rate warms up over a tenth of the steps and falls
+    linearly.
     """
 
     steps: int
@@ -89,8 +90,9 @@ class Run:
     seed : int
         Order of the data and everything else random.
     checkpoints : path, optional
-        Folder for what a killed run is resumed from: a run that finds checkpoints of its own there goes on from the newest whole one, and ends with
-        the same weights, bit by bit, on the same kind of machine with as many threads. Whoever changes data or settings takes another folder.
+        Folder for what a killed run is resumed from: a run that finds checkpoints of its own there goes on from the newest whole one,
+        and ends with the same weights, bit by bit, on the same kind of machine with as many threads. Whoever changes
+        data or settings takes another folder.
     recipe : Recipe or interventions that drop or merge tokens, optional
         In force in every pass of the student (`vlm_core.keep_tokens`): those of the loss, of the reference, of generation.
     lora : Lora, optional
@@ -323,7 +325,8 @@ def _save(run: Run, student: Student, log: dict[str, Any]) -> None:
     student.model.save_pretrained(run.out)
     student.processor.save_pretrained(run.out)
     lora = None if run.lora is None else asdict(run.lora)
-    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "recipe": _described(student.row), "trained_parameters": student.trained_parameters}
+    common = {"budget": asdict(run.budget), "seed": run.seed, "lora": lora, "recipe": _described(student.row)}
+    common["trained_parameters"] = student.trained_parameters
     (run.out / "training.json").write_text(json.dumps({**log, **common}))
 
 

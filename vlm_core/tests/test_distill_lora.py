@@ -107,7 +107,9 @@ def test_informed_layers_are_the_top_the_bottom_and_others():
     assert informed_layers([1.0, 1.0, 1.0, 1.0], share=0.5) == {"top": (0, 1), "bottom": (2, 3), "random": (2, 3)}
 
 
-@pytest.mark.parametrize(("scores", "share", "told"), [([1.0], 0.1, "two layers"), ([1.0, float("nan")], 0.1, "finite"), ([1.0, 2.0], 0.6, "at most 0.5")])
+@pytest.mark.parametrize(
+    ("scores", "share", "told"), [([1.0], 0.1, "two layers"), ([1.0, float("nan")], 0.1, "finite"), ([1.0, 2.0], 0.6, "at most 0.5")]
+)
 def test_scores_that_rank_nothing_are_refused(scores, share, told):
     with pytest.raises(ValueError, match=told):
         informed_layers(scores, share)

@@ -64,7 +64,9 @@ def plain_divergence(student, teacher, inputs, divergence, temperature):
 
 
 @pytest.mark.parametrize(("divergence", "temperature"), [(1.0, 1.0), (0.0, 1.0), (0.5, 1.0), (1.0, 0.7)])
-def test_the_loss_is_the_divergence_of_full_distributions_on_what_the_student_said(divergence, temperature, student, teacher, prompts, tmp_path, monkeypatch):
+def test_the_loss_is_the_divergence_of_full_distributions_on_what_the_student_said(
+    divergence, temperature, student, teacher, prompts, tmp_path, monkeypatch
+):
     seen, teaching = [], load_vlm(teacher, check=False).model
 
     class Recording(trl.DistillationTrainer):
@@ -138,7 +140,8 @@ def test_a_teacher_of_another_vocabulary_is_refused_in_one_sentence(student, pro
     processor = AutoProcessor.from_pretrained(other)
     processor.tokenizer.add_tokens(["purple"])
     processor.save_pretrained(other)
-    with pytest.raises(ValueError, match="has another vocabulary than student '.*' .1 tokens apart, such as 'purple'.*train on the teacher's answers"):
+    told = "has another vocabulary than student '.*' .1 tokens apart, such as 'purple'.*train on the teacher's answers"
+    with pytest.raises(ValueError, match=told):
         on_policy(student, other, prompts, BUDGET, tmp_path / "out")
 
 

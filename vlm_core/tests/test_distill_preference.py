@@ -107,7 +107,12 @@ def test_three_steps_are_those_of_trls_trainer_with_a_reference_model(student, d
 
 def test_what_the_student_said_before_and_of_another_picture_is_computed_once(student, data, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(MODULE, "preference_loss", lambda scores, reference, *terms: seen.append(reference) or preference_loss(scores, reference, *terms))
+
+    def recording(scores, reference, *terms):
+        seen.append(reference)
+        return preference_loss(scores, reference, *terms)
+
+    monkeypatch.setattr(MODULE, "preference_loss", recording)
     preference(student, data, BUDGET, tmp_path / "out", image_term=1.0, seed=4)
     model = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student)
@@ -186,7 +191,8 @@ def test_the_image_term_makes_the_own_picture_matter(student, data, tmp_path):
         processor, gaps = AutoProcessor.from_pretrained(folder), []
         for row, other in zip(data, swapped_images(data, 2), strict=True):
             prompt, chosen, _ = texts(row)
-            gaps.append(plain_score(model, processor, row["images"][0], prompt, chosen) - plain_score(model, processor, other["images"][0], prompt, chosen))
+            own, swapped = (plain_score(model, processor, one["images"][0], prompt, chosen) for one in (row, other))
+            gaps.append(own - swapped)
         return sum(gaps) / len(gaps)
 
     budget = Budget(20, 5, 2e-3)

@@ -137,7 +137,8 @@ def test_the_divergence_is_that_of_the_student_under_the_recipe_and_the_whole_te
             for row in range(len(inputs["prompt_ids"])):
                 answering = Answering(model)
                 answering.prompt = int(inputs["prompt_mask"][row].sum())
-                one = {name: inputs[name][row : row + 1] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "pixel_values")}
+                names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "pixel_values")
+                one = {name: inputs[name][row : row + 1] for name in names}
                 rows.append((plain_divergence(answering, teaching, one, 1.0, 1.0), int(inputs["completion_mask"][row].sum())))
             mean = sum(value * n for value, n in rows) / sum(n for _, n in rows)
             seen.append((float(found[0].detach()), mean))
@@ -153,7 +154,12 @@ def test_the_divergence_is_that_of_the_student_under_the_recipe_and_the_whole_te
 def test_the_reference_is_the_student_under_the_recipe(student, teacher, tmp_path, monkeypatch):
     module = sys.modules["vlm_core.distill.preference"]
     seen, loss = [], module.preference_loss
-    monkeypatch.setattr(module, "preference_loss", lambda scores, reference, *terms: seen.append(reference) or loss(scores, reference, *terms))
+
+    def recording(scores, reference, *terms):
+        seen.append(reference)
+        return loss(scores, reference, *terms)
+
+    monkeypatch.setattr(module, "preference_loss", recording)
     train("preference", student, teacher, tmp_path / "out", recipe=RECIPE)
     subject = load_vlm(student, check=False)
     expected = []
