@@ -184,7 +184,10 @@ class Run:
                 elif artifacts[name] != content:
                     self._problem(f"tests disagree about {name}")
         for name, content in artifacts.items():
-            self._write_json(name, content)
+            if isinstance(content, str):
+                (self.folder / name).write_text(content, encoding="utf-8")
+            else:
+                self._write_json(name, content)
         return list(artifacts)
 
     def _write_json(self, name, content):

@@ -146,6 +146,13 @@ class Evidence:
         _check_name(name, ".json")
         self._artifacts.append({"name": name, "content": record.to_builtins(content, name)})
 
+    def document(self, name, text):
+        """Leave a Markdown text; tests that leave one of the same name must agree about it."""
+        _check_name(name, ".md")
+        if not isinstance(text, str):
+            raise ValueError(f"{name!r} is a {type(text).__name__}: a document is a text")
+        self._artifacts.append({"name": name, "content": text})
+
     def figure(self, kind, data, *, title, caption, alt):
         """Leave a figure of a registered kind; see ``reports.drawings`` for the data each takes.
 

@@ -36,10 +36,11 @@ RETENTION = Claim(
 @pytest.mark.claim(SFT)
 @pytest.mark.trained("sft", "same_data")
 @pytest.mark.parametrize("reference", ["before", "same_data"])
-def test_the_teachers_answers_lift_the_student(reference, probes, floors, teacher_frame, student_answers, runs, profile, evidence):
+def test_the_teachers_answers_lift_the_student(reference, subject, probes, floors, lessons, teacher_frame, student_answers, runs, profile, evidence):
     before = student_answers(None)
     if reference == "before":
         images = {item["id"]: item["image"] for item in probes.some("confirmation")}
+        evidence.document("instruction-card.md", lessons.card({"kind": "subject", **subject.identity()}))
         exhibits_students.errors(evidence, before, [student_answers("sft", run) for run in runs], images.get)
     against = [before if reference == "before" else student_answers("same_data", run) for run in runs]
     gain = crossed(gains([student_answers("sft", run) for run in runs], against), before)

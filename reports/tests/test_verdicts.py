@@ -219,6 +219,7 @@ def test_rows(evidence, layer):
     evidence.table("head-ablation.csv", pd.concat([rows, shared]))
     evidence.jsonl("outputs.jsonl", rows)
     evidence.artifact_json("taxonomy.json", {f"layer {layer}": ["object"]})
+    evidence.document("card.md", "# What is taught\n")
     evidence.about(subject={"family": "LLaVA"}, data={"baseline": [{"task": "color", "accuracy": 0.9, "blind": 0.3}]})
     evidence.decide(ONE, effects(0.5), clusters=clusters())
 """
@@ -228,7 +229,8 @@ def test_rows(evidence, layer):
     assert (folder / "head-ablation.csv").read_text() == "layer,value\n0,\n1,0.5\n2,0.5\n"
     assert (folder / "outputs.jsonl").read_text().splitlines() == ['{"layer": 1, "value": 0.5}', '{"layer": 2, "value": 0.5}']
     run, _ = suite.latest()
-    assert run["files"] == ["head-ablation.csv", "outputs.jsonl", "taxonomy.json"]
+    assert run["files"] == ["card.md", "head-ablation.csv", "outputs.jsonl", "taxonomy.json"]
+    assert (folder / "card.md").read_text() == "# What is taught\n"
     assert run["subject"]["family"] == "LLaVA"
     assert (folder / "taxonomy.json").read_text().count("object") == 2
 

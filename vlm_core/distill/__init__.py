@@ -13,7 +13,7 @@ from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consiste
 from vlm_core.distill.grounded import box_cell, by_asking, by_box, by_mask, grounded_answers, mask_cell
 from vlm_core.distill.instructions import Columns, instruction_set, items_from, prompt_set
 from vlm_core.distill.leakage import leaks, require_disjoint
-from vlm_core.distill.lora import Lora, informed_layers
+from vlm_core.distill.lora import Lora
 from vlm_core.distill.on_policy import on_policy
 from vlm_core.distill.pairs import (
     Pair,
@@ -48,7 +48,6 @@ __all__ = [
     "data_card",
     "deduplicated",
     "grounded_answers",
-    "informed_layers",
     "instruction_set",
     "items_from",
     "leaks",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from vlm_core import evaluate, load_vlm
-from vlm_core.distill import Budget, Lora, informed_layers, instruction_set, on_policy, preference, prompt_set, sft
+from vlm_core.distill import Budget, Lora, instruction_set, on_policy, preference, prompt_set, sft
 from vlm_core.distill.training import Student
 from vlm_core.families.adapters import lora_targets
 from vlm_core.tests.distill_students import preferences, save_student, weights
@@ -92,24 +91,3 @@ def test_what_the_model_does_not_have_is_refused(student, tmp_path):
     with pytest.raises(ValueError, match="layer 9 lies outside this model's 4 layers"):
         train("sft", student, tmp_path / "out", lora=Lora((9,)))
     assert not (tmp_path / "out" / "training.json").exists()
-
-
-def test_informed_layers_are_the_top_the_bottom_and_others():
-    scores = np.arange(32)[::-1] % 7 + np.linspace(0, 0.5, 32)
-    found = informed_layers(scores)
-    assert {name: len(layers) for name, layers in found.items()} == {"top": 4, "bottom": 4, "random": 4}
-    assert min(scores[list(found["top"])]) > max(np.delete(scores, list(found["top"])))
-    assert max(scores[list(found["bottom"])]) < min(np.delete(scores, list(found["bottom"])))
-    drawn = [informed_layers(scores, seed=seed)["random"] for seed in range(200)]
-    assert len(set(drawn)) > 100 and not any(set(layers) & set(found["top"]) for layers in drawn)
-    assert {layer for layers in drawn for layer in layers} == set(range(32)) - set(found["top"])
-    assert informed_layers([0.1, 0.3, 0.2]) | {"random": None} == {"top": (1,), "bottom": (0,), "random": None}
-    assert informed_layers([1.0, 1.0, 1.0, 1.0], share=0.5) == {"top": (0, 1), "bottom": (2, 3), "random": (2, 3)}
-
-
-@pytest.mark.parametrize(
-    ("scores", "share", "told"), [([1.0], 0.1, "two layers"), ([1.0, float("nan")], 0.1, "finite"), ([1.0, 2.0], 0.6, "at most 0.5")]
-)
-def test_scores_that_rank_nothing_are_refused(scores, share, told):
-    with pytest.raises(ValueError, match=told):
-        informed_layers(scores, share)
