@@ -19,8 +19,8 @@ GROUNDED = Claim(
 
 @pytest.mark.claim(GROUNDED)
 @pytest.mark.trained("grounded", "sft")
-def test_answers_that_name_where_teach_more(floors, teacher_frame, student_answers, runs, profile, evidence):
-    before = student_answers(None)
+def test_answers_that_name_where_teach_more(floors, teacher_frame, student_answers, runs_of, profile, evidence):
+    before, runs = student_answers(None), runs_of("grounded", "sft")
     after, against = ([student_answers(arm, run) for run in runs] for arm in ("grounded", "sft"))
     gain = crossed(gains(after, against), before)
     evidence.decide(

@@ -41,8 +41,8 @@ def perplexity(frame) -> float:
 @pytest.mark.claim(INFORMED)
 @pytest.mark.trained("top", "bottom", "random")
 @pytest.mark.parametrize("against", ["bottom", "random"])
-def test_top_layers_gain_more(against, floors, student_impact, adapted_layers, student_answers, runs, profile, evidence):
-    before = student_answers(None)
+def test_top_layers_gain_more(against, floors, student_impact, adapted_layers, student_answers, runs_of, profile, evidence):
+    before, runs = student_answers(None), runs_of("top", against)
     tuned = {arm: [student_answers(arm, run) for run in runs] for arm in ("top", against)}
     gain = crossed(gains(tuned["top"], tuned[against]), before)
     over_before = {arm: crossed(gains(frames, [before] * len(runs)), before) for arm, frames in tuned.items()}
@@ -65,7 +65,8 @@ def test_top_layers_gain_more(against, floors, student_impact, adapted_layers, s
 
 @pytest.mark.claim(FORGETTING)
 @pytest.mark.trained("top", "bottom", "random", "sft")
-def test_little_is_forgotten(forgotten_items, student_answers, runs, evidence):
+def test_little_is_forgotten(forgotten_items, student_answers, runs_of, evidence):
+    runs = runs_of("top", "bottom", "random", "sft")
     before, blind = student_answers(None, forgotten=True), student_answers(None, blind="swap", forgotten=True)
     lost = {
         arm: crossed(gains([before] * len(runs), [student_answers(arm, run, forgotten=True) for run in runs]), before)

@@ -20,7 +20,8 @@ ON_POLICY = Claim(
 
 @pytest.mark.claim(ON_POLICY)
 @pytest.mark.trained("on_policy", "more")
-def test_on_policy_beats_more_supervised_training(floors, student_answers, runs, profile, evidence):
+def test_on_policy_beats_more_supervised_training(floors, student_answers, runs_of, profile, evidence):
+    runs = runs_of("on_policy", "more")
     after, against = ([student_answers(arm, run) for run in runs] for arm in ("on_policy", "more"))
     gain = crossed(gains(after, against), after[0])
     started = crossed(gains(after, [student_answers("sft", run) for run in runs]), after[0])

@@ -43,7 +43,8 @@ def chosen_are_right(facts) -> Control:
 @pytest.mark.claim(PREFERRED)
 @pytest.mark.trained("preference", "swapped", "more")
 @pytest.mark.parametrize("reference", ["sft", "more"])
-def test_preferences_lift_the_student_further(reference, floors, student_answers, pair_facts, runs, profile, evidence):
+def test_preferences_lift_the_student_further(reference, floors, student_answers, pair_facts, runs_of, profile, evidence):
+    runs = runs_of("preference", "swapped", reference)
     after, against = ([student_answers(arm, run) for run in runs] for arm in ("preference", reference))
     swapped = [student_answers("swapped", run) for run in runs]
     gain = crossed(gains(after, against), after[0])
@@ -64,7 +65,8 @@ def test_preferences_lift_the_student_further(reference, floors, student_answers
 
 @pytest.mark.claim(REJECTED)
 @pytest.mark.trained("preference", "chosen")
-def test_rejected_answers_teach_something(floors, student_answers, pair_facts, runs, evidence):
+def test_rejected_answers_teach_something(floors, student_answers, pair_facts, runs_of, evidence):
+    runs = runs_of("preference", "chosen")
     after, against = ([student_answers(arm, run) for run in runs] for arm in ("preference", "chosen"))
     gain = crossed(gains(after, against), after[0])
     evidence.decide(

@@ -36,8 +36,8 @@ RETENTION = Claim(
 @pytest.mark.claim(SFT)
 @pytest.mark.trained("sft", "same_data")
 @pytest.mark.parametrize("reference", ["before", "same_data"])
-def test_the_teachers_answers_lift_the_student(reference, subject, probes, floors, lessons, teacher_frame, student_answers, runs, profile, evidence):
-    before = student_answers(None)
+def test_the_teachers_answers_lift_the_student(reference, subject, probes, floors, lessons, teacher_frame, student_answers, runs_of, profile, evidence):
+    before, runs = student_answers(None), runs_of("sft", "same_data")
     if reference == "before":
         images = {item["id"]: item["image"] for item in probes.some("confirmation")}
         evidence.document("instruction-card.md", lessons.card({"kind": "subject", **subject.identity()}))
@@ -58,8 +58,8 @@ def test_the_teachers_answers_lift_the_student(reference, subject, probes, floor
 @pytest.mark.claim(RETENTION)
 @pytest.mark.trained("sft")
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
-def test_no_task_is_lost(task, student_answers, runs, profile, floors, evidence):
-    before, blind = student_answers(None), student_answers(None, blind="swap")
+def test_no_task_is_lost(task, student_answers, runs_of, profile, floors, evidence):
+    before, blind, runs = student_answers(None), student_answers(None, blind="swap"), runs_of("sft")
     loss = crossed(gains([before] * len(runs), [student_answers("sft", run) for run in runs]), before)
     rows = loss[loss["task"] == task]
     accuracy, floor = (float(correct(frame[frame["task"] == task]).mean()) for frame in (before, blind))

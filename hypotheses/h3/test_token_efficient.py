@@ -20,7 +20,8 @@ EFFICIENT = Claim(
 
 @pytest.mark.claim(EFFICIENT)
 @pytest.mark.trained("reduced", "sft")
-def test_fewer_tokens_cost_little(floors, student_recipe, student_operations, student_answers, runs, evidence):
+def test_fewer_tokens_cost_little(floors, student_recipe, student_operations, student_answers, runs_of, evidence):
+    runs = runs_of("reduced", "sft")
     whole_tokens, fewer = ([student_answers(arm, run) for run in runs] for arm in ("sft", "reduced"))
     loss = crossed(gains(whole_tokens, fewer), whole_tokens[0])
     share = student_operations(reduced=True) / student_operations(reduced=False)

@@ -18,8 +18,8 @@ USES_IMAGE = Claim(
 
 @pytest.mark.claim(USES_IMAGE)
 @pytest.mark.trained("sft")
-def test_the_gain_vanishes_without_the_image(student_answers, runs, evidence):
-    before, blind = student_answers(None), student_answers(None, blind="swap")
+def test_the_gain_vanishes_without_the_image(student_answers, runs_of, evidence):
+    before, blind, runs = student_answers(None), student_answers(None, blind="swap"), runs_of("sft")
     seeing = crossed(gains([student_answers("sft", run) for run in runs], [before] * len(runs)), before)
     unseeing = crossed(gains([student_answers("sft", run, blind="swap") for run in runs], [blind] * len(runs)), blind)
     evidence.decide(

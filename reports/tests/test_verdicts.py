@@ -219,7 +219,7 @@ def test_rows(evidence, layer):
     evidence.table("head-ablation.csv", pd.concat([rows, shared]))
     evidence.jsonl("outputs.jsonl", rows)
     evidence.artifact_json("taxonomy.json", {f"layer {layer}": ["object"]})
-    evidence.document("card.md", "# What is taught\n")
+    evidence.document("card.md", "# What is taught")
     evidence.about(subject={"family": "LLaVA"}, data={"baseline": [{"task": "color", "accuracy": 0.9, "blind": 0.3}]})
     evidence.decide(ONE, effects(0.5), clusters=clusters())
 """
@@ -230,7 +230,7 @@ def test_rows(evidence, layer):
     assert (folder / "outputs.jsonl").read_text().splitlines() == ['{"layer": 1, "value": 0.5}', '{"layer": 2, "value": 0.5}']
     run, _ = suite.latest()
     assert run["files"] == ["card.md", "head-ablation.csv", "outputs.jsonl", "taxonomy.json"]
-    assert (folder / "card.md").read_text() == "# What is taught\n"
+    assert (folder / "card.md").read_text() == "# What is taught"
     assert run["subject"]["family"] == "LLaVA"
     assert (folder / "taxonomy.json").read_text().count("object") == 2
 
