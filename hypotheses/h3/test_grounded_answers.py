@@ -3,7 +3,7 @@
 import pytest
 
 from fixtures.students import crossed
-from hypotheses.h3.controls import gains, teacher_is_right, whole
+from hypotheses.h3.controls import gains, some_gain, teacher_is_right, whole
 from vlm_core.stats import Claim, Superiority
 
 GROUNDED = Claim(
@@ -19,7 +19,7 @@ GROUNDED = Claim(
 
 @pytest.mark.claim(GROUNDED)
 @pytest.mark.trained("grounded", "sft")
-def test_answers_that_name_where_teach_more(floors, teacher_frame, student_answers, runs_of, profile, evidence):
+def test_answers_that_name_where_teach_more(floors, lessons, student_answers, runs_of, profile, evidence):
     before, runs = student_answers(None), runs_of("grounded", "sft")
     after, against = ([student_answers(arm, run) for run in runs] for arm in ("grounded", "sft"))
     gain = crossed(gains(after, against), before)
@@ -29,6 +29,6 @@ def test_answers_that_name_where_teach_more(floors, teacher_frame, student_answe
         clusters=gain["cluster"],
         seeds=gain["seed"],
         baseline=whole(against, [student_answers("sft", run, blind="swap") for run in runs], floors),
-        controls=[teacher_is_right(teacher_frame[1], before, 0.0)],
+        controls=[teacher_is_right(lessons, before, 0.0), some_gain(after, before)],
         details={"steps": profile.sft_steps, "images_a_step": profile.sft_batch, "places": "rows and columns of all objects asked about, from the scene"},
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fixtures.students import crossed
-from hypotheses.h3.controls import correct, gains, whole
+from hypotheses.h3.controls import correct, gains, some_gain, whole
 from vlm_core.stats import Baseline, Claim, NonInferiority, Superiority, estimate_mean
 
 SOURCE = "Sergeev & Kotelnikov 2025, arXiv:2511.23375"
@@ -34,7 +34,7 @@ PUBLISHED = {"published": "perplexity 9.85 to 8.88 (top four layers, PaliGemma2)
 
 
 def perplexity(frame) -> float:
-    """Of the right answers."""
+    """Of the right answers, each as a whole."""
     return float(np.exp(-np.mean([scores[answer] for scores, answer in zip(frame["logits"], frame["answer"], strict=True)])))
 
 
@@ -52,11 +52,12 @@ def test_top_layers_gain_more(against, floors, student_impact, adapted_layers, s
         clusters=gain["cluster"],
         seeds=gain["seed"],
         baseline=whole(tuned[against], [student_answers(None, blind="swap")], floors),
+        controls=[some_gain(tuned["top"], before)],
         details={
             "layers": {arm: [list(getattr(adapted_layers(run), arm)) for run in runs] for arm in tuned},
             "head impact by layer": student_impact.scores.mean(1).tolist(),
             "gain over the student before": {arm: float(rows["effect"].mean()) for arm, rows in over_before.items()},
-            "perplexity of right answers": {"before": perplexity(before), **{arm: float(np.mean(list(map(perplexity, frames)))) for arm, frames in tuned.items()}},
+            "perplexity of whole right answers": {"before": perplexity(before), **{arm: float(np.mean(list(map(perplexity, frames)))) for arm, frames in tuned.items()}},
             "steps": profile.lora_steps,
             "literature": PUBLISHED,
         },

@@ -43,12 +43,14 @@ def chosen_are_right(facts) -> Control:
 @pytest.mark.claim(PREFERRED)
 @pytest.mark.trained("preference", "swapped", "more")
 @pytest.mark.parametrize("reference", ["sft", "more"])
-def test_preferences_lift_the_student_further(reference, floors, student_answers, pair_facts, runs_of, profile, evidence):
+def test_preferences_lift_the_student_further(reference, subject, floors, lessons, ranked, student_answers, pair_facts, runs_of, profile, evidence):
     runs = runs_of("preference", "swapped", reference)
     after, against = ([student_answers(arm, run) for run in runs] for arm in ("preference", reference))
     swapped = [student_answers("swapped", run) for run in runs]
     gain = crossed(gains(after, against), after[0])
     facts = [pair_facts(run) for run in runs]
+    if reference == "sft":
+        evidence.document("instruction-card.md", lessons.card({"kind": "subject", **subject.identity()}, ranked(0)))
     evidence.decide(
         PREFERRED,
         gain["effect"],

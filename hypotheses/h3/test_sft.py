@@ -9,7 +9,7 @@ are rare. The gain over it is therefore that of what a teacher adds, questions a
 import pytest
 
 from fixtures.students import crossed
-from hypotheses.h3.controls import HINTON, LITERATURE, LLAVA_KD, correct, gains, teacher_is_right, whole
+from hypotheses.h3.controls import HINTON, LITERATURE, LLAVA_KD, by_task, correct, gains, teacher_is_right, whole
 from probes import GROUNDING_TASKS
 from reports import exhibits_students
 from vlm_core.stats import Baseline, Claim, NonInferiority, Superiority
@@ -36,11 +36,10 @@ RETENTION = Claim(
 @pytest.mark.claim(SFT)
 @pytest.mark.trained("sft", "same_data")
 @pytest.mark.parametrize("reference", ["before", "same_data"])
-def test_the_teachers_answers_lift_the_student(reference, subject, probes, floors, lessons, teacher_frame, student_answers, runs_of, profile, evidence):
+def test_the_teachers_answers_lift_the_student(reference, probes, floors, lessons, student_answers, runs_of, profile, evidence):
     before, runs = student_answers(None), runs_of("sft", "same_data")
     if reference == "before":
         images = {item["id"]: item["image"] for item in probes.some("confirmation")}
-        evidence.document("instruction-card.md", lessons.card({"kind": "subject", **subject.identity()}))
         exhibits_students.errors(evidence, before, [student_answers("sft", run) for run in runs], images.get)
     against = [before if reference == "before" else student_answers("same_data", run) for run in runs]
     gain = crossed(gains([student_answers("sft", run) for run in runs], against), before)
@@ -50,8 +49,8 @@ def test_the_teachers_answers_lift_the_student(reference, subject, probes, floor
         clusters=gain["cluster"],
         seeds=gain["seed"],
         baseline=whole([before], [student_answers(None, blind="swap")], floors),
-        controls=[teacher_is_right(teacher_frame[1], before, SFT.test.threshold)],
-        details={"reference": reference, "steps": profile.sft_steps, "images_a_step": profile.sft_batch, "literature": LITERATURE},
+        controls=[teacher_is_right(lessons, before, SFT.test.threshold)],
+        details={"reference": reference, "steps": profile.sft_steps, "images_a_step": profile.sft_batch, "by task": by_task(gain), "literature": LITERATURE},
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fixtures.students import crossed
-from hypotheses.h3.controls import gains, surely_above
+from hypotheses.h3.controls import by_task, gains, surely_above
 from vlm_core.stats import Claim, Equivalence
 
 USES_IMAGE = Claim(
@@ -28,5 +28,5 @@ def test_the_gain_vanishes_without_the_image(student_answers, runs_of, evidence)
         clusters=unseeing["cluster"],
         seeds=unseeing["seed"],
         controls=[surely_above("a gain with the own image", seeing, USES_IMAGE.test.margin)],
-        details={"gain with the own image": float(seeing["effect"].mean()), "blind before": float(blind["correct"].mean())},
+        details={"gain with the own image": float(seeing["effect"].mean()), "blind before": float(blind["correct"].mean()), "by task": by_task(unseeing)},
     )

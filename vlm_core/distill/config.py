@@ -283,12 +283,13 @@ class Preference(Stage):
     beta: float = 0.1
     image_term: float = 0.0
     anchor_term: float = 0.0
+    answer_term: float = 0.0
     pairs: Pairs = field(default_factory=Pairs)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self.beta, "beta")
-        for name in ("image_term", "anchor_term"):
+        for name in ("image_term", "anchor_term", "answer_term"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is a weight, 0 or more, got {getattr(self, name)}")
 

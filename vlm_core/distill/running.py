@@ -49,6 +49,7 @@ from vlm_core.distill.sft import sft
 from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher
 from vlm_core.distill.training import newest_checkpoint
 from vlm_core.evaluation import accuracy_table, evaluate
+from vlm_core.identity import item_digest
 from vlm_core.interventions import Row
 from vlm_core.items import SCORED, require_items
 from vlm_core.reduction.recipe import Recipe
@@ -134,7 +135,7 @@ def _train(config: DistillConfig, task: _Task, told: Callable[[int, int], None] 
     if stage.recipe is not None:
         options["recipe"] = Recipe.load(stage.recipe)
     if isinstance(stage, Preference):
-        how = {"beta": stage.beta, "image_term": stage.image_term, "anchor_term": stage.anchor_term}
+        how = {"beta": stage.beta, "image_term": stage.image_term, "anchor_term": stage.anchor_term, "answer_term": stage.answer_term}
         preference(task.start, data, stage.budget, task.partial, **how, **options)
     elif isinstance(stage, OnPolicy):
         how = {"divergence": stage.divergence, "temperature": stage.temperature, "max_new_tokens": stage.max_new_tokens}
@@ -265,7 +266,7 @@ class _Run:
         for name, items in self.evaluated.items():
             for path in (None, recipe)[: 1 if recipe is None else 2]:
                 row = None if path is None else Recipe.load(path).to_dict()["row"]
-                asked = [[item["id"], item["prompt"], item["answer"], item.get("candidates")] for item in items]
+                asked = [[item.get("scene_id"), item.get("task"), item_digest(item)] for item in items]
                 own = digest([key, row, asked, _versions()])[:10]
                 kept = self.out / "evaluation" / f"{stage}-{name}{'-recipe' if path else ''}-{own}.jsonl"
                 if not kept.is_file():
