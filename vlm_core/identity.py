@@ -4,19 +4,22 @@
 ``picture_digest``  the same of its pixels in RGB alone, whatever mode or file it came in
 ``item_digest``     what an item asks
 ``code_digest``     a callable: its code, defaults and what it closes over
+``library_digest``  this library's code
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import CodeType, FunctionType
 
 from vlm_core.images import as_rgb
 
-__all__ = ["code_digest", "image_digest", "item_digest", "picture_digest"]
+__all__ = ["code_digest", "image_digest", "item_digest", "library_digest", "picture_digest"]
 
 ITEM_FIELDS = ("id", "scene_id", "task", "prompt", "answer", "candidates")
 
@@ -118,3 +121,16 @@ def _sha256(*parts: bytes) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
+
+
+@functools.cache
+def library_digest(root: Path = Path(__file__).parent) -> str:
+    """Digest of the code of ``vlm_core``, but for its tests, its benchmark and its statistics, which train and measure nothing.
+
+    Computed once: what a process has imported does not change with the files.
+    """
+    parts = []
+    for path in sorted(root.rglob("*.py")):
+        if not {"tests", "bench", "stats"} & set(path.relative_to(root).parts):
+            parts += [path.relative_to(root).as_posix().encode(), path.read_bytes()]
+    return _sha256(*parts)[:16]

@@ -25,7 +25,8 @@ def test_the_student_answers_sooner_than_its_teacher(results, spent, beside_the_
     found = results()
     stages = {name: Stage(arm.label, arm.reduced, ARMS[arm.after].label if arm.after else "before training") for name, arm in ARMS.items()}
     exhibits_students.students(evidence, found.answers, {"before": Stage("before training", False, None), **stages})
-    exhibits_students.ablations(evidence, found.contrasts())
+    words = {name: arm.words for name, arm in ARMS.items()}
+    exhibits_students.ablations(evidence, found.contrasts().replace({"arm": words, "against": words}))
     exhibits_students.costs(evidence, spent())
     costs, rounds = beside_the_teacher()
     exhibits_students.student_against_teacher(evidence, costs)

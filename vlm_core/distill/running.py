@@ -49,7 +49,7 @@ from vlm_core.distill.sft import sft
 from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher
 from vlm_core.distill.training import newest_checkpoint
 from vlm_core.evaluation import accuracy_table, evaluate
-from vlm_core.identity import item_digest
+from vlm_core.identity import item_digest, library_digest
 from vlm_core.interventions import Row
 from vlm_core.items import SCORED, require_items
 from vlm_core.reduction.recipe import Recipe
@@ -337,7 +337,7 @@ def _weights(path: str) -> str:
 
 
 def _versions() -> list[str]:
-    return [f"{name} {version(name)}" for name in VERSIONS]
+    return [library_digest(), *(f"{name} {version(name)}" for name in VERSIONS)]
 
 
 def _choices(items: list[dict]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vlm_core import Subject, sweep
-from vlm_core.identity import code_digest, image_digest, item_digest
+from vlm_core.identity import code_digest, image_digest, item_digest, library_digest
 from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
 
 
@@ -139,3 +139,19 @@ def test_items_of_several_images_are_stored(tmp_path):
     first = sweep(subject, [several], [None], store=tmp_path)
     pd.testing.assert_frame_equal(sweep(subject, [several], [None], store=tmp_path), first)
     assert len(list(tmp_path.glob("*.parquet"))) == 1
+
+
+def test_the_library_is_its_code_but_for_what_measures_nothing(tmp_path):
+    files = {"a.py": "x = 1", "rooms/b.py": "y = 2", "tests/test_a.py": "assert x", "rooms/tests/test_b.py": "", "stats/mean.py": ""}
+
+    def digest(changed):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in {**files, **changed}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return library_digest(folder)
+
+    same = [digest({}), digest({"tests/test_a.py": "assert not x"}), digest({"rooms/tests/test_c.py": "new"}), digest({"stats/mean.py": "new"})]
+    others = [digest({"a.py": "x = 2"}), digest({"rooms/b.py": "y = 1"}), digest({"c.py": ""})]
+    assert len(set(same)) == 1 and len(set(same + others)) == 4
+    assert library_digest() == library_digest()
