@@ -61,7 +61,7 @@ def page(identity, records):
         "run": identity,
         "title": identity["subject"].get("name") or "subject",
         "subject_line": subject_line(identity["subject"]),
-        "sentence": "; ".join(section["sentence"] for section in hypotheses) + "." if hypotheses else "",
+        "sentences": [f"{section['brief']}." for section in hypotheses],
         "counts": [{"verdict": verdict, "count": counted[verdict]} for verdict in VERDICTS],
         "exploratory_count": sum(entry["tier"] == "exploratory" for entry in records),
         "band": band(identity, records),
@@ -113,10 +113,21 @@ def hypothesis_section(name, records):
     return {
         "name": name,
         "title": HYPOTHESES.get(name, ""),
+        "brief": brief_sentence(name, confirmatory),
         "sentence": hypothesis_sentence(name, confirmatory),
         "confirmatory": confirmatory,
         "exploratory": [one for one in cards if one["tier"] != "confirmatory"],
     }
+
+
+def brief_sentence(name, cards):
+    """``H1 holds``; or in parts: how many of its verdicts support it, how many refute it."""
+    if not cards or len({card_["verdict"] for card_ in cards} - {None}) == 1 == len({card_["verdict"] for card_ in cards}):
+        return hypothesis_sentence(name, cards)
+    verdicts = [row["verdict"] for card_ in cards for row in card_["rows"]]
+    supported, refuted = (verdicts.count(verdict) for verdict in ("supported", "refuted"))
+    against = f", {refuted} refuted" if refuted else ""
+    return f"{name} {'holds in part' if supported else 'is not supported'}: {supported} of {len(verdicts)} verdicts supported{against}"
 
 
 def hypothesis_sentence(name, cards):
