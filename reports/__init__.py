@@ -14,6 +14,7 @@
 ``pictures``      small pictures as text
 ``wording``       numbers and lists as a reader wants them
 ``summary``       what the page says, derived from the JSON
+``literature``    the works whose claims are tested, and what of each
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
 
 Nothing here measures: verdicts come from ``vlm_core.stats``, numbers from the tests.

@@ -19,7 +19,7 @@ HORIZON = Claim(
     sentence="From some layer at or before 3/4 of the depth, all visual tokens can go for less than 5 points of accuracy.",
     effect="accuracy(all tokens) - accuracy(none of them from 3/4 of the depth on), paired per item",
     test=NonInferiority(0.05),
-    source="Lin et al. 2024, arXiv:2405.16473; Xing et al. 2024, arXiv:2410.17247",
+    source="Lin et al. 2024, arXiv:2405.05803; Xing et al. 2024, arXiv:2410.17247",
 )
 LITERATURE = {"published": "about layer 16 of 32 on MME, about 24 on TextVQA: it depends on the task", "where": "LLaVA-1.5-7B"}
 
