@@ -89,7 +89,7 @@ def evaluate(
         raise ValueError("logits are those of the candidates: ask for them in mode 'candidates'")
     shown, names = shown_items(items, blind, fields)
     if mode == "candidates":
-        outputs, correct, score, each = _by_candidates(subject, shown, plan, batch_rows, logits)
+        outputs, correct, score, each = _by_candidates(subject, shown, names, plan, batch_rows, logits)
     else:
         outputs = greedy_answers(subject, shown, plan=plan, batch_rows=batch_rows, max_new_tokens=max_new_tokens)
         answers = [str(item_field(item, "answer")) for item in shown]
@@ -200,13 +200,16 @@ def _partners(items: Sequence) -> list:
     return partners
 
 
-def _by_candidates(subject, items, plan, batch_rows, logits) -> tuple[list[str], np.ndarray, np.ndarray, list[dict[str, float]]]:
-    """What was chosen, whether it is right, its margin, and with ``logits`` every candidate's log-probability."""
+def _by_candidates(subject, items, images, plan, batch_rows, logits) -> tuple[list[str], np.ndarray, np.ndarray, list[dict[str, float]]]:
+    """What was chosen, whether it is right, its margin, and with ``logits`` every candidate's log-probability; ``images`` names what is shown."""
     candidates = [list(item_field(item, "candidates")) for item in items]
     each = [candidate_metric(k) for k in range(max(map(len, candidates), default=0))] if logits else []
     metrics = ("correct", "margin", "choice", *each)
-    table = sweep(subject, items, {"plan": plan}, batch_rows=batch_rows, metrics=metrics)
-    values = table["value"].to_numpy().reshape(len(items), len(metrics))
+    # Questions about one image go together: they share its prefix.
+    order = np.argsort(np.unique(images, return_inverse=True)[1], kind="stable") if len(items) else np.arange(0)
+    table = sweep(subject, [items[number] for number in order], {"plan": plan}, batch_rows=batch_rows, metrics=metrics)
+    values = np.empty((len(items), len(metrics)))
+    values[order] = table["value"].to_numpy().reshape(len(items), len(metrics))
     unknown = np.flatnonzero(np.isnan(values[:, :3]).any(1))
     if len(unknown):
         raise SubjectError(

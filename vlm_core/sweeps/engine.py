@@ -5,7 +5,7 @@
 
 Paths
 -----
-``shared prefix``   only tokens after the last image token run; the prompt's prefix is stored once for all its rows
+``shared prefix``   only tokens after the last image token run; the prefix is stored once for all rows of all prompts that begin with it
 ``resume``          rows start from the stored residual stream that enters the first layer they touch
 ``whole``           the prompt runs with the row's batch (`vlm_core.subjects.rows.forward_rows`), shared up to the first layer touched
 """
@@ -29,7 +29,7 @@ from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches, out_of_memo
 from vlm_core.sweeps.prefix import forward_shared, grow_stems
 from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
 from vlm_core.sweeps.sharing import SuffixRow, why_not_shared
-from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks
+from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks, same_prefixes
 
 __all__ = ["PATHS", "PathCounts", "RowJob", "choose_path", "run_rows"]
 
@@ -177,6 +177,7 @@ class _Engine:
         # What an intervention alone decides, found once for all its rows: by identity, as ``rows`` keeps every one of them.
         self._touched: dict[int, int] = {}
         self._shapes: dict[int, _Shape] = {}
+        self._began: dict[int, int] | None = None
 
     def run(self) -> PathCounts:
         decided = self._decide()
@@ -203,11 +204,15 @@ class _Engine:
 
     def _decide(self) -> list[tuple[str, str | None]]:
         untouched = self._untouched_prompts()
+        beginning = {prompt: self._beginning(prompt) for prompt in untouched}
+        sequences = Counter(beginning[prompt] for prompt, _ in {(row.prompt, row.prefix) for row in self.rows} if prompt in untouched)
         known: dict[tuple, tuple[str, str | None]] = {}
         decided = []
         for row in self.rows:
             if row.prompt in untouched:
-                decided.append(("whole", None))
+                # A prefix pays where several sequences begin with it.
+                together = beginning[row.prompt] is not None and sequences[beginning[row.prompt]] > 1
+                decided.append(("shared prefix" if together else "whole", None))
                 continue
             shape = self._shape(row.prompt)
             key = (id(row.intervention), shape)
@@ -231,6 +236,12 @@ class _Engine:
         if prompt not in self._shapes:
             self._shapes[prompt] = _Shape.of(self.prompts[prompt])
         return self._shapes[prompt]
+
+    def _beginning(self, prompt: int) -> int | None:
+        """The first prompt whose prefix, up to the last image token, this one begins with; None where no prefix can be shared."""
+        if self._began is None:
+            self._began = same_prefixes(self.prompts) if "shared_prefix" not in self.anatomy.family.refusals else {}
+        return self._began.get(prompt) if self._shape(prompt).why_whole is None else None
 
     def _first_touched(self, intervention: Row) -> int:
         """The first layer that an intervention touches; the number of layers for none."""
@@ -307,23 +318,32 @@ class _Engine:
     # -- from recorded trunks ---------------------------------------------------------------------------------------
 
     def _groups(self, fast: dict[int, dict]) -> list[list[int]]:
-        """Prompts that are recorded together: of alike length, within the tokens in flight and the bytes stored."""
+        """Prompts that are recorded together: those of one prefix, then of alike length, within the tokens in flight and the bytes stored."""
         anatomy = self.anatomy
         bytes_per_token = anatomy.embedding.weight.element_size() * anatomy.n_layers * (
             anatomy.hidden_size + 2 * anatomy.n_kv_heads * anatomy.head_dim
         )
+        together: dict[int, list[int]] = {}
+        for prompt in sorted(fast):
+            beginning = self._beginning(prompt)
+            together.setdefault(prompt if beginning is None else beginning, []).append(prompt)
         groups: list[list[int]] = []
         tokens = 0
-        for prompt in sorted(fast, key=lambda prompt: (len(self.prompts[prompt]), prompt)):
-            n = len(self.prompts[prompt])
+        for prompts in sorted(together.values(), key=lambda prompts: max(len(self.prompts[prompt]) for prompt in prompts)):
+            # Of a prefix that several share, the others have only what follows it.
+            n = sum(len(self.prompts[prompt]) for prompt in prompts) - (len(prompts) - 1) * self._n_prefix(prompts[0])
             full = tokens + n > max(n, 4 * self.budget.tokens) or (tokens + n) * bytes_per_token > self.budget.stored
             if groups and not full:
-                groups[-1].append(prompt)
+                groups[-1] += prompts
                 tokens += n
             else:
-                groups.append([prompt])
+                groups.append(list(prompts))
                 tokens = n
         return groups
+
+    def _n_prefix(self, prompt: int) -> int:
+        image = self.prompts[prompt].image.nonzero()
+        return int(image[-1]) + 1 if len(image) else 0
 
     def _run_fast(self, group: list[int], shared: list[int], resumed: list[int]) -> None:
         try:
@@ -343,30 +363,26 @@ class _Engine:
         prefixes: dict[int, dict[tuple[int, ...], None]] = {prompt: {} for prompt in group}
         for number in (*shared, *resumed):
             prefixes[self.rows[number].prompt][self.rows[number].prefix] = None
-        # Where the prompt sees itself both ways, an answer prefix cannot grow on a trunk: each runs as a trunk of its own.
+        # Where the prompt sees itself both ways, nothing can grow on a trunk: each sequence runs as a trunk of its own.
         forked = "shared_prefix" in self.anatomy.family.refusals
         keys = [(prompt, prefix) for prompt in group for prefix in prefixes[prompt]]
-        if forked:
-            recorded, place = keys, {key: number for number, key in enumerate(keys)}
-        else:
-            recorded = [(prompt, max(prefixes[prompt], key=len)) for prompt in group]
-            place = {key: number for number, prompt in enumerate(group) for key in keys if key[0] == prompt}
+        trunks: dict[object, list[tuple]] = {}
+        for key in keys:
+            trunks.setdefault(key if forked else self._trunk_of(key[0]), []).append(key)
+        place = {key: number for number, together in enumerate(trunks.values()) for key in together}
         starts = {number: self._start(number) for number in resumed}
         entries = {number: min(self._first_touched(self.rows[number].intervention), self.anatomy.n_layers - 1) for number in shared}
-        several = not forked and len(keys) > len(group)
+        layers = sorted({*starts.values(), *entries.values()})
+        grown = len(keys) > len(trunks)
         recording = record_trunks(
             self.subject,
-            [self.sequence(*key) for key in recorded],
-            kv_from=0 if several else min(entries.values(), default=None),
+            [max((self.sequence(*key) for key in together), key=len) for together in trunks.values()],
+            keys_from=0 if grown else min(entries.values(), default=self.anatomy.n_layers),
+            keys_to=self.anatomy.n_layers if shared else layers[-1],
             hidden_at=sorted(set(starts.values())),
             suffix_at=sorted(set(entries.values())),
         )
-        stems = grow_stems(
-            self.subject,
-            recording,
-            [(place[key], self.sequence(*key), self.items[key[0]]) for key in keys],
-            sorted({*starts.values(), *entries.values()}),
-        )
+        stems = grow_stems(self.subject, recording, [(place[key], self.sequence(*key), self.items[key[0]]) for key in keys], layers)
         stem_of = dict(zip(keys, stems, strict=True))
 
         def stem(number: int) -> Stem:
@@ -397,6 +413,11 @@ class _Engine:
             spares = {number: spares_last_layer(self.rows[number].intervention, self.anatomy.n_layers) for number in resumed}
             ordered = sorted(resumed, key=lambda number: (spares[number], starts[number], stem(number).trunk.number))
             self._batched("resume", ordered, self.budget.batch(max(len(stem(number).sequence) for number in resumed)), resumed_batch)
+
+    def _trunk_of(self, prompt: int) -> tuple[str, int]:
+        """What tells trunks apart: the prefix, or a prompt that shares none."""
+        beginning = self._beginning(prompt)
+        return ("prompt", prompt) if beginning is None else ("prefix", beginning)
 
     def _start(self, number: int) -> int:
         row = self.rows[number]

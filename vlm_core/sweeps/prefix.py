@@ -1,7 +1,7 @@
 """Rows that share their prompt's prefix, stored once.
 
 ``forward_shared(...)``    rows that leave the prefix untouched: only the tokens after the last image token run
-``grow_stems(...)``        a stem per answer prefix of every trunk
+``grow_stems(...)``        a stem per sequence of every trunk
 
 In a shared pass the prefix keys and values of a prompt exist once (``vlm_core.sweeps.suffix_attention``). A row enters at the first layer
 that it touches, from the stored suffix of its stem. In the last layer only the tokens that are read go on after keys and values are known.
@@ -29,8 +29,8 @@ __all__ = ["forward_shared", "grow_stems"]
 def grow_stems(subject: Subject, recording: Recording, sequences: Sequence[tuple[int, Encoded, int]], layers: Sequence[int]) -> list[Stem]:
     """A stem per (trunk number, sequence, item number): the suffix of each, as it enters each of ``layers``.
 
-    A trunk with one answer prefix has recorded its suffix; where there are several, their suffixes run once over the shared prefix (from
-    layer 0, so their trunk must hold all keys and values).
+    The suffix of a trunk's only sequence is recorded with it; where there are several, their suffixes run once over the shared prefix (from
+    layer 0, so their trunk must hold the keys and values of every layer before the last of ``layers``).
     """
     stems: list[Stem] = []
     grown: list[Stem] = []
@@ -52,7 +52,7 @@ def grow_stems(subject: Subject, recording: Recording, sequences: Sequence[tuple
         kept: dict[int, torch.Tensor] = {}
         run = SuffixAttention(subject.anatomy, recording, rows)
         with torch.inference_mode(), active(run):
-            _run_layers(run, np.zeros(len(rows), dtype=int), None, kept)
+            _run_layers(run, np.zeros(len(rows), dtype=int), None, kept, max(layers))
         for number, stem in enumerate(grown):
             for layer in layers:
                 stem.suffix[layer] = kept[layer][number, : stem.n_suffix]
@@ -100,7 +100,7 @@ def forward_shared(
 
 
 def _run_layers(
-    run: SuffixAttention, firsts: np.ndarray, reads: torch.Tensor | None, keep: dict[int, torch.Tensor] | None = None
+    run: SuffixAttention, firsts: np.ndarray, reads: torch.Tensor | None, keep: dict[int, torch.Tensor] | None = None, until: int | None = None
 ) -> torch.Tensor | None:
     """Run the layers on rows in order of the layer that they enter at, ``firsts`` ``[row]``.
 
@@ -109,7 +109,7 @@ def _run_layers(
     reads : LongTensor ``[row, read]`` or None
         Suffix tokens that go on in the last layer.
     keep : dict, optional
-        Filled with what enters every layer; the last one is then not run.
+        Filled with what enters every layer up to ``until``, which is then not run.
 
     Returns
     -------
@@ -131,7 +131,7 @@ def _run_layers(
             entered, chosen = n, {}
         if keep is not None:
             keep[layer] = hidden
-            if layer == last:
+            if layer == until:
                 return None
         cut = slice(0, 1) if alike else slice(0, n)
         kwargs = run.recording.layer_kwargs(layer, numbers[cut], positions[cut], chosen, mask=False)

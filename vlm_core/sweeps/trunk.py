@@ -1,13 +1,14 @@
 """What a prompt leaves behind when it runs once: the state that its rows start from.
 
 ``record_trunks(...)``   run prompts through the language model once and keep what their rows will need
+``same_prefixes(...)``   which prompts begin alike, up to their last image token
 ``enter_first_layer(...)``   what prompts are before the first layer
 ``Trunk``                one prompt: prefix keys and values, the residual stream at chosen layers
-``Stem``                 a trunk with one answer prefix appended: what a row is (before any intervention)
+``Stem``                 a prompt with one answer prefix, on a trunk that begins as it does: what a row is (before any intervention)
 ``Recording``            the trunks of one recorded batch, and the inputs of every layer for them
 
 The *prefix* is everything up to and including the last image token, the *suffix* what follows. Under a causal mask no suffix can change
-the prefix, so one prompt's prefix serves all its answers and all interventions that touch later tokens only. Every layer is recorded with
+the prefix, so one prefix serves all questions about its image, all their answers and all interventions that touch later tokens only. Every layer is recorded with
 the arguments that the model called it with, so that it can be called again by itself: the model's code stays what it is.
 """
 
@@ -29,7 +30,7 @@ from vlm_core.seam.views import Tokens
 from vlm_core.subjects.embed import Encoded, batch_sequences
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["Recording", "Stem", "Trunk", "Unshareable", "enter_first_layer", "record_trunks"]
+__all__ = ["Recording", "Stem", "Trunk", "Unshareable", "enter_first_layer", "record_trunks", "same_prefixes"]
 
 _PER_TOKEN = ("position_embeddings", "position_ids", "attention_mask")
 _ATTENTION_OPTIONS = frozenset(
@@ -47,12 +48,12 @@ class _Stopped(Exception):
 
 @dataclass(eq=False)
 class Trunk:
-    """One prompt, run once.
+    """One prefix, run once, with the longest sequence that begins with it.
 
     Parameters
     ----------
     sequence : Encoded
-        The prompt, with its longest answer prefix.
+        The longest prompt with its answer prefix.
     number : int
         Its place in the recorded batch.
     n_prefix : int
@@ -82,13 +83,12 @@ class Trunk:
 
 @dataclass(eq=False)
 class Stem:
-    """A trunk with one answer prefix.
+    """A prompt with one answer prefix, on the trunk that holds its prefix.
 
     Parameters
     ----------
     trunk : Trunk
     sequence : Encoded
-        The prompt with this answer prefix.
     suffix : dict of layer to Tensor ``[suffix token, hidden]``
         The residual stream that enters a layer, after the last image token.
     item : int
@@ -128,11 +128,13 @@ class _Recorder(Run):
 
     alert = True
 
-    def __init__(self, anatomy, recording: Recording, image, valid, kv_from: int, hidden_at: Collection, suffix_at: Collection, stop: int):
+    def __init__(self, anatomy, recording: Recording, image, valid, keys_at: range, hidden_at: Collection, suffix_at: Collection):
         program = Program.compile([None] * image.shape[0], anatomy.n_layers, anatomy.n_heads)
         super().__init__(anatomy, program, image, valid, left=False)
         self._recording = recording
-        self._kv_from, self._hidden_at, self._suffix_at, self._stop = kv_from, hidden_at, suffix_at, stop
+        self._keys_at, self._hidden_at, self._suffix_at = keys_at, hidden_at, suffix_at
+        # The first layer of which only the arguments are needed.
+        self._stop = max((*(layer + 1 for layer in keys_at[-1:]), *hidden_at, *suffix_at))
 
     def enter_layer(self, layer: int, args: tuple, kwargs: dict):
         recording = self._recording
@@ -145,7 +147,7 @@ class _Recorder(Run):
                 trunk.hidden[layer] = hidden[trunk.number, trunk.n_prefix : length].clone()
         if layer < self.anatomy.n_layers:
             recording.keep(layer, args, kwargs)
-        if self._kv_from > self.anatomy.n_layers and self._stop <= layer < self.anatomy.n_layers:
+        if self._stop <= layer < self.anatomy.n_layers:
             # Nothing more to compute: one token goes on, to learn what the remaining layers are called with.
             first = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
             kwargs = recording.layer_kwargs(layer, np.arange(hidden.shape[0]), first, {}, mask=True)
@@ -153,12 +155,12 @@ class _Recorder(Run):
         return None
 
     def attend(self, layer, original, module, query, key, value, mask, *args, **kwargs):
-        if layer >= self._kv_from:
+        if layer in self._keys_at:
             self._recording.check_attention(layer, module, mask, args, kwargs)
             for trunk in self._recording.trunks:
                 trunk.keys[layer] = key[trunk.number].index_select(1, trunk.order.to(key.device)).contiguous()
                 trunk.values[layer] = value[trunk.number].index_select(1, trunk.order.to(value.device)).contiguous()
-            if layer == self._stop:
+            if layer == self.anatomy.n_layers - 1:
                 raise _Stopped
         return original(module, query, key, value, mask, *args, **kwargs)
 
@@ -332,11 +334,44 @@ def _model(anatomy):
     return anatomy.language_model if anatomy.family.enter == "language_model" else anatomy.base
 
 
+def same_prefixes(sequences: Sequence[Encoded]) -> dict[int, int]:
+    """For every sequence the first whose prefix it shares, bit for bit: tokens, embeddings and all that goes with them, positions to the end.
+
+    Sequences without image tokens, or whose image is not in the sequence, are left out.
+    """
+    known: dict[tuple, list[int]] = {}
+    found: dict[int, int] = {}
+    for number, sequence in enumerate(sequences):
+        if sequence.cross is not None or not bool(sequence.image.any()):
+            continue
+        n = int(sequence.image.nonzero()[-1]) + 1
+        # A sum tells most images apart; it is compared nowhere but with its like.
+        alike = known.setdefault((n, float(sequence.embeds[:n].detach().sum(dtype=torch.float64))), [])
+        first = next((other for other in alike if _same_prefix(sequence, sequences[other], n)), number)
+        if first == number:
+            alike.append(number)
+        found[number] = first
+    return found
+
+
+def _same_prefix(one: Encoded, other: Encoded, n: int) -> bool:
+    if (one.positions is None) != (other.positions is None) or one.types.keys() != other.types.keys():
+        return False
+    pairs = [(one.ids[:n], other.ids[:n]), (one.embeds[:n], other.embeds[:n]), (one.image[:n], other.image[:n])]
+    if one.positions is not None:
+        both = min(len(one), len(other))
+        pairs.append((one.positions[:, :both], other.positions[:, :both]))
+    pairs += [(one.types[name][:n], other.types[name][:n]) for name in one.types]
+    pairs += list(zip(one.deepstack, other.deepstack, strict=True))
+    return all(torch.equal(*pair) for pair in pairs)
+
+
 def record_trunks(
     subject: Subject,
     sequences: Sequence[Encoded],
     *,
-    kv_from: int | None = None,
+    keys_from: int | None = None,
+    keys_to: int | None = None,
     hidden_at: Sequence[int] = (),
     suffix_at: Sequence[int] = (),
 ) -> Recording:
@@ -345,9 +380,9 @@ def record_trunks(
     Parameters
     ----------
     sequences : sequence of Encoded
-        Each with its longest answer prefix, so that the layers' inputs cover every suffix.
-    kv_from : int, optional
-        Keep prefix keys and values from this layer on, to the last; default: none.
+        Of each prefix the longest, with its answer prefix, so that the layers' inputs cover every suffix.
+    keys_from, keys_to : int, optional
+        Keep prefix keys and values from the first of these layers up to the other, without it; default: to the end, and none.
     hidden_at, suffix_at : sequence of int
         Layers at which the whole residual stream is kept, or only that of the suffix.
 
@@ -364,10 +399,9 @@ def record_trunks(
     anatomy = subject.anatomy
     recording = Recording(anatomy, [_trunk(sequence, number) for number, sequence in enumerate(sequences)])
     inputs, image, valid = batch_sequences(subject, sequences)
-    last = anatomy.n_layers - 1
-    stop = last if kv_from is not None else max((*hidden_at, *suffix_at))
-    kv_from = anatomy.n_layers + 1 if kv_from is None else kv_from
-    recorder = _Recorder(anatomy, recording, image, valid, kv_from, frozenset(hidden_at), frozenset(suffix_at), stop)
+    n_layers = anatomy.n_layers
+    keys_at = range(n_layers if keys_from is None else keys_from, n_layers if keys_to is None else keys_to)
+    recorder = _Recorder(anatomy, recording, image, valid, keys_at, frozenset(hidden_at), frozenset(suffix_at))
     with torch.inference_mode(), active(recorder), suppress(_Stopped):
         _model(anatomy)(**inputs)
     return recording

@@ -18,7 +18,7 @@ from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
 from vlm_core.sweeps.resume import spares_last_layer
 from vlm_core.sweeps.sharing import why_not_shared
-from vlm_core.sweeps.trunk import Unshareable
+from vlm_core.sweeps.trunk import Unshareable, same_prefixes
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, TINY, VISION
 from vlm_core.tests.tiny import loud, make_items, tiny_subject
 
@@ -141,6 +141,70 @@ def test_answers_of_several_tokens_grow_on_one_trunk(family):
     fast, slow, counts = compare(subject, sequences, jobs)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     assert ("whole" in counts["paths"]) == (not in_sequence)
+
+
+def questions_about(subject, sequence):
+    """Three prompts that begin as ``sequence`` does, of different lengths, and one about another image."""
+    asked = [sequence.extended(subject, tokens) for tokens in ((), (20, 21, 22), (23,))]
+    asked = [replace(one, n_prompt=len(one), groups={}) for one in asked]
+    embeds = asked[1].embeds.clone()
+    embeds[asked[1].image] = torch.randn(int(asked[1].image.sum()), embeds.shape[1], generator=torch.Generator().manual_seed(0))
+    return [*asked, replace(asked[1], embeds=embeds)]
+
+
+def test_questions_about_one_image_share_its_prefix(family):
+    subject, sequences = family
+    prompts = questions_about(subject, sequences[0])
+    in_sequence = subject.anatomy.family.image_in_sequence
+    refused = not in_sequence or "shared_prefix" in subject.anatomy.family.refusals
+    assert same_prefixes(prompts) == ({0: 0, 1: 0, 2: 0, 3: 3} if in_sequence else {})
+
+    def jobs(rows):
+        return [
+            RowJob(number, prefix, row, (len(prompt) - 1, len(prompt) - 1 + len(prefix)))
+            for number, prompt in enumerate(prompts) for prefix in ((), (24, 25)) for row in rows
+        ]  # fmt: skip
+
+    fast, slow, counts = compare(subject, prompts, [RowJob(number, (), None, (len(one) - 1,)) for number, one in enumerate(prompts)])
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    assert (fast[1] - fast[3]).abs().max() > 1e-3 or not in_sequence
+    assert counts["paths"] == ({"whole": 4} if refused else {"shared prefix": 3, "whole": 1})
+    rows = [None, ZeroHeads([(1, 1)]), KnockOut("last", "bos", (0, 2))]
+    if in_sequence:
+        rows += [*question_rows(subject.anatomy)[1:4], DropTokens(2, 0.5), Steer(3, torch.ones(subject.anatomy.hidden_size))]
+    fast, slow, counts = compare(subject, prompts, jobs(rows))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    only_resumed = [DropTokens(2, 0.5)] if in_sequence else [None]
+    fast, slow, counts = compare(subject, prompts, jobs(only_resumed))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+
+
+def test_a_prefix_is_shared_only_bit_for_bit(subject):
+    (sequence,) = encode_items(subject, make_items(1))
+    embeds = sequence.embeds.round()
+    sequence, nearly = replace(sequence, embeds=embeds), replace(sequence, embeds=embeds.flip(1))
+    assert not torch.equal(nearly.embeds, embeds) and float(nearly.embeds.sum()) == float(embeds.sum())
+    moved = replace(sequence, positions=torch.arange(len(sequence))[None] + 1)
+    assert same_prefixes([sequence, nearly, moved, sequence]) == {0: 0, 1: 1, 2: 2, 3: 0}
+
+
+def test_the_prefix_of_several_questions_runs_once(subject):
+    (sequence,) = encode_items(subject, make_items(1))
+    prompts = questions_about(subject, sequence)[:3]
+    n, n_prefix = len(prompts[1]), 1 + int(sequence.image.nonzero()[-1])
+    sizes = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, number=number: sizes.append((number, *args[0].shape[:2])))
+        for number, layer in enumerate(subject.anatomy.layers)
+    ]
+    jobs = [RowJob(number, (), None, (len(one) - 1,)) for number, one in enumerate(prompts)]
+    try:
+        run_rows(subject, prompts, jobs, [0, 1, 2], lambda numbers, hidden: None, BUDGET)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The longest as the trunk; what follows the image, of all three; the last layer for what is read.
+    assert sizes == [(0, 1, n), (1, 1, n), (2, 1, n), (0, 3, n - n_prefix), (1, 3, n - n_prefix), (2, 3, n - n_prefix), (2, 3, 1)]
 
 
 def lengthened(name: str, tail: int):
