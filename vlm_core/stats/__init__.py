@@ -11,6 +11,7 @@ NumPy, SciPy and pandas only: a report can be rendered, and a verdict re-read, w
 from .claims import Claim, ClaimTest, Equivalence, NonInferiority, Superiority, Trend
 from .counts import GoodnessOfFit, goodness_of_fit
 from .descriptive import Interval, interval, interval_each
+from .eprocess import Replication, clusters_promised, night_values, nights_promised
 from .intervals import Estimate, estimate_mean
 from .multiplicity import holm
 from .permutation import monte_carlo_p, never_zero, sign_flip_p
@@ -29,9 +30,11 @@ __all__ = [
     "GoodnessOfFit",
     "Interval",
     "NonInferiority",
+    "Replication",
     "Superiority",
     "Trend",
     "Verdict",
+    "clusters_promised",
     "decide",
     "estimate_mean",
     "estimate_statistic",
@@ -45,6 +48,8 @@ __all__ = [
     "kruskal",
     "linear_contrast",
     "monte_carlo_p",
+    "night_values",
+    "nights_promised",
     "never_zero",
     "page_p",
     "per_cluster",
