@@ -9,12 +9,12 @@
 
 Under the null no E can be expected to grow: it is a supermartingale that starts at 1, so it ever reaches 1/alpha with probability at most
 alpha (Ville 1939), however often and whenever one looks. Each bet ``lambda_t`` is fixed before x_t is seen: the plug-in "aGRAPA" of
-Waudby-Smith & Ramdas 2024, J. R. Stat. Soc. B 86:1-27 (arXiv:2010.09686), cut to [0, c/m] with c < 1, so that each factor is at least 1 - c.
+Waudby-Smith & Ramdas 2024, J. R. Stat. Soc. B 86:1-27 (arXiv:2010.09686), cut to [0, c/m] with c < 1, so that no factor is below 1 - c.
 The mean and the variance it is made of start at m and 1/4 (their prior weighs one observation), so the first bet is zero.
 
 The null speaks of each night: given what came before it, no cluster's expected effect passes the limit. Choices made within a night (heads,
-layers) are part of that night's effect. A claim that crosses training runs with items gives one value a night, because items answered by the
-same trained student are not independent draws of the effect.
+layers) are part of that night's effect. A claim that crosses training runs with items gives one value a night, because items answered by
+the same trained student are not independent draws of the effect.
 """
 
 from __future__ import annotations
@@ -309,8 +309,8 @@ def nights_promised(
 ) -> int:
     """Nights within which an effect of the declared size is caught: one that lies a whole threshold, or margin, beyond the limit.
 
-    A drop declared to be at least δ that is none at all, a loss declared to stay below m that is 2m, an effect declared to lie within ±m that
-    is 2m.
+    A drop declared to be at least δ that is none at all, a loss declared to stay below m that is 2m, an effect declared to lie within ±m
+    that is 2m.
 
     Parameters
     ----------

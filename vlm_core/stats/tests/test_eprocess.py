@@ -146,9 +146,9 @@ def test_one_side_of_an_equivalence_is_not_enough():
 
 def test_a_decision_stands_whatever_later_nights_say():
     rng = np.random.default_rng(5)
-    found = replay("superiority", 0.1, (-1, 1), three_valued(rng, (10, 100), 0.4, 0.6))
+    found = replay("superiority", 0.1, (-1, 1), three_valued(rng, (3, 100), 0.4, 0.6))
     assert found.verdict(0.05).value == "supported"
-    found.update(np.full(100, -1.0))
+    found.update(np.full(200, -1.0))
     assert found.log_e("support") < math.log(20) and found.verdict(0.05).value == "supported"
 
 
