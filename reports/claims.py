@@ -8,6 +8,7 @@ take anything away, so a verdict does not depend on what else was selected.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shlex
 from collections import Counter
@@ -17,7 +18,14 @@ from pathlib import Path
 import pytest
 
 from reports.record import describe_params, instance_key
+from vlm_core.stats.verdict import CONTROL_KINDS
 
+MARKERS = (
+    "claim(CLAIM, **params): the test decides this declared claim",
+    "control(CLAIM, ..., kind='negative'): the test is a control of these declared claims; where it does not pass they are invalid",
+    "requires(capability, ...): what the test does to the subject; where its family lacks it the test is skipped and its claim invalid, with the reason",
+)
+_INVALIDATING = tuple(kind for kind in CONTROL_KINDS if kind not in ("condition", "info"))
 _PLAIN_KEYWORD = re.compile(r"[\w:+\-.\[\]/]+")
 
 
@@ -27,7 +35,10 @@ class ClaimInstance:
 
     Attributes
     ----------
+    declared : vlm_core.stats.Claim
+        As the test is marked with it.
     claim : vlm_core.stats.Claim
+        As it is decided: with the run's alpha, where that was given.
     params : dict
         JSON builtins.
     nodeid : str
@@ -35,6 +46,7 @@ class ClaimInstance:
         Position in the collected suite; records are written in this order.
     """
 
+    declared: object
     claim: object
     params: dict = field(hash=False)
     nodeid: str
@@ -50,8 +62,8 @@ class ClaimInstance:
         return f"{self.claim.id} [{shown}]" if shown else self.claim.id
 
 
-def instances(items):
-    """Claim instances of collected items, as ``{item: ClaimInstance}``.
+def instances(items, alpha=None):
+    """Claim instances of collected items, as ``{item: ClaimInstance}``; with another family-wise ``alpha``, where one is given.
 
     Raises
     ------
@@ -75,11 +87,61 @@ def instances(items):
                 for name, value in sorted(item.callspec.params.items())
                 if value is None or type(value) in (str, int, float, bool)
             )
-        instance = ClaimInstance(mark.args[0], params, item.nodeid, order)
+        declared = mark.args[0]
+        claim = declared if alpha is None else dataclasses.replace(declared, alpha=alpha)
+        instance = ClaimInstance(declared, claim, params, item.nodeid, order)
         if instance.key in seen:
             raise pytest.UsageError(f"{instance.title} is claimed by {seen[instance.key]} and by {item.nodeid}")
         seen[instance.key] = item.nodeid
         found[item] = instance
+    return found
+
+
+def controls(items):
+    """Control tests of collected items, as ``{item: {"name", "claims", "kind"}}``.
+
+    Raises
+    ------
+    pytest.UsageError
+        For a marker that names no declared claim, an unknown kind, or a test that decides a claim itself.
+    """
+    found = {}
+    for item in items:
+        for mark in item.iter_markers("control"):
+            kind = mark.kwargs.get("kind", "negative")
+            if not mark.args or not all(hasattr(claim, "as_dict") for claim in mark.args) or mark.kwargs.keys() - {"kind"}:
+                raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.control takes one or more declared Claims, and a kind")
+            if kind not in _INVALIDATING:
+                raise pytest.UsageError(f"{item.nodeid}: a control test's kind is one of {', '.join(_INVALIDATING)}, not {kind!r}")
+            if item.get_closest_marker("claim") is not None or item in found:
+                raise pytest.UsageError(f"{item.nodeid} is a control, once and for all its claims, and decides none itself")
+            found[item] = {"name": item.nodeid.partition("::")[2], "claims": [claim.id for claim in mark.args], "kind": kind}
+    return found
+
+
+def required(item):
+    """Capabilities that an item's ``requires`` markers name, the nearest marker last."""
+    return [capability for mark in reversed(list(item.iter_markers("requires"))) for capability in mark.args]
+
+
+def requiring(items):
+    """The items that require capabilities of the subject.
+
+    Raises
+    ------
+    pytest.UsageError
+        For a marker that names no capability, or one that there is not.
+    """
+    found = [item for item in items if item.get_closest_marker("requires") is not None]
+    if found:
+        from vlm_core.families.family import CAPABILITIES
+
+        for item in found:
+            for mark in item.iter_markers("requires"):
+                unknown = [name for name in mark.args if name not in CAPABILITIES]
+                if unknown or mark.kwargs or not mark.args:
+                    given = f", not {unknown[0]!r}" if unknown else ""
+                    raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.requires takes capabilities of {', '.join(CAPABILITIES)}{given}")
     return found
 
 
@@ -189,9 +251,9 @@ def is_partial(config):
     return not all(any(root == path or path in root.parents for path in given) for root in declared)
 
 
-def command_alone(item, config, arguments):
+def command_alone(item, nodeid, config, arguments):
     """The command that runs one test alone and leaves its family whole: what was pointed at, narrowed by ``-k``."""
     given = config.args if is_partial(config) else []
     if any("::" in argument for argument in given) or not _PLAIN_KEYWORD.fullmatch(item.name):
-        return shlex.join(["python", "-m", "pytest", item.nodeid.split("@")[0], *arguments])
+        return shlex.join(["python", "-m", "pytest", nodeid, *arguments])
     return shlex.join(["python", "-m", "pytest", *given, "-k", item.name, *arguments])

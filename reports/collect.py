@@ -10,14 +10,16 @@ when evidence is missing. ``OUT/latest`` points at the last complete run.
 
 from __future__ import annotations
 
+import base64
 import csv
+import os
 import re
 import secrets
 import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
 
-from reports import page, provenance, record
+from reports import page, provenance, record, wording
 from vlm_core import stats
 
 REFUTED_OR_FAILED = 1
@@ -43,8 +45,10 @@ class Run:
         self.started = datetime.now(UTC)
         self._clock = time.monotonic()
         self._received = []
+        self._decided = {}
         self.problems = []
         self._peaks = {}
+        self._accelerator = provenance.accelerator()
         self.folder = None
         self.name = f"{self.started:%Y%m%dT%H%M%SZ}-{re.sub(r'[^A-Za-z0-9._-]+', '-', options.subject_name)}-{secrets.token_hex(3)}"
 
@@ -54,25 +58,57 @@ class Run:
 
     @property
     def records(self):
-        """Records received so far, in the order of the declared suite."""
+        """Records received so far, in the order of the declared suite, each with the control tests of its claim that have run."""
         ordered = sorted(self._received, key=lambda payload: payload["order"])
-        return [payload["record"] for payload in ordered if payload["record"]]
+        controls = self.controls
+        return [controlled(payload["record"], controls) for payload in ordered if payload["record"]]
+
+    @property
+    def controls(self):
+        """Control tests that have run, one entry a test: the first one that did not pass, where several workers ran it."""
+        found = {}
+        for payload in sorted(self._received, key=lambda payload: payload["order"]):
+            one = payload["control"]
+            if one is not None and found.get(one["name"], {"passed": True})["passed"]:
+                found[one["name"]] = one
+        return list(found.values())
 
     def add(self, payload):
-        """Take one test's payload and append its record to ``records.jsonl``."""
+        """Take one test's payload and append its record, checked, to ``records.jsonl``.
+
+        An instance that several workers decided (``--dist each``) has one record; that they disagree makes the run incomplete.
+        """
+        used = payload["used"]
+        self._accelerator = self._accelerator or used["accelerator"]
+        self._peaks[used["process"]] = [max(pair) for pair in zip(used["peaks_mb"], self._peaks.get(used["process"], (0.0, 0.0)), strict=True)]
+        entry = payload["record"]
+        if entry:
+            record.validate(entry)
+            first = self._decided.setdefault(record.instance_key(entry["claim_id"], entry["params"]), entry)
+            if first is not entry:
+                if any(entry[name] != value for name, value in first.items() if name != "duration_s"):
+                    self._problem(f"workers disagree about {wording.title(entry)}, the evidence that came first is kept")
+                return
         self._received.append(payload)
-        self._peaks[payload["process"]] = max(payload["peak_memory_mb"], self._peaks.get(payload["process"], 0.0))
-        if payload["record"]:
+        if entry:
             if self.folder is None:
                 self._open()
+            self._write_arrays(payload["arrays"])
             with (self.folder / "records.jsonl").open("a", encoding="utf-8") as lines:
-                lines.write(record.dumps(payload["record"]) + "\n")
+                lines.write(record.dumps(entry) + "\n")
+
+    def _write_arrays(self, arrays):
+        for digest, content in arrays.items():
+            path = self.folder / record.ARRAYS / f"{digest}.npy"
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                path.write_bytes(base64.b64decode(content))
 
     def _open(self):
         self.folder = self.partial_folder
         self.folder.mkdir(parents=True)
         self.problems.append("the run ended before it was finished")
-        self._write_json("run.json", self._identity(exit_code=None, partial_families=False))
+        self._write_identity(exit_code=None, partial_families=False)
         self.problems.pop()
 
     def finish(self, *, problems, exit_code, partial_families):
@@ -96,11 +132,8 @@ class Run:
         self.problems += problems
         tables = self._write_tables()
         artifacts = self._write_artifacts()
-        records = adjust(self.records)
-        self._write_json("evidence.json", records)
-        (self.folder / "records.jsonl").write_text("".join(record.dumps(entry) + "\n" for entry in records), encoding="utf-8")
-        identity = self._identity(exit_code=exit_code, partial_families=partial_families)
-        self._write_json("run.json", {**identity, "files": sorted(tables + artifacts)})
+        self._write_json("evidence.json", adjust(self.records))
+        self._write_identity(exit_code=exit_code, partial_families=partial_families, files=sorted(tables + artifacts))
         page.render(self.folder, {key: one for payload in self._received for key, one in payload["drawings"].items()})
         return self._settle()
 
@@ -112,8 +145,12 @@ class Run:
             _point_latest(self.options.out, final.name)
         return final
 
-    def _identity(self, *, exit_code, partial_families):
+    def _write_identity(self, **ended):
+        self._write_json("run.json", record.validate(self._identity(**ended), "run"))
+
+    def _identity(self, *, exit_code, partial_families, files=()):
         about = self._about()
+        memory, accelerator_memory = (max(peaks) for peaks in zip(provenance.peaks_mb(), *self._peaks.values(), strict=True))
         return {
             "schema_version": record.SCHEMA_VERSION,
             "name": self.name,
@@ -121,21 +158,26 @@ class Run:
             "data": about["data"],
             "profile": self.options.profile,
             "seed": self.options.seed,
+            "alpha": self.options.alpha,
             "revision": self.options.revision,
             "command": self.command,
             "commit": provenance.commit(self.root),
             "versions": provenance.versions(),
-            "machine": provenance.machine(),
+            "machine": {**provenance.machine(), "accelerator": self._accelerator},
             "started": self.started.isoformat(timespec="seconds"),
             "duration_s": round(time.monotonic() - self._clock, 2),
-            "peak_memory_mb": max([provenance.peak_memory_mb(), *self._peaks.values()]),
+            "peak_memory_mb": memory,
+            "peak_accelerator_memory_mb": accelerator_memory or None,
             "processes": max(1, len(self._peaks)),
             "expectations": str(self.options.expectations) if self.options.expectations else None,
             "partial_families": partial_families,
+            "declarations": {entry["claim_id"]: entry["declaration"]["hash"] for entry in self.records},
+            "controls": self.controls,
             "counts": dict(Counter(entry["verdict"] for entry in self.records)),
             "complete": not self.problems,
             "problems": list(self.problems),
             "exit_code": exit_code,
+            "files": list(files),
         }
 
     def _about(self):
@@ -194,6 +236,21 @@ class Run:
         (self.folder / name).write_text(record.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def controlled(entry, controls):
+    """A record with the control tests of its claim beside its own controls; one that did not pass makes it invalid."""
+    mine = [one for one in controls if entry["claim_id"] in one["claims"]]
+    if not mine:
+        return entry
+    added = [
+        {"name": one["name"], "kind": one["kind"], "passed": one["passed"], "value": None, "expected": "to pass", "detail": one["detail"]} for one in mine
+    ]
+    entry = {**entry, "controls": entry["controls"] + added}
+    failed = [f"the {one['kind']} control {one['name']} did not pass: {one['detail']}" for one in mine if not one["passed"]]
+    if not failed or entry["outcome"] in ("skipped", "crashed"):
+        return entry
+    return {**entry, "verdict": "invalid", "outcome": "decided", "reason": "; ".join([*failed, entry["reason"]])}
+
+
 def adjust(records):
     """Records with Holm-adjusted p-values over each declared family.
 
@@ -212,7 +269,7 @@ def adjust(records):
     return [record.validate({**entry, "p_holm": adjusted.get(index)}) for index, entry in enumerate(records)]
 
 
-def exit_code(base, *, records, lost, failures, subject_missing, inconclusive):
+def exit_code(base, *, records, lost, failures, hopeless, inconclusive):
     """pytest's exit code for what a run found.
 
     Parameters
@@ -224,16 +281,17 @@ def exit_code(base, *, records, lost, failures, subject_missing, inconclusive):
         Whether an expected claim has no teardown report.
     failures : int
         Failed reports that are no claim verdict (crashes, ordinary tests, unexpected support).
-    subject_missing : bool
+    hopeless : bool
+        Whether there was no subject to measure, or nowhere to keep evidence.
     inconclusive : {"fail", "warn"}
 
     Returns
     -------
     int
-        3 evidence lost or no subject, 1 refuted or failing, 10 only inconclusive or invalid, 0; pytest's own
+        3 evidence lost, nowhere to keep it or no subject, 1 refuted or failing, 10 only inconclusive or invalid, 0; pytest's own
         2 (interrupted), 4 (usage) and 5 (nothing collected) stay.
     """
-    if subject_missing:
+    if hopeless:
         return EVIDENCE_LOST
     if base not in (0, 1):
         return base
@@ -256,9 +314,10 @@ def _sortable(value):
 
 
 def _point_latest(out, name):
-    latest = out / "latest"
+    """Put ``latest`` in place in one step: another run may do the same at the same time."""
+    latest, fresh = out / "latest", out / f".latest-{name}"
     try:
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(name, target_is_directory=True)
-    except OSError:
-        latest.write_text(name + "\n", encoding="utf-8")
+        fresh.symlink_to(name, target_is_directory=True)
+    except OSError:  # no links here
+        fresh.write_text(name + "\n", encoding="utf-8")
+    os.replace(fresh, latest)

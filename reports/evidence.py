@@ -10,6 +10,7 @@ test's teardown report, to the controller, which alone writes files.
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 
@@ -61,7 +62,13 @@ class Evidence:
         self._drawings = {}
         self._tables = []
         self._artifacts = []
+        self._arrays = {}
         self._about = {"subject": {}, "data": {}}
+
+    @property
+    def alpha(self):
+        """One-sided error rate of each bound of the test's claim: its family's, shared equally by the instances of the family."""
+        return self.instance.claim.alpha / self.family_size
 
     def decide(self, claim, effect, *, clusters=None, seeds=None, baseline=None, controls=(), p_value=None, details=None, **options):
         """Decide the claim on per-item effects and make its verdict the test's outcome.
@@ -80,8 +87,8 @@ class Evidence:
         p_value : float, optional
             A p-value the declaration asks for (Monte-Carlo, Page's trend test).
         details : mapping, optional
-            Further numbers for the reader; ``details["literature"]`` with ``published`` and ``where``
-            fills the literature table.
+            Further numbers for the reader, NaN and infinities kept; arrays of 16 KiB or more go into files of their own.
+            ``details["literature"]`` with ``published`` and ``where`` fills the literature table.
         **options
             Passed on to `vlm_core.stats.decide` (``bounds``).
 
@@ -96,12 +103,12 @@ class Evidence:
         """
         if self.instance is None:
             raise LookupError(f"deciding {claim.id} needs @pytest.mark.claim({claim.id}) on the test")
-        if claim != self.instance.claim:
-            raise ValueError(f"the test is marked with {self.instance.claim.id} but decides {claim.id}")
+        if claim != self.instance.declared:
+            raise ValueError(f"the test is marked with {self.instance.declared.id} but decides {claim.id}")
         if self.record is not None:
             raise ValueError(f"{self.instance.title} is decided already: one verdict per claim instance")
         decision = stats.decide(
-            claim,
+            self.instance.claim,
             effect,
             clusters=clusters,
             seeds=seeds,
@@ -116,7 +123,7 @@ class Evidence:
             record.build(
                 self.instance,
                 decision,
-                details=record.to_builtins(dict(details or {}), f"{claim.id} details"),
+                details=record.to_builtins(dict(details or {}), f"{claim.id} details", keep=record.NON_FINITE, arrays=self._arrays),
                 figures=self._figures,
                 reproduce=self.reproduce,
                 duration_s=time.monotonic() - self.started,
@@ -128,7 +135,7 @@ class Evidence:
         return decision
 
     def table(self, name, frame):
-        """Leave rows for the run's CSV `name`; rows of all tests are joined, duplicates dropped."""
+        """Leave rows for the run's CSV `name`; rows of all tests are joined, duplicates dropped; NaN is an empty cell."""
         self._add_rows(name, frame, ".csv")
 
     def jsonl(self, name, frame):
@@ -139,7 +146,7 @@ class Evidence:
         _check_name(name, suffix)
         columns = [str(column) for column in frame.columns]
         rows = frame.astype(object).to_numpy().tolist()
-        self._tables.append({"name": name, "columns": columns, "rows": record.to_builtins(rows, name)})
+        self._tables.append({"name": name, "columns": columns, "rows": record.to_builtins(rows, name, keep=record.INFINITE)})
 
     def artifact_json(self, name, content):
         """Leave a JSON artefact; mappings of the same name are merged over tests."""
@@ -185,6 +192,7 @@ class Evidence:
             "record": self.record,
             "tables": self._tables,
             "artifacts": self._artifacts,
+            "arrays": {digest: base64.b64encode(content).decode("ascii") for digest, content in self._arrays.items()},
             "figures": self._figures if self.record is None else [],
             "drawings": self._drawings,
             "about": self._about,

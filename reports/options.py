@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class Options:
     revision: str | None
     profile: str
     seed: int
+    alpha: float | None
     out: Path
     inconclusive: str
     expectations: Path | None
@@ -41,6 +43,8 @@ class Options:
             arguments += [f"--claims-profile={self.profile}"]
         if self.seed:
             arguments += [f"--claims-seed={self.seed}"]
+        if self.alpha is not None:
+            arguments += [f"--claims-alpha={self.alpha}"]
         return arguments
 
 
@@ -52,6 +56,7 @@ def declare(parser):
     add("--claims-revision", metavar="REV", default=None, help="revision of a hub model")
     add("--claims-profile", metavar="|".join(PROFILES), default="default", help="how much to measure (default: default)")
     add("--claims-seed", metavar="INT", default="0", help="seed of data draws and resampling (default: 0)")
+    add("--claims-alpha", metavar="A", default=None, help="error rate of every family of claims, in place of the declared ones (records say so)")
     add("--claims-out", metavar="DIR", default=None, help=f"where runs are written (default: {DEFAULT_OUT})")
     add(
         "--claims-inconclusive",
@@ -90,6 +95,7 @@ def read(config):
         revision=given.claims_revision,
         profile=given.claims_profile,
         seed=seed,
+        alpha=_alpha(given.claims_alpha),
         out=here / given.claims_out if given.claims_out else config.rootpath / DEFAULT_OUT,
         inconclusive=given.claims_inconclusive,
         expectations=_expectations_file(config),
@@ -102,6 +108,16 @@ def _subject(config):
     if not (config.invocation_params.dir / subject).exists() and (root / subject).exists():
         return str(root / subject)
     return subject
+
+
+def _alpha(given):
+    try:
+        alpha = None if given is None else float(given)
+    except ValueError:
+        alpha = math.nan
+    if alpha is not None and not 0 < alpha < 0.5:
+        raise pytest.UsageError(f"--claims-alpha takes a number between 0 and 0.5, not {given!r}")
+    return alpha
 
 
 def _one_of(option, value, allowed):

@@ -55,6 +55,7 @@ def _environment():
         json=record.dumps,
         shown=shown,
         duration=duration,
+        other_alpha=wording.other_alpha,
     )
     environment.globals["inline"] = _inline
     return environment

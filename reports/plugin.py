@@ -1,4 +1,4 @@
-"""The pytest adapter: options, the ``claim`` marker, fixtures and hooks.
+"""The pytest adapter: options, markers, fixtures and hooks.
 
 Load it from the root ``conftest.py`` (``pytest_plugins = ["reports.plugin"]``). It does nothing to tests
 that carry no claim.
@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from reports import claims, collect, expectations, options, provenance, record, terminal
+from reports import claims, collect, expectations, options, provenance, record, terminal, wording
 from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
 
 _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
@@ -23,6 +23,7 @@ _OPTIONS = pytest.StashKey[options.Options]()
 _FAMILIES = pytest.StashKey[dict]()
 _WANTED = pytest.StashKey[list]()
 _INSTANCE = pytest.StashKey[claims.ClaimInstance]()
+_CONTROL = pytest.StashKey[dict]()
 _EVIDENCE = pytest.StashKey[Evidence]()
 _ENDED = pytest.StashKey[tuple]()
 _PROGRESS = pytest.StashKey[terminal.Progress]()
@@ -39,7 +40,8 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "claim(CLAIM, **params): the test decides this declared claim")
+    for marker in claims.MARKERS:
+        config.addinivalue_line("markers", marker)
     chosen = config.stash[_OPTIONS] = options.read(config)
     config.stash[_PROGRESS] = terminal.Progress(config)
     if hasattr(config, "workerinput"):
@@ -102,11 +104,24 @@ def pytest_collection(session):
         config.pluginmanager.unregister(plugin)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    found = claims.instances(items)
+    _read_claims(config, items)
+    controls = {item: item.stash[_CONTROL] for item in items if _CONTROL in item.stash}
+    yield
+    kept = {item.stash[_INSTANCE].claim.id for item in items if _INSTANCE in item.stash}
+    items += [item for item, control in controls.items() if item not in set(items) and kept.intersection(control["claims"])]
+
+
+def _read_claims(config, items):
+    found = claims.instances(items, config.stash[_OPTIONS].alpha)
     for item, instance in found.items():
         item.stash[_INSTANCE] = instance
+    for item, control in claims.controls(items).items():
+        item.stash[_CONTROL] = control
+    for item in claims.requiring(items):
+        if "_capabilities" not in item.fixturenames:
+            item.fixturenames.insert(0, "_capabilities")
     config.stash[_FAMILIES] = claims.family_sizes(found)
     chosen = config.stash[_OPTIONS]
     if found and chosen.expectations:
@@ -124,6 +139,19 @@ def pytest_runtestloop(session):
     found = [item.stash[_INSTANCE] for item in session.items if _INSTANCE in item.stash]
     terminal.claims_list(session.config.pluginmanager.getplugin("terminalreporter"), found)
     return True
+
+
+@pytest.fixture
+def _capabilities(request):
+    """What the test's ``requires`` markers ask of the subject, asked before anything else is measured."""
+    subject = request.getfixturevalue("subject")
+    for capability in claims.required(request.node):
+        try:
+            subject.anatomy.require(capability)
+        except Exception as error:
+            if not _cannot_be_measured(error):
+                raise
+            pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -152,7 +180,7 @@ def _evidence_of(item):
             instance,
             family_size=max(1, config.stash[_FAMILIES][instance.claim.hypothesis, instance.claim.tier]) if instance else 1,
             seed=chosen.seed,
-            reproduce=claims.command_alone(item, config, chosen.as_arguments()),
+            reproduce=claims.command_alone(item, instance.nodeid, config, chosen.as_arguments()) if instance else "",
         )
     return item.stash[_EVIDENCE]
 
@@ -160,17 +188,32 @@ def _evidence_of(item):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    report.user_properties = [(str(name), record.to_builtins(value)) for name, value in report.user_properties]
+    report.user_properties = [(str(name), record.property_value(value)) for name, value in report.user_properties]
     instance = item.stash.get(_INSTANCE, None)
+    error = call.excinfo.value if call.excinfo else None
+    if _CONTROL in item.stash:
+        _note_control(item, report, error)
     if instance is not None:
-        error = call.excinfo.value if call.excinfo else None
         if error is not None and _is_subject_error(error) and call.when == "setup":
             report.claims_stop = report.longrepr = str(error)
             item.session.shouldstop = "there is no subject to measure"
         _note_end(item, report, error)
-    if report.when == "teardown" and (instance is not None or _EVIDENCE in item.stash):
-        report.claims_payload = record.dumps(_payload(item))
+    if report.when == "teardown" and (instance is not None or _EVIDENCE in item.stash or _CONTROL in item.stash):
+        payload = _payload(item)
+        report.claims_payload = record.dumps(payload)
+        if payload["record"] is not None:
+            report.user_properties += record.properties(payload["record"])
     return report
+
+
+def _note_control(item, report, error):
+    """Note whether a control test passed; one that is skipped vouches for nothing."""
+    control = item.stash[_CONTROL]
+    if report.when == "setup":
+        control |= {"passed": True, "detail": ""}
+    if not report.passed and control["passed"]:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        control |= {"passed": False, "detail": f"not measured: {said}" if report.skipped else said}
 
 
 def _note_end(item, report, error):
@@ -202,8 +245,10 @@ def _payload(item):
     instance = item.stash.get(_INSTANCE, None)
     taken = _evidence_of(item)
     payload = taken.payload()
+    payload["control"] = item.stash.get(_CONTROL, None)
     outcome, reason = item.stash.get(_ENDED, (None, None))
     if instance is not None and outcome is not None:
+        payload["arrays"] = {}
         figures = taken.record["figures"] if taken.record else payload["figures"]
         payload["record"] = record.validate(
             record.unmeasured(
@@ -216,8 +261,11 @@ def _payload(item):
             )
         )
     payload["order"] = item.session.items.index(item) if instance is None else instance.order
-    payload["process"] = getattr(item.config, "workerinput", {}).get("workerid", "main")
-    payload["peak_memory_mb"] = provenance.peak_memory_mb()
+    payload["used"] = {
+        "process": getattr(item.config, "workerinput", {}).get("workerid", "main"),
+        "peaks_mb": provenance.peaks_mb(),
+        "accelerator": provenance.accelerator(),
+    }
     return payload
 
 
@@ -250,6 +298,7 @@ class Controller:
         self.expected = {}
         self.ended = set()
         self.failures = 0
+        self.session = None
         self.stop_reason = None
         self.written = None
         self.trouble = None
@@ -259,6 +308,9 @@ class Controller:
     @property
     def reporter(self):
         return self.config.pluginmanager.getplugin("terminalreporter")
+
+    def pytest_sessionstart(self, session):
+        self.session = session
 
     def pytest_collection_finish(self, session):
         self.expected.update(dict.fromkeys(item.nodeid for item in session.items))
@@ -301,12 +353,19 @@ class Controller:
 
     def _cannot_write(self, error):
         self.trouble = f"the run cannot be written to {self.options.out}: {error.strerror or error}"
+        if self.run.folder is not None:
+            self.trouble += f"; what was written before is in {self.run.folder}"
+        self._end_session("evidence cannot be kept")
 
     def _stop(self, reason):
         self.stop_reason = self.stop_reason or reason
+        self._end_session("there is no subject to measure")
+
+    def _end_session(self, why):
+        self.session.shouldstop = why
         distributor = self.config.pluginmanager.getplugin("dsession")
         if distributor is not None:
-            distributor.shouldstop = "there is no subject to measure"
+            distributor.shouldstop = why
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session, exitstatus):
@@ -322,9 +381,9 @@ class Controller:
         code = collect.exit_code(
             int(exitstatus),
             records=self.run.records,
-            lost=lost or self.trouble is not None,
+            lost=lost,
             failures=self.failures,
-            subject_missing=self.stop_reason is not None,
+            hopeless=self.stop_reason is not None or self.trouble is not None,
             inconclusive=self.options.inconclusive,
         )
         problems = [self.stop_reason] if self.stop_reason else []
@@ -352,6 +411,8 @@ class Controller:
             terminalreporter.write_line(self.trouble, red=True)
         if self.written is not None:
             terminal.verdict_table(terminalreporter, self.run.records)
+            if self.options.alpha is not None:
+                terminalreporter.write_line(wording.other_alpha(self.options.alpha), yellow=True)
             for problem in self.run.problems:
                 terminalreporter.write_line(f"evidence is incomplete: {problem}", red=True)
             terminalreporter.write_line("report:")

@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 _PACKAGES = (
-    "torch", "transformers", "peft", "trl", "datasets", "safetensors", "numpy", "scipy", "pandas",
-    "pytest", "pytest-xdist", "matplotlib", "jinja2",
+    "torch", "transformers", "tokenizers", "accelerate", "peft", "trl", "datasets", "safetensors", "pillow",
+    "numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "pytest", "pytest-xdist", "matplotlib", "jinja2",
 )  # fmt: skip
 
 
@@ -45,7 +45,20 @@ def machine():
     return {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
 
 
-def peak_memory_mb():
-    """Peak resident memory of this process so far, in MiB."""
+def accelerator():
+    """Name of the accelerator that this process uses; ``None`` where it uses none."""
+    cuda = _cuda()
+    return cuda.get_device_name() if cuda else None
+
+
+def peaks_mb():
+    """Peak memory of this process so far, in MiB: resident, and allocated on its accelerator (0 without one)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+    cuda = _cuda()
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1), round(cuda.max_memory_allocated() / 2**20, 1) if cuda else 0.0
+
+
+def _cuda():
+    """``torch.cuda`` where this process uses it; asking loads nothing and starts nothing."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

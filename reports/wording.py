@@ -103,3 +103,8 @@ def some(names, most=4):
 
 def listing(names):
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def other_alpha(alpha):
+    """Said wherever a run's verdicts are shown that were decided at another alpha than declared."""
+    return f"Decided at a family-wise alpha of {alpha:g} (--claims-alpha) in place of the declared one."

@@ -49,6 +49,6 @@ def test_the_background_tells_something_too(floors, without_object, evidence):
 
 def beats_nothing(without_object, evidence) -> Control:
     """The own background must tell something, not only mislead less than another scene's."""
-    alpha = BACKGROUND.alpha / evidence.family_size
+    alpha = evidence.alpha
     lower, _ = estimate_mean(without_object.beyond_nothing(), without_object.clusters, smallest_alpha=alpha, rng=evidence.seed).bounds(alpha)
     return Control("own background against no image", "condition", lower > 0, lower, "a lower bound above 0")

@@ -34,7 +34,7 @@ ATTENTION = Claim(
 
 @pytest.mark.claim(DEPTH)
 def test_attribution_lies_deep(floors, usable, seed, evidence):
-    found = attribution_depth(usable(), smallest_alpha=DEPTH.alpha / evidence.family_size, rng=seed)
+    found = attribution_depth(usable(), smallest_alpha=evidence.alpha, rng=seed)
     exhibits.depth_profile(evidence, usable())
     evidence.decide(
         DEPTH,

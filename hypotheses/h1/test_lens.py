@@ -52,7 +52,7 @@ def test_the_word_climbs_where_its_object_is(subject, words_in_the_lens, floors,
 
 def climbs(tracks, evidence) -> Control:
     """The word must climb in its own patches, not only sink less there than in others'."""
-    alpha = WORD.alpha / evidence.family_size
+    alpha = evidence.alpha
     slope = estimate_mean(linear_contrast(-tracks.log_rank["own"]), tracks.clusters, bounds=None, smallest_alpha=alpha, rng=evidence.seed)
     lower = None if slope is None else slope.bounds(alpha)[0]
     return Control("the word climbs in its own patches", "condition", lower is not None and lower > 0, lower, "a lower bound of the slope above 0")

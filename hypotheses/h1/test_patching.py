@@ -79,7 +79,7 @@ def decide(claim, layers, places, direction, half, floors, evidence, show=lambda
         evidence.decide(claim, None, missing=str(reason), details=details)
         return
     show()
-    alpha = claim.alpha / evidence.family_size
+    alpha = evidence.alpha
     evidence.decide(
         claim,
         estimate_statistic(lead, layers.clusters, smallest_alpha=alpha, rng=evidence.seed),

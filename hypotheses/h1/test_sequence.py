@@ -22,7 +22,7 @@ LITERATURE = {"published": "text reaches role tokens and the last token before t
 @pytest.mark.claim(SEQUENCE)
 def test_text_arrives_before_the_image(floors, arrivals, evidence):
     exhibits_tracing.arrival_curves(evidence, arrivals)
-    alpha = SEQUENCE.alpha / evidence.family_size
+    alpha = evidence.alpha
     whole = {route: arrivals.lost[route][:, 0] for route in arrivals.lost}
     others = {
         "image, direct to role and last tokens": arrivals.lag("image, direct"),

@@ -68,7 +68,7 @@ def decide(claim, measure, task, subject, floors, attribution, sufficient, evide
         said = f"no heads are chosen where attribution does not predict unseen masks: expected {control.expected}"
         return evidence.decide(claim, None, controls=[control], missing=said)
     found = sufficient(task)
-    options = {"smallest_alpha": claim.alpha / evidence.family_size, "rng": evidence.seed}
+    options = {"smallest_alpha": evidence.alpha, "rng": evidence.seed}
     targeted, random = (share_carried(found.rows, ranking, measure, **options) for ranking in ("attribution", "random"))
     evidence.decide(
         claim,

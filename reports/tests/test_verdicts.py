@@ -168,7 +168,7 @@ def test_numpy(evidence, record_property, task, scale, thing):
     )
     assert suite.run().ret == 0
     _, records = suite.latest()
-    assert records[0]["details"] == {"a": 3, "b": [1.0, None]}
+    assert records[0]["details"] == {"a": 3, "b": [1.0, "NaN"]}
     assert records[0]["params"] == {"scale": 2, "task": "color"}
 
 
