@@ -11,7 +11,7 @@ from PIL import Image
 
 from reports.drawings import overlay_tile
 from reports.exhibits import mean_with_interval
-from reports.pictures import png
+from reports.pictures import png, thumbnail
 from vlm_core.stats import interval
 
 REFERENCE_POLICIES = ("random", "stride", "pooling")  # drawn in grey: what an informed policy has to beat
@@ -291,6 +291,66 @@ def relevance(evidence, items, maps) -> None:
         f"(perspectival); what the question attends to (participatory); which score dominates a region (blue, green, orange in that order; regions: {dominated}); what is kept.",
         alt=f"Two rows of six small pictures, one row a question to the same image: {asked}.",
     )
+
+
+KEPT_SIDE = 96  # pixels of an example's longer side
+
+
+def kept_tokens(evidence, items, steps: list[dict], policy: str, layer: int) -> None:
+    """Example images and the tokens that are left of them, one picture a share kept, with what is then answered.
+
+    Parameters
+    ----------
+    items : sequence of dict
+    steps : list of dict
+        ``keep`` and, one an item, ``left`` (`vlm_core.reduction.kept_tokens.kept_tokens`), ``outputs``, ``correct``; none where image tokens have no place.
+    policy : str
+    layer : int
+        Before which tokens go.
+    """
+    if not steps:
+        return
+    examples = []
+    for number, item in enumerate(items):
+        layout, _ = steps[0]["left"][number]
+        shown = _largest_grid(layout)
+        small = thumbnail(item["image"], KEPT_SIDE)
+        examples.append(
+            {
+                "item": item["id"], "task": item["task"], "prompt": item["prompt"], "answer": item["answer"], "image": png(small), "width": small.width,
+                "height": small.height, "box": [float(one) for one in (*np.nanmin(layout.boxes[shown], axis=0)[:2], *np.nanmax(layout.boxes[shown], axis=0)[2:])],
+                "steps": [
+                    {
+                        "kept": int(step["left"][number][1].sum()), "of": len(layout), "rows": _rows(layout, shown, step["left"][number][1]),
+                        "output": step["outputs"][number], "correct": bool(step["correct"][number]),
+                    }
+                    for step in steps
+                ],
+            }
+        )  # fmt: skip
+    right = ", ".join(f"{step['keep']:g}: {sum(step['correct'])} of {len(items)}" for step in steps)
+    evidence.figure(
+        "kept_tokens",
+        {"shares": [float(step["keep"]) for step in steps], "examples": examples},
+        title=f"Which tokens {policy} keeps from layer {layer} on, and what is answered",
+        caption="The first confirmation item of each task that the untouched subject answers right, each of another scene. Dropped tokens are covered. "
+        f"Right answers by share kept: {right}.",
+        alt=f"{len(items)} pictures with the image tokens that {policy} drops covered, for {len(steps)} shares kept. Right answers by share: {right}.",
+    )
+
+
+def _largest_grid(layout) -> np.ndarray:
+    """Which tokens are drawn: those of the grid that has most of them, bool ``[image token]``."""
+    placed = (layout.grid >= 0) & ~np.isnan(layout.boxes[:, 0])
+    return placed & (layout.grid == np.bincount(layout.grid[placed]).argmax())
+
+
+def _rows(layout, shown, kept) -> list[str]:
+    """The grid from the top, a letter a token: ``1`` kept, ``0`` dropped, ``.`` no token there."""
+    first = layout.row[shown].min(), layout.column[shown].min()
+    drawn = np.full((layout.row[shown].max() + 1 - first[0], layout.column[shown].max() + 1 - first[1]), ".")
+    drawn[layout.row[shown] - first[0], layout.column[shown] - first[1]] = np.where(kept[shown], "1", "0")
+    return ["".join(row) for row in drawn]
 
 
 def _on_grid(found, values: np.ndarray) -> np.ndarray:

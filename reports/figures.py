@@ -68,6 +68,7 @@ KINDS = {
     "gained_lost": Kind("gained_lost", ("rows",), "rows", ("label", "gained", "lost", "items"), "drawings_students"),
     "table": Kind("table", ("columns", "rows"), "rows", ("label", "cells"), None),
     "cases": Kind("cases", ("groups",), "groups", ("name", "cases"), None),
+    "kept_tokens": Kind("kept_tokens", ("shares", "examples"), "examples", ("prompt", "answer", "image", "width", "height", "box", "steps"), None),
     "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),
     "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
     "pareto_front": Kind("pareto_front", ("points", "x_label", "y_label"), "points", ("x", "y", "name", "front", "chosen")),
@@ -155,9 +156,17 @@ def render(kind, data, *, prefix, label, links=None, drawing=None):
     """
     if KINDS[kind].module is None:
         check(kind, data)
-        return str(getattr(_macros(), KINDS[kind].draw)(data, label))
+        return str(getattr(_macros(), KINDS[kind].draw)(data, label, prefix))
     drawing = drawing or draw(kind, data)
     return _for_page(drawing["svg"], prefix=prefix, label=label, tips=drawing["tips"], links=links or {})
+
+
+def covered(rows, box, width, height):
+    """An SVG path over the dropped tokens of a grid (``0`` in ``rows``) that lies in ``box`` (shares of the picture), runs of them as one shape."""
+    left, top, right, bottom = (share * length for share, length in zip(box, (width, height, width, height), strict=True))
+    wide, high = (right - left) / len(rows[0]), (bottom - top) / len(rows)
+    runs = [(place, run) for place, row in enumerate(rows) for run in re.finditer("0+", row)]
+    return "".join(f"M{left + run.start() * wide:.4g} {top + place * high:.4g}h{len(run[0]) * wide:.4g}v{high:.4g}h{-len(run[0]) * wide:.4g}z" for place, run in runs)
 
 
 def environment():
@@ -169,27 +178,31 @@ def environment():
 
 @functools.cache
 def _macros():
-    return environment().get_template("exhibits.html.j2").module
+    words = environment()
+    words.globals["covered"] = covered
+    return words.get_template("exhibits.html.j2").module
 
 
 def _for_page(svg, *, prefix, label, tips, links):
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    # A picture has no parts for a screen reader; a drawing with links is a group of them.
+    role = "group" if links else "img"
     opening = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label, quote=True)}">'
+        f'viewBox="0 0 {width} {height}" role="{role}" aria-label="{html.escape(label, quote=True)}">'
     )
     svg = opening + svg[svg.index(">") + 1 :]
     if links:
-        svg = re.sub(r'<g id="([^"]+)">\s*(<path [^>]*/>)\s*</g>', lambda found: _linked(found, links), svg)
+        svg = re.sub(r'<g id="([^"]+)">\s*(<path [^>]*/>)\s*</g>', lambda found: _linked(found, links, tips), svg)
     for gid, text in tips.items():
         svg = svg.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>", 1)
     svg = re.sub(r'<g id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|[A-Za-z]*Collection)_\d+">', "<g>", svg)
     seen = set()
     svg = re.sub(r' id="([^"]+)"', lambda found: _unique(found[1], prefix, seen), svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
-    # What is linked to outside the drawing keeps its id; the drawing is one picture to keyboards and screen readers.
+    # What is linked to outside the drawing keeps its id; keyboards reach the same places from the page's own map.
     svg = re.sub(
         r'xlink:href="#([^"]+)"',
         lambda found: f'xlink:href="#{prefix}-{found[1]}"' if found[1] in seen else f'href="#{found[1]}" tabindex="-1"',
@@ -201,10 +214,13 @@ def _for_page(svg, *, prefix, label, tips, links):
     return svg
 
 
-def _linked(found, links):
+def _linked(found, links, tips):
     """A drawn group, its shape leading to the group's address where it has one."""
     gid, shape = found.groups()
-    return found[0] if gid not in links else f'<g id="{gid}"><a xlink:href="{html.escape(links[gid], quote=True)}">{shape}</a></g>'
+    if gid not in links:
+        return found[0]
+    label = html.escape(tips.get(gid, gid), quote=True)
+    return f'<g id="{gid}"><a xlink:href="{html.escape(links[gid], quote=True)}" aria-label="{label}">{shape}</a></g>'
 
 
 def _unique(name, prefix, seen):

@@ -28,6 +28,7 @@ _ABOUT = (
 )  # fmt: skip
 _HEAT = (214, 95, 0)  # the colour of attention in every figure that lies on a picture
 _PARTS = ("the asked object", "the rest of the image", "the image", "words", "special tokens and delimiters")
+_LETTERS = {"cross-modal grounding": "G", "vision summarisation": "V", "instruction following": "I", "routing": "R"}
 _METRICS = {"margin": "margin of the answer (nats lost)", "accuracy": "accuracy lost"}
 
 
@@ -60,8 +61,10 @@ def load(folder):
 
 
 def links(described):
-    """``{"layer.head": "#id of its card"}``."""
-    return {entry["name"]: f"#{_anchor(entry)}" for entry in described["heads"]} if described and not _lacks(described) else {}
+    """``{"layer.head": "#id of its card, or of its row in the table of every head"}``."""
+    if not described or not described["heads"] or _lacks(described):
+        return {}
+    return {entry["name"]: f"#{_anchor(entry)}" for entry in [*described["heads"], *described.get("map", ())]}
 
 
 def _lacks(described):
@@ -93,7 +96,42 @@ def section(described):
         "notes": described["notes"],
         "scales": scales,
         "heads": [_card(entry, about, scales, task_scale, examples, [one["name"] for one in entries]) for entry in entries],
+        "map": _map(described),
         "parts": [name for name in _PARTS if any(part["on"] == name for entry in entries for part in entry["attends"])],
+    }
+
+
+def _map(described):
+    """Every head, layer by layer: how strong its attribution is, its category, and where its evidence is; None for a report without a map."""
+    entries = described.get("map") or ()
+    if not entries:
+        return None
+    carded = {entry["name"] for entry in described["heads"]}
+    peak = max((one["attribution"] for one in entries if one["attribution"] is not None), default=0.0)
+    layers = {}
+    for one in entries:
+        known = one["attribution"] is not None
+        share = max(one["attribution"], 0.0) / peak if known and peak > 0 else 0.0
+        told = f"attribution {number(one['attribution'])}" if known else "does not see the image"
+        layers.setdefault(one["layer"], []).append(
+            {
+                **one,
+                "id": _anchor(one),
+                "carded": one["name"] in carded,
+                "strength": round(100 * share),
+                "letter": _LETTERS.get(one["category"], ""),
+                "label": f"Head {one['name']}: {told}; {one['category']}" + ("; described below" if one["name"] in carded else ""),
+                "paths": [(name, interval_numbers({"estimate": path["drop"], **path}) if path["drop"] is not None else None) for name, path in one["drops"].items()],
+            }
+        )
+    used = {one["category"] for one in entries}
+    return {
+        "layers": layers,
+        "paths": list(entries[0]["drops"]),
+        "letters": [(letter, name) for name, letter in _LETTERS.items() if name in used],
+        "peak": peak,
+        "strongest": max(entries, key=lambda one: -1e9 if one["attribution"] is None else one["attribution"])["name"],
+        "rest": [cell for row in layers.values() for cell in row if not cell["carded"]],
     }
 
 

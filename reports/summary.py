@@ -63,7 +63,7 @@ def page(identity, records):
         "subject_line": subject_line(identity["subject"]),
         "sentences": [f"{section['brief']}." for section in hypotheses],
         "counts": [{"verdict": verdict, "count": counted[verdict]} for verdict in VERDICTS],
-        "exploratory_count": sum(entry["tier"] == "exploratory" for entry in records),
+        "total": len(records),
         "band": band(identity, records),
         "hypotheses": hypotheses,
         "baseline": baseline(identity),

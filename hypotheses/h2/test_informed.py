@@ -8,6 +8,7 @@ import pytest
 
 from hypotheses.h1.controls import grounded_overall
 from hypotheses.h2.controls import left_by
+from reports import exhibits_tokens
 from vlm_core.reduction.curves import REFERENCES, Cell, choose_drop, early, losses
 from vlm_core.stats import Claim, Superiority
 
@@ -28,7 +29,7 @@ LITERATURE = {
 
 @pytest.mark.claim(INFORMED)
 @pytest.mark.parametrize("against", REFERENCES)
-def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, confirmed, evidence):
+def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, confirmed, kept_examples, evidence):
     if against in policies.missing:
         evidence.decide(INFORMED, None, missing=f"{against} is not possible here: {policies.missing[against]}")
         return
@@ -38,6 +39,7 @@ def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, 
     reference = Cell(layer, KEPT, against)
     both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]
     gain = both[0]["loss"] - both[1].loc[both[0].index, "loss"]
+    exhibits_tokens.kept_tokens(evidence, *kept_examples(chosen.policy, layer), chosen.policy, layer)
     evidence.decide(
         INFORMED,
         gain,

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import exhibits_tokens
+from reports import exhibits_tokens, figures
 from vlm_core import DropTokens, HeadId
 from vlm_core.heads.token_mass import TokenMass
 from vlm_core.reduction.kept_rows import KeptRows
@@ -115,3 +115,31 @@ def test_two_questions_to_one_image_are_two_rows(evidence):  # noqa: F811
     assert [(tile(row, 5) == 200).all(-1).tolist() for row in (0, 1)] == [[[True, False], [False, False]], [[False, False], [True, True]]]
     assert "“which color?” keeps 2 of 5 tokens; “how many?” keeps 2 of 5 tokens" in figure["caption"]
     assert "propositional 6, perspectival 2, participatory 2" in figure["caption"]
+
+
+def test_kept_tokens_are_covered_grids_with_answers(evidence):  # noqa: F811
+    about = dict(
+        grid=np.array([-1, 0, 0, 0, 0]), row=np.array([-1, 0, 0, 1, 1]), column=np.array([-1, 0, 1, 0, 1]),
+        boxes=np.array([[np.nan] * 4, [0.1, 0, 0.5, 0.5], [0.5, 0, 0.9, 0.5], [0.1, 0.5, 0.5, 1], [0.5, 0.5, 0.9, 1]]),
+    )  # fmt: skip
+    layout = type("Placed", (), {**about, "__len__": lambda self: 5})()
+    items = [{"id": "a", "task": "color", "prompt": "which?", "answer": "red", "image": Image.new("RGB", (192, 96))}]
+    all_, half = np.ones(5, dtype=bool), np.array([True, False, True, True, False])
+    steps = [
+        {"keep": 1.0, "left": [(layout, all_)], "outputs": ["red"], "correct": [True]},
+        {"keep": 0.5, "left": [(layout, half)], "outputs": ["blue"], "correct": [False]},
+    ]
+    exhibits_tokens.kept_tokens(evidence, items, steps, "fastv", 1)
+    figure = evidence.payload()["figures"][0]
+    (example,) = figure["data"]["examples"]
+    assert (example["width"], example["height"]) == (96, 48) and example["box"] == pytest.approx([0.1, 0, 0.9, 1])
+    assert [step["rows"] for step in example["steps"]] == [["11", "11"], ["01", "10"]]
+    assert [(step["kept"], step["of"], step["output"], step["correct"]) for step in example["steps"]] == [(5, 5, "red", True), (3, 5, "blue", False)]
+    assert "1: 1 of 1, 0.5: 0 of 1" in figure["caption"]
+    exhibits_tokens.kept_tokens(evidence, items, [], "fastv", 1)
+    assert len(evidence.payload()["figures"]) == 1
+
+
+def test_dropped_tokens_are_covered_run_by_run():
+    assert figures.covered(["0011", "1111"], [0.0, 0.0, 1.0, 1.0], 40, 20) == "M0 0h20v10h-20z"
+    assert figures.covered(["10.0"], [0.5, 0.0, 1.0, 0.5], 40, 20) == "M25 0h5v10h-5zM35 0h5v10h-5z"

@@ -128,11 +128,27 @@ def test_a_report_of_another_version_is_one_sentence_on_the_page(tmp_path, part,
     assert read.badly_nested == [] and set(read.links) <= set(read.ids)
 
 
-def test_cells_of_head_maps_lead_to_the_cards_of_their_heads(text):
+def test_cells_of_head_maps_lead_to_the_evidence_of_their_heads(text):
     svg = re.search(r"<svg[^>]*aria-label=\"Few heads carry the image.*?</svg>", text, flags=re.DOTALL)[0]
-    assert re.findall(r'<a href="#(head-[\d.]+)" tabindex="-1"', svg) == ["head-3.2", "head-4.1", "head-4.5"]
+    led = re.findall(r'<a href="#(head-[\d.]+)" tabindex="-1"', svg)
+    assert led == [f"head-{layer}.{head}" for layer in range(6) for head in range(8)]
+    assert len(re.findall(r'<tbody id="head-[\d.]+">', text)) == 48 - 3 and len(cards(text)) == 3
+    older = {key: value for key, value in sample_run.described().items() if key != "map"}
+    assert list(heads.links(older)) == ["3.2", "4.5", "4.1"] and heads.section(older)["map"] is None
+
+
+def test_the_map_shows_attribution_as_strength_and_the_category_as_a_letter(text):
+    table = re.search(r'<table class="cells">.*?</table>', text, flags=re.DOTALL)[0]
+    cells = dict(re.findall(r'<td><a href="#head-([\d.]+)"(.*?)</a></td>', table, flags=re.DOTALL))
+    assert len(cells) == 48
+    assert "--strength:100%" in cells["3.2"] and "--strength:75%" in cells["4.5"] and ">G<" in cells["3.2"]
+    assert 'class="carded"' in cells["4.1"] and 'class="carded"' not in cells["4.2"]
+    assert "Head 5.0: does not see the image" in cells["5.0"] and "--strength:0%" in cells["5.0"]
+
+
+def test_a_figure_without_links_is_one_picture():
     plain = figures.render("head_map", {"values": [[0.1, 0.2]]}, prefix="a", label="map")
-    assert "<a " not in plain
+    assert "<a " not in plain and 'role="img"' in plain
 
 
 def test_a_card_is_safe_from_what_a_prompt_says(tmp_path):

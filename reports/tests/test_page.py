@@ -236,5 +236,6 @@ def test_a_page_takes_figures_that_are_drawn_already_and_is_the_same(tmp_path, m
 def test_groups_of_a_drawing_lead_where_they_are_told_to():
     data = sample_run.head_map(np.random.default_rng(0))["data"]
     svg = figures.render("head_map", data, prefix="a", label="map", links={"cell-0-1": "#head-0.1", "cell-9-9": "#nowhere"})
-    assert re.findall(r'<a href="#([^"]+)" tabindex="-1"><path ', svg) == ["head-0.1"]
+    assert re.findall(r'<a href="#([^"]+)" tabindex="-1" aria-label="layer 0, head 1: [^"]+"><path ', svg) == ["head-0.1"]
+    assert 'role="group" aria-label="map"' in svg
     assert re.search(r"<title>layer 0, head 1: [^<]*</title><a ", svg), "the cell that leads there is that head's"

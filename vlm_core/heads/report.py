@@ -10,7 +10,7 @@ Heads are chosen on discovery items by the attribution handed in; everything sai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -72,15 +72,19 @@ class HeadReport:
     about : dict
         What was asked of which items, by which rules heads and examples were chosen, and how many heads have ``both`` kinds of evidence:
         ``shortfall`` says so where they are fewer than five (else empty).
+    map : list of dict
+        Every head of the subject, layer by layer: ``name, layer, head, attribution`` (None where the head cannot see the image), and what the
+        taxonomy says of it (``category, confidence, drops, evidence``; `vlm_core.heads.taxonomy.Taxonomy.as_dict`).
     """
 
     heads: list[dict]
     examples: list[dict]
     about: dict
+    map: list[dict] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """Builtins only, for JSON."""
-        return {"heads": self.heads, "examples": self.examples, "about": self.about}
+        return {"heads": self.heads, "examples": self.examples, "about": self.about, "map": self.map}
 
 
 def head_report(
@@ -145,7 +149,8 @@ def head_report(
         if tuple(found) != shape:
             raise ValueError(f"the {name} describes {found[0]} layers x {found[1]} heads: this subject has {shape[0]} x {shape[1]}")
     items = take(items, range(len(items)))
-    heads = top_heads(image_map(subject.anatomy, ranked.coefficients), min(most, len(subject.image_heads)))
+    attribution = image_map(subject.anatomy, ranked.coefficients)
+    heads = top_heads(attribution, min(most, len(subject.image_heads)))
     measure = measure or partial(sweep, subject)
     cuts = {str(head): ReplaceImageKV([head], means, queries="text") for head in heads}
     table = measure(items, {"full": None, **cuts}, metrics=("correct", "margin"))
@@ -208,6 +213,10 @@ def head_report(
             "both": both,
             "shortfall": "" if both >= ENOUGH else _shortfall(entries, both, len(items)),
         },
+        [
+            {"name": name, "attribution": float(value) if np.isfinite(value := attribution[one["layer"], one["head"]]) else None, **one}
+            for name, one in taxonomy.as_dict(features).items()
+        ],
     )
 
 

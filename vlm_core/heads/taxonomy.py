@@ -326,6 +326,8 @@ def _percent(value: float) -> str:
 def _sentence(category: str, paths: dict[str, dict], least: float, seen: dict[str, float]) -> str:
     """Why the head is in its category, from the measured numbers alone."""
     paths = {name: path for name, path in paths.items() if path["drop"] is not None}
+    if not paths:
+        return "None of its paths was cut."
     name = max(paths, key=lambda one: paths[one]["drop"])
     cost = paths[name]
     span = "" if cost["lower"] is None else f" ({_percent(cost['lower'])} to {_percent(cost['upper'])})"

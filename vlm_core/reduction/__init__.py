@@ -15,6 +15,7 @@ Measured on a subject, each in a module of its own:
 ``redundancy``      how alike image tokens are in every layer
 ``utility``         what an answer loses without each of them, and without groups
 ``horizon``         the layer from which it needs none of them
+``kept_tokens``     which image tokens are left under an intervention
 ``kept_rows``       where on the image the tokens lie that a policy keeps
 """
 

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 
 from vlm_core.errors import NotMeasurable
 from vlm_core.interventions import DropTokens
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, take
-from vlm_core.observation.observing import observed, prepare
-from vlm_core.seam.views import LayerView
+from vlm_core.reduction.kept_tokens import kept_tokens
 from vlm_core.stats import GoodnessOfFit, Interval, goodness_of_fit, interval
 from vlm_core.subjects.subject import Subject
-from vlm_core.tracing.object_tokens import item_layouts
 
 __all__ = ["KeptRows", "kept_rows"]
 
@@ -76,21 +73,6 @@ class KeptRows:
         )
 
 
-@dataclass(frozen=True)
-class _Left:
-    """Positions in the prompt of the image tokens that are left when the final norm is reached, ``[item, token]``, -1 where fewer are."""
-
-    n_layers: int
-
-    def layer(self, view: LayerView) -> torch.Tensor | None:
-        """Of the last layer alone."""
-        if view.layer != self.n_layers:
-            return None
-        tokens, (where, real) = view.tokens, view.tokens.members("image")
-        origin = where if tokens.index is None else tokens.index.gather(1, where)
-        return origin.masked_fill(~real, -1)  # prompts are filled up on the right: a column is a position
-
-
 def kept_rows(
     subject: Subject, items: Sequence, drop: DropTokens, *, n_rows: int | None = None, batch_rows: int | None = None
 ) -> KeptRows:
@@ -133,22 +115,20 @@ def kept_rows(
     if not len(items):
         raise ValueError("there are no items whose kept tokens could be placed: pass at least one")
     items = take(items, range(len(items)))
-    layouts = item_layouts(subject, items)
-    n_rows = max(int(layout.row.max()) + 1 for layout in layouts) if n_rows is None else integer(n_rows, "n_rows", least=1)
-    ready = prepare(subject, items, [_Left(subject.anatomy.n_layers)])
+    n_rows = None if n_rows is None else integer(n_rows, "n_rows", least=1)
+    left = kept_tokens(subject, items, drop, batch_rows=batch_rows)
+    if n_rows is None:
+        n_rows = max(int(layout.row.max()) + 1 for layout, _ in left)
     counts, candidates, heights = [], [], []
-    for some in observed(subject, items, ready, drop, batch_rows):
-        for item, left in zip(some.items, some.values[0][""][:, 0].numpy(), strict=True):
-            layout = layouts[len(counts)]
-            height = layout.boxes[:, [1, 3]].mean(1)
-            kept = np.isin(layout.positions, left[left >= 0])
-            placed = np.isfinite(height)
-            if not (kept & placed).any():
-                raise NotMeasurable(f"item {item_field(item, 'id')!r} keeps no token that has a place on the image")
-            row = np.floor(height * n_rows + 1e-9).clip(0, n_rows - 1)
-            for found, chosen in ((counts, kept & placed), (candidates, placed)):
-                found.append(np.bincount(row[chosen].astype(int), minlength=n_rows))
-            heights.append((height[kept & placed].mean(), height[placed].mean()))
+    for item, (layout, kept) in zip(items, left, strict=True):
+        height = layout.boxes[:, [1, 3]].mean(1)
+        placed = np.isfinite(height)
+        if not (kept & placed).any():
+            raise NotMeasurable(f"item {item_field(item, 'id')!r} keeps no token that has a place on the image")
+        row = np.floor(height * n_rows + 1e-9).clip(0, n_rows - 1)
+        for found, chosen in ((counts, kept & placed), (candidates, placed)):
+            found.append(np.bincount(row[chosen].astype(int), minlength=n_rows))
+        heights.append((height[kept & placed].mean(), height[placed].mean()))
     position, uniform = np.array(heights).T
     about = (tuple(str(item_field(item, name)) for item in items) for name in ("id", "scene_id", "task"))
     return KeptRows(drop, np.array(counts), np.array(candidates), position, uniform, *about)

@@ -73,6 +73,15 @@ def test_heads_are_those_that_attribution_ranks_first_with_intervals_over_scenes
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False)) == report.as_dict()
 
 
+def test_the_map_has_every_head_with_its_attribution_and_category(subject, reported):
+    items, _, report = reported
+    ranked, _, taxonomy = known_of(subject, items)
+    assert [(one["layer"], one["head"]) for one in report.map] == list(np.ndindex(taxonomy.category.shape))
+    assert [one["attribution"] for one in report.map] == pytest.approx(ranked.coefficients.ravel().tolist())
+    assert [one["category"] for one in report.map] == taxonomy.category.ravel().tolist()
+    assert all(one["name"] == f"{one['layer']}.{one['head']}" and one["evidence"] for one in report.map)
+
+
 def test_effects_are_what_one_head_without_the_image_loses(subject, reported):
     items, means, report = reported
     scenes, tasks = [item["scene_id"] for item in items], np.array([item["task"] for item in items])

@@ -12,6 +12,7 @@ import torch
 from vlm_core import DropTokens, Subject, kept_rows
 from vlm_core.interventions.policy import Ranked, Seen
 from vlm_core.reduction import FastV
+from vlm_core.reduction.kept_tokens import kept_tokens
 from vlm_core.stats import goodness_of_fit, interval
 from vlm_core.tests.family_processors import PROCESSORS
 from vlm_core.tests.test_policies import kept
@@ -57,6 +58,8 @@ def test_rows_are_those_of_what_the_seam_left(subject, items, policy):
         assert found.counts[number].tolist() == [rows.count(row) for row in range(4)]
         assert found.position[number] == pytest.approx(np.mean([(row + 0.5) / 4 for row in rows]))
         assert found.uniform[number] == pytest.approx(0.5)
+    for own, (layout, chosen) in zip(left, kept_tokens(subject, items[:5], drop, batch_rows=3), strict=True):
+        assert len(layout) == chosen.size == N_IMAGE and np.flatnonzero(chosen).tolist() == sorted(own)
     assert found.clusters == tuple(item["scene_id"] for item in items[:5]) and found.items[4] == "item-4"
 
 
