@@ -14,7 +14,7 @@ import base64
 import re
 import time
 
-from reports import record
+from reports import effects, record
 from vlm_core import stats
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -107,6 +107,7 @@ class Evidence:
             raise ValueError(f"the test is marked with {self.instance.declared.id} but decides {claim.id}")
         if self.record is not None:
             raise ValueError(f"{self.instance.title} is decided already: one verdict per claim instance")
+        bounds = None if claim.test.kind == "trend" else options.get("bounds", (-1.0, 1.0))
         decision = stats.decide(
             self.instance.claim,
             effect,
@@ -125,6 +126,7 @@ class Evidence:
                 decision,
                 details=record.to_builtins(dict(details or {}), f"{claim.id} details", keep=record.NON_FINITE, arrays=self._arrays),
                 figures=self._figures,
+                effects=effects.store(effects.pack(effect, clusters, seeds, bounds), self._arrays),
                 reproduce=self.reproduce,
                 duration_s=time.monotonic() - self.started,
             )

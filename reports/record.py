@@ -80,7 +80,7 @@ def to_builtins(value, where="value", *, keep=(), arrays=None):
         return float(value) if math.isfinite(value) else _named(value, keep)
     if isinstance(value, np.ndarray):
         large = arrays is not None and value.nbytes >= LARGE_ARRAY and not value.dtype.hasobject
-        return _stored(value, arrays) if large else again(value.tolist(), where)
+        return store_array(value, arrays) if large else again(value.tolist(), where)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
@@ -103,7 +103,8 @@ def _named(value, keep):
     return name if name in keep else None
 
 
-def _stored(array, arrays):
+def store_array(array, arrays):
+    """What stands in a record for an array, whose content ``arrays`` takes, as SHA-256 → content of an ``.npy`` file; see `read_array`."""
     file = io.BytesIO()
     np.save(file, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
     digest = hashlib.sha256(file.getvalue()).hexdigest()
@@ -207,8 +208,10 @@ _MEASURED = (
     "n_items", "n_clusters", "n_seeds", "mde", "n_needed", "underpowered", "baseline",
 )  # fmt: skip
 
+_NIGHTLY = ("effects", "reproduced", "replicated")
 
-def build(instance, decision, *, details, figures, reproduce, duration_s):
+
+def build(instance, decision, *, details, figures, reproduce, duration_s, effects=None):
     """The record of a decided claim instance.
 
     Parameters
@@ -219,6 +222,8 @@ def build(instance, decision, *, details, figures, reproduce, duration_s):
     reproduce : str
         Command that runs this claim alone.
     duration_s : float
+    effects : dict, optional
+        The rows that were decided on (`reports.effects.store`); None where the effect is no mean over items.
     """
     decided = to_builtins(decision.as_dict(), instance.claim.id)
     return {
@@ -230,6 +235,8 @@ def build(instance, decision, *, details, figures, reproduce, duration_s):
         "controls": decided.get("controls") or [],
         "details": details,
         "figures": figures,
+        **dict.fromkeys(_NIGHTLY),
+        "effects": effects,
         "duration_s": round(duration_s, 3),
         "outcome": "decided",
     }
@@ -246,6 +253,7 @@ def unmeasured(instance, *, outcome, reason, reproduce, duration_s, figures=()):
         "controls": [],
         "details": {},
         "figures": list(figures),
+        **dict.fromkeys(_NIGHTLY),
         "duration_s": round(duration_s, 3),
         "outcome": outcome,
     }
