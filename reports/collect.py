@@ -233,7 +233,10 @@ class Run:
         return list(artifacts)
 
     def _write_json(self, name, content):
-        (self.folder / name).write_text(record.dumps(content, indent=2) + "\n", encoding="utf-8")
+        """Write a file whole or not at all: a disk that is full must not leave half of it in the place of what was there."""
+        fresh = self.folder / f".{name}.new"
+        fresh.write_text(record.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(fresh, self.folder / name)
 
 
 def controlled(entry, controls):

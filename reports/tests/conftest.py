@@ -27,9 +27,9 @@ class Suite:
     def write(self, *tests, name="test_claims.py"):
         (self.pytester.path / "hypotheses" / name).write_text(HEADER + "\n".join(tests), encoding="utf-8")
 
-    def run(self, *arguments):
+    def run(self, *arguments, **options):
         quiet = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio"]
-        return self.pytester.runpytest_inprocess(*quiet, "-W", "ignore::pytest.PytestAssertRewriteWarning", *arguments)
+        return self.pytester.runpytest_inprocess(*quiet, "-W", "ignore::pytest.PytestAssertRewriteWarning", *arguments, **options)
 
     @property
     def runs(self):

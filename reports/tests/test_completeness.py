@@ -1,19 +1,12 @@
-"""Evidence that is lost is never silent; workers leave the same records as one process."""
+"""Evidence that is lost is never silent."""
 
 from __future__ import annotations
 
 import pytest
 
-from .suites import INCONCLUSIVE, INVALID, REFUTED, SUPPORTED
+from .suites import REFUTED, SUPPORTED
 
 pytest_plugins = ["pytester"]
-
-DYING = """
-import os
-@pytest.mark.claim(TWO, part="dies")
-def test_dies(evidence):
-    os._exit(7)
-"""
 
 BROKEN_FIXTURE = """
 class SubjectError(Exception): pass
@@ -26,33 +19,6 @@ def subject():
 def test_subject(subject, evidence):
     evidence.decide(TWO, effects(0.5), clusters=clusters())
 """
-
-
-def _comparable(records):
-    return [{**entry, "duration_s": 0} for entry in records]
-
-
-def test_workers_leave_the_same_records_as_one_process(suite):
-    suite.write(SUPPORTED, REFUTED, INCONCLUSIVE, INVALID)
-    serial = suite.run()
-    _, alone = suite.latest()
-    shared = suite.run("-n", "2", "--dist", "loadgroup")
-    run, together = suite.latest()
-    assert _comparable(alone) == _comparable(together)
-    assert (serial.ret, shared.ret) == (1, 1) and run["complete"]
-
-
-def test_a_worker_that_dies_is_lost_evidence(suite):
-    suite.write(SUPPORTED, DYING)
-    result = suite.run("-n", "1", "--max-worker-restart", "0")
-    assert result.ret == 3
-    result.stdout.fnmatch_lines(["evidence is incomplete: no report came back from *test_dies*"])
-    (folder,) = suite.folders
-    run, records = suite.read(folder)
-    assert folder.name.endswith("-incomplete") and not run["complete"] and run["exit_code"] == 3
-    assert [entry["claim_id"] for entry in records] == ["H1.one"]
-    assert not (suite.runs / "latest").exists()
-    assert 'class="band"' in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_claim_without_a_teardown_report_is_lost(suite):
