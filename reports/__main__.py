@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reports import page
+from reports import page, record
 
 
 def main(arguments=None):
@@ -17,9 +17,12 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     try:
         print(page.render(given.run))
+        problems = record.load_run(given.run)[0]["problems"]
     except (OSError, ValueError, KeyError) as error:
         print(f"{given.run} is not a run that can be rendered: {error}", file=sys.stderr)
         return 1
+    if problems:
+        print(f"{given.run} is incomplete: {'; '.join(problems)}", file=sys.stderr)
     return 0
 
 
