@@ -25,6 +25,7 @@ from vlm_core import stats
 REFUTED_OR_FAILED = 1
 EVIDENCE_LOST = 3
 ONLY_UNDECIDED = 10
+REGRESSED = 11
 
 
 class Run:
@@ -47,6 +48,7 @@ class Run:
         self._received = []
         self._decided = {}
         self.problems = []
+        self._nightly = {}
         self._peaks = {}
         self._accelerator = provenance.accelerator()
         self.folder = None
@@ -58,10 +60,12 @@ class Run:
 
     @property
     def records(self):
-        """Records received so far, in the order of the declared suite, each with the control tests of its claim that have run."""
+        """Records received so far, in the order of the declared suite, each with the control tests of its claim that have run, and what
+        the nightly lanes say of it."""
         ordered = sorted(self._received, key=lambda payload: payload["order"])
         controls = self.controls
-        return [controlled(payload["record"], controls) for payload in ordered if payload["record"]]
+        found = [controlled(payload["record"], controls) for payload in ordered if payload["record"]]
+        return [{**entry, **self._nightly.get(record.instance_key(entry["claim_id"], entry["params"]), {})} for entry in found]
 
     @property
     def controls(self):
@@ -110,6 +114,15 @@ class Run:
         self.problems.append("the run ended before it was finished")
         self._write_identity(exit_code=None, partial_families=False)
         self.problems.pop()
+
+    def follow(self, lanes, *, complete):
+        """Have the nightly lanes (`reports.lanes.Lanes`) compare the records and add to what they keep."""
+        if self.folder is None:
+            self._open()
+        records = self.records
+        lanes.follow(self._identity(exit_code=None, partial_families=False), records, self.folder, complete and not self.problems)
+        for entry in records:
+            self._nightly[record.instance_key(entry["claim_id"], entry["params"])] = {name: entry[name] for name in ("reproduced", "replicated")}
 
     def finish(self, *, problems, exit_code, partial_families):
         """Write the run directory and its report.
@@ -272,7 +285,7 @@ def adjust(records):
     return [record.validate({**entry, "p_holm": adjusted.get(index)}) for index, entry in enumerate(records)]
 
 
-def exit_code(base, *, records, lost, failures, hopeless, inconclusive):
+def exit_code(base, *, records, lost, failures, hopeless, inconclusive, regressions=0):
     """pytest's exit code for what a run found.
 
     Parameters
@@ -287,12 +300,14 @@ def exit_code(base, *, records, lost, failures, hopeless, inconclusive):
     hopeless : bool
         Whether there was no subject to measure, or nowhere to keep evidence.
     inconclusive : {"fail", "warn"}
+    regressions : int
+        Claims that are worse than their baseline (`reports.baselines`).
 
     Returns
     -------
     int
-        3 evidence lost, nowhere to keep it or no subject, 1 refuted or failing, 10 only inconclusive or invalid, 0; pytest's own
-        2 (interrupted), 4 (usage) and 5 (nothing collected) stay.
+        3 evidence lost, nowhere to keep it or no subject, 1 refuted or failing, 11 worse than the baseline, 10 only inconclusive or invalid, 0;
+        pytest's own 2 (interrupted), 4 (usage) and 5 (nothing collected) stay.
     """
     if hopeless:
         return EVIDENCE_LOST
@@ -303,6 +318,8 @@ def exit_code(base, *, records, lost, failures, hopeless, inconclusive):
     gating = [entry for entry in records if entry["tier"] == "confirmatory" and entry["outcome"] in ("decided", "skipped")]
     if failures or any(entry["verdict"] == "refuted" for entry in gating):
         return REFUTED_OR_FAILED
+    if regressions:
+        return REGRESSED
     if inconclusive == "fail" and any(entry["verdict"] in ("inconclusive", "invalid") for entry in gating):
         return ONLY_UNDECIDED
     return 0

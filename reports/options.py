@@ -27,6 +27,10 @@ class Options:
     out: Path
     inconclusive: str
     expectations: Path | None
+    baseline: Path | None
+    update_baseline: str | None
+    history: Path | None
+    seed_given: bool
 
     @property
     def subject_name(self):
@@ -55,7 +59,7 @@ def declare(parser):
     add("--claims-subject", metavar="PATH_OR_ID", default=DEFAULT_SUBJECT, help="model to test, written with = (default: %(default)s)")
     add("--claims-revision", metavar="REV", default=None, help="revision of a hub model")
     add("--claims-profile", metavar="|".join(PROFILES), default="default", help="how much to measure (default: default)")
-    add("--claims-seed", metavar="INT", default="0", help="seed of data draws and resampling (default: 0)")
+    add("--claims-seed", metavar="INT", default=None, help="seed of data draws and resampling (default: 0; with a history, the night's own)")
     add("--claims-alpha", metavar="A", default=None, help="error rate of every family of claims, in place of the declared ones (records say so)")
     add("--claims-out", metavar="DIR", default=None, help=f"where runs are written (default: {DEFAULT_OUT})")
     add(
@@ -65,6 +69,9 @@ def declare(parser):
         help="fail: exit 10 when a claim is inconclusive or invalid (default); warn: exit 0",
     )
     add("--claims-expectations", metavar="FILE", default=None, help="known outcomes of the subject (TOML or JSON)")
+    add("--claims-baseline", metavar="FILE", default=None, help="compare item by item with what is stored there (JSON lines); exit 11 on a regression")
+    add("--claims-update-baseline", metavar="REASON", default=None, help="add this run to the baseline; A/A: the same code again, to measure the noise")
+    add("--claims-history", metavar="DIR", default=None, help="a night of its own scenes, its evidence added to that of the nights there")
     add("--claims-retrain", action="store_true", help="train students again that are in the cache")
     add("--claims-list", action="store_true", help="list the declared claims and stop")
 
@@ -80,8 +87,10 @@ def read(config):
     given = config.option
     _one_of("--claims-profile", given.claims_profile, PROFILES)
     _one_of("--claims-inconclusive", given.claims_inconclusive, INCONCLUSIVE)
+    given.claims_seed = getattr(config, "workerinput", {}).get("claims_seed", given.claims_seed)  # a night's is known to the controller
+    seed_given = given.claims_seed is not None
     try:
-        seed = int(given.claims_seed)
+        seed = int(given.claims_seed) if seed_given else 0
     except ValueError:
         raise pytest.UsageError(f"--claims-seed takes a whole number, not {given.claims_seed!r}") from None
     if seed < 0:
@@ -99,6 +108,10 @@ def read(config):
         out=here / given.claims_out if given.claims_out else config.rootpath / DEFAULT_OUT,
         inconclusive=given.claims_inconclusive,
         expectations=_expectations_file(config),
+        baseline=_baseline(config),
+        update_baseline=given.claims_update_baseline,
+        history=here / given.claims_history if given.claims_history else None,
+        seed_given=seed_given,
     )
 
 
@@ -118,6 +131,21 @@ def _alpha(given):
     if alpha is not None and not 0 < alpha < 0.5:
         raise pytest.UsageError(f"--claims-alpha takes a number between 0 and 0.5, not {given!r}")
     return alpha
+
+
+def _baseline(config):
+    """The given file: one that is there, unless this run is to be its first entry."""
+    given, reason = config.option.claims_baseline, config.option.claims_update_baseline
+    if reason is not None and not reason.strip():
+        raise pytest.UsageError("--claims-update-baseline takes the reason for it, not an empty text")
+    if not given:
+        if reason is not None:
+            raise pytest.UsageError("--claims-update-baseline needs the file, --claims-baseline=FILE")
+        return None
+    path = config.invocation_params.dir / given
+    if not path.is_file() and reason is None:
+        raise pytest.UsageError(f"--claims-baseline {path} was not found: --claims-update-baseline=REASON makes it from this run")
+    return path
 
 
 def _one_of(option, value, allowed):

@@ -6,6 +6,7 @@ that carry no claim.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import time
 
 import pytest
 
-from reports import claims, collect, expectations, options, provenance, record, terminal, wording
+from reports import claims, collect, expectations, lanes, options, provenance, record, terminal, wording
 from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
 
 _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
@@ -51,8 +52,11 @@ def pytest_configure(config):
     if declared:
         options.check_writable(chosen.out)
         _precheck(chosen)
+        nightly = lanes.Lanes(chosen)
+        config.option.claims_seed = nightly.prepare()
+        chosen = nightly.options = config.stash[_OPTIONS] = dataclasses.replace(chosen, seed=config.option.claims_seed)
     if measuring:
-        config.pluginmanager.register(Controller(config, chosen, declared=declared), "claims-controller")
+        config.pluginmanager.register(Controller(config, chosen, nightly if declared else None), "claims-controller")
 
 
 def _precheck(chosen):
@@ -289,10 +293,11 @@ def pytest_report_teststatus(report, config):
 class Controller:
     """Gathers what tests leave, gates completeness and writes the run; lives in the controlling process only."""
 
-    def __init__(self, config, chosen, *, declared):
+    def __init__(self, config, chosen, nightly):
         self.config = config
         self.options = chosen
-        self.declared = declared
+        self.nightly = nightly
+        self.declared = nightly is not None
         command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
         self.run = collect.Run(chosen, command=command, root=config.rootpath)
         self.expected = {}
@@ -323,6 +328,7 @@ class Controller:
                 self._watcher = terminal.WorkerProgress(self.reporter, self._progress_folder)
                 self._watcher.start()
         node.workerinput["claims_progress"] = self._progress_folder
+        node.workerinput["claims_seed"] = self.options.seed
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node, ids):
@@ -378,6 +384,12 @@ class Controller:
         lost = bool(missing) and not stopped and (self.declared or bool(self.run.records))
         if not self.run.records and not lost and self.stop_reason is None and self.trouble is None:
             return
+        problems = [self.stop_reason] if self.stop_reason else []
+        problems += _missing_sentences(missing, stopped)
+        kept = self.trouble is None and (bool(self.run.records) or lost)
+        if kept and self.declared:
+            self._follow(problems)
+            lost = lost or self.nightly.problem is not None
         code = collect.exit_code(
             int(exitstatus),
             records=self.run.records,
@@ -385,12 +397,19 @@ class Controller:
             failures=self.failures,
             hopeless=self.stop_reason is not None or self.trouble is not None,
             inconclusive=self.options.inconclusive,
+            regressions=self.nightly.regressions if self.declared else 0,
         )
-        problems = [self.stop_reason] if self.stop_reason else []
-        problems += _missing_sentences(missing, stopped)
-        if self.trouble is None and (self.run.records or lost):
+        if kept and self.trouble is None:
             code = self._finish(problems, code)
         session.exitstatus = code
+
+    def _follow(self, problems):
+        try:
+            self.run.follow(self.nightly, complete=not problems)
+        except OSError as error:
+            self._cannot_write(error)
+        if self.nightly.problem is not None:
+            problems.append(self.nightly.problem)
 
     def _finish(self, problems, code):
         try:
@@ -411,6 +430,8 @@ class Controller:
             terminalreporter.write_line(self.trouble, red=True)
         if self.written is not None:
             terminal.verdict_table(terminalreporter, self.run.records)
+            if self.declared:
+                terminal.lane_lines(terminalreporter, self.nightly.lines)
             if self.options.alpha is not None:
                 terminalreporter.write_line(wording.other_alpha(self.options.alpha), yellow=True)
             for problem in self.run.problems:

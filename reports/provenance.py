@@ -1,4 +1,4 @@
-"""Where a run was made: commit, versions, machine, memory."""
+"""Where a run was made: commit, versions, machine, memory; and by what two runs are known to be of the same subject, data and platform."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def versions():
 
 
 def machine():
-    """The platform key of the run."""
-    return {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
+    """The machine of the run."""
+    return {"platform": platform.platform(), "processor": platform.machine(), "instructions": instructions(), "cores": os.cpu_count()}
 
 
 def accelerator():
@@ -62,3 +62,34 @@ def _cuda():
     """``torch.cuda`` where this process uses it; asking loads nothing and starts nothing."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def instructions():
+    """The widest vector instructions of the processor, as far as they are known here: they decide the last digits of a sum."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as found:
+            flags = next((line.split() for line in found if line.startswith("flags")), ())
+    except OSError:
+        flags = ()
+    return next((name for name in ("avx512f", "avx2", "avx") if name in flags), None)
+
+
+def subject_key(identity):
+    """What makes two runs' subjects the same: weights and number format; where no weights are known, where it came from and its revision."""
+    subject = identity["subject"]
+    if subject.get("weights"):
+        return f"{subject['weights'][:32]} {subject.get('dtype', '')}".rstrip()
+    return " ".join(str(part) for part in (subject["source"], subject.get("revision") or identity.get("revision")) if part)
+
+
+def data_key(identity):
+    """What makes two runs' data the same: the content hashes of their splits, the profile and the seed."""
+    hashes = [f"{name} {value}" for name, value in sorted(identity["data"].items()) if isinstance(value, str)]
+    return ", ".join([*hashes, f"profile {identity['profile']}", f"seed {identity['seed']}"])
+
+
+def platform_key(identity):
+    """What makes two machines compute alike: system, processor, its instructions, and the accelerator."""
+    machine = identity["machine"]
+    parts = (machine["platform"].split("-")[0], machine["processor"], machine.get("instructions"), machine.get("accelerator"))
+    return " ".join(str(part) for part in parts if part)

@@ -3,6 +3,7 @@
 ``Progress``        the ``progress(label, done, total)`` callable of this process
 ``WorkerProgress``  shows what pytest-xdist's workers are doing
 ``verdict_table``   the verdicts and their reasons
+``lane_lines``      what the nightly lanes found
 ``claims_list``     the declared claims
 """
 
@@ -183,6 +184,12 @@ def _estimate(entry):
         return "not measured"
     estimate, lower, upper = interval_numbers(entry)
     return f"{estimate} [{lower}, {upper}]"
+
+
+def lane_lines(reporter, lines):
+    """Write lines with their colours."""
+    for text, colour in lines:
+        reporter.write_line(text, **({colour: True} if colour else {}))
 
 
 def claims_list(reporter, found):

@@ -1,0 +1,248 @@
+"""The reproduce lane: identical, within the noise, drift, regression; what a baseline holds for; exit code 11."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from reports import baselines, effects, record
+from reports.claims import ClaimInstance
+from vlm_core import stats
+
+from .suites import EXPLORATORY, INCONCLUSIVE, REFUTED, SUPPORTED
+
+pytest_plugins = ["pytester"]
+
+DROP = stats.Claim("H1.one", "It costs ten points.", "accuracy lost per item", stats.Superiority(0.1), "here")
+LOSS = stats.Claim("H2.two", "It costs less than five.", "accuracy lost per item", stats.NonInferiority(0.05), "here")
+IDENTITY = {
+    "name": "run",
+    "started": "2026-01-01T00:00:00+00:00",
+    "commit": "abc",
+    "versions": {"torch": "2.12"},
+    "subject": {"source": "vlm", "weights": "w" * 64, "dtype": "float32"},
+    "data": {"confirmation": "c0ffee", "baseline": [{"accuracy": 0.9}]},
+    "profile": "default",
+    "seed": 0,
+    "machine": {"platform": "Linux-6.1", "processor": "x86_64", "instructions": "avx2", "accelerator": None},
+}
+
+
+@functools.cache
+def _decision(claim):
+    return stats.decide(claim, [1.0, 0.0] * 20, clusters=range(40))
+
+
+def entry(folder, claim, effect):
+    """The record of a decision (by its normal interval, which is quick), its arrays in the folder."""
+    effect, clusters = np.asarray(effect, dtype=float), [f"scene-{item}" for item in range(len(effect))]
+    mean, half = float(effect.mean()), 1.65 * float(effect.std(ddof=1)) / len(effect) ** 0.5
+    sign = 1 if claim.test.kind == "superiority" else -1
+    above, below = (sign * (mean - claim.test.limit) > half, sign * (mean - claim.test.limit) < -half)
+    verdict = stats.Verdict.SUPPORTED if above else stats.Verdict.REFUTED if below else stats.Verdict.INCONCLUSIVE
+    decision = dataclasses.replace(_decision(claim), verdict=verdict, estimate=mean, lower=mean - half, upper=mean + half)
+    arrays = {}
+    stored = effects.store(effects.pack(effect, clusters), arrays)
+    (folder / record.ARRAYS).mkdir(parents=True, exist_ok=True)
+    for digest, content in arrays.items():
+        (folder / record.ARRAYS / f"{digest}.npy").write_bytes(content)
+    instance = ClaimInstance(claim, claim, {}, "test", 0)
+    return record.validate(record.build(instance, decision, details={}, figures=[], reproduce="", duration_s=0.0, effects=stored))
+
+
+class Lane:
+    """A baseline file of one claim, and runs against it."""
+
+    def __init__(self, folder, claim=DROP):
+        self.folder, self.claim = folder, claim
+        self.path = folder / "kept" / "baseline.jsonl"
+        self.run, self.runs = folder / "run", 0
+
+    def update(self, effect, reason="made", **identity):
+        self.runs += 1
+        return baselines.update(self.path, {**IDENTITY, "name": f"run-{self.runs}", **identity}, [entry(self.run, self.claim, effect)], self.run, reason)
+
+    def compare(self, effect, claim=None, **identity):
+        made = entry(self.run, claim or self.claim, effect)
+        return baselines.compare(baselines.load(self.path), {**IDENTITY, **identity}, made, self.run)
+
+
+def answers(margins):
+    return (np.asarray(margins) > 0).astype(float)
+
+
+def test_the_same_effects_are_identical_and_one_bit_is_not(tmp_path):
+    lane, effect = Lane(tmp_path), np.random.default_rng(0).uniform(0, 1, 100)
+    assert lane.update(effect) == 1
+    assert lane.compare(effect)["state"] == "identical"
+    assert lane.compare(np.nextafter(effect, 1))["state"] == "drift"
+
+
+def test_a_supported_claim_that_falls_is_a_regression_without_any_noise_measured(tmp_path):
+    lane = Lane(tmp_path)
+    lane.update(np.r_[np.ones(50), np.zeros(50)])
+    found = lane.compare(np.r_[np.ones(12), np.zeros(88)])
+    assert found["state"] == "regression" and "supported in the baseline of 2026-01-01, inconclusive now" in found["sentence"]
+    assert lane.compare(np.zeros(100))["state"] == "regression"
+
+
+def test_a_claim_that_was_never_supported_cannot_fall(tmp_path):
+    lane = Lane(tmp_path)
+    lane.update(np.r_[np.ones(12), np.zeros(88)])
+    assert lane.compare(np.zeros(100))["state"] == "drift"
+
+
+def test_items_that_moved_against_the_claim_beyond_the_noise_are_a_regression_though_the_verdict_stays(tmp_path):
+    lane, effect = Lane(tmp_path), np.r_[np.ones(70), np.zeros(130)]
+    worse, better = effect.copy(), effect.copy()
+    worse[:20], better[70:90] = 0, 1
+    lane.update(effect)
+    unmeasured = lane.compare(worse)
+    assert unmeasured["state"] == "drift" and "--claims-update-baseline=A/A" in unmeasured["sentence"]
+    lane.update(effect, "A/A")
+    found = lane.compare(worse)
+    assert found["state"] == "regression" and found["worse"] == pytest.approx(0.1) and 0.04 < found["lower"] < 0.1 and found["floor"] == 0
+    assert lane.compare(better)["state"] == "drift"
+    noisy = effect.copy()
+    noisy[:30] = 0
+    lane.update(noisy, "A/A")
+    assert lane.compare(worse)["state"] == "within noise"
+
+
+def test_against_a_loss_more_is_worse(tmp_path):
+    lane, effect = Lane(tmp_path, LOSS), np.zeros(400)
+    more = effect.copy()
+    more[:12] = 1
+    for reason in ("made", "A/A"):
+        lane.update(effect, reason)
+    assert lane.compare(more)["state"] == "regression"
+    assert lane.compare(-more)["state"] == "drift"
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3], ids=["runs of the same code agree", "runs of the same code differ"])
+def test_an_upgrade_that_moves_numbers_only_in_the_noise_does_not_fire(tmp_path, noise):
+    """Answers are margins above zero; an upgrade adds rounding noise to each margin, and tips some over. A real loss of 8 points is found."""
+    rng, fired, found_real, runs = np.random.default_rng(0), 0, 0, 30
+    for run in range(runs):
+        lane, margins = Lane(tmp_path / str(run)), rng.normal(0.3, 0.5, 300)
+        lane.update(answers(margins))
+        lane.update(answers(margins + rng.normal(0, noise, 300)), "A/A")
+        tipped = answers(margins + rng.normal(0, 5e-3, 300))
+        fired += lane.compare(tipped, versions={"torch": "2.13"})["state"] == "regression"
+        if run < 5:
+            found_real += lane.compare(answers(margins - 0.2), versions={"torch": "2.13"})["state"] == "regression"
+    assert fired <= 0.05 * runs + 3 * (runs * 0.05 * 0.95) ** 0.5 and found_real == 5
+
+
+def test_a_shift_of_everything_by_a_rounding_error_does_not_fire(tmp_path):
+    lane, effect = Lane(tmp_path), np.random.default_rng(0).uniform(0.2, 0.6, 200)
+    for reason in ("made", "A/A"):
+        lane.update(effect, reason)
+    moved = np.random.default_rng(1).uniform(0.5, 1.5, 200)
+    found = lane.compare(effect - 1e-7 * moved)
+    assert found["state"] == "drift" and found["lower"] > 0
+    assert lane.compare(effect - 0.01 * moved)["state"] == "regression"
+
+
+def test_what_a_baseline_holds_for(tmp_path):
+    lane, effect = Lane(tmp_path), np.r_[np.ones(50), np.zeros(50)]
+    lane.update(effect)
+    others = {
+        "subject": {"subject": {**IDENTITY["subject"], "weights": "v" * 64}},
+        "data": {"data": {"confirmation": "beef"}},
+        "platform": {"machine": {**IDENTITY["machine"], "instructions": "avx512f"}},
+    }
+    for name, change in [*others.items(), ("data", {"seed": 1}), ("data", {"profile": "smoke"})]:
+        found = lane.compare(effect, **change)
+        assert found["state"] == "no baseline" and found["sentence"] == f"the baseline is of another {name}"
+    for kept in ({"data": {"confirmation": "c0ffee", "baseline": []}}, {"versions": {}}, {"commit": None}):
+        assert lane.compare(effect, **kept)["state"] == "identical"
+
+
+def test_a_changed_declaration_voids_the_entry_and_says_so(tmp_path):
+    lane, effect = Lane(tmp_path), np.r_[np.ones(50), np.zeros(50)]
+    lane.update(effect)
+    other = stats.Claim("H1.one", "It costs ten points, really.", "accuracy lost per item", stats.Superiority(0.1), "here")
+    found = lane.compare(np.zeros(100), claim=other)
+    assert found["state"] == "voided" and DROP.hash in found["sentence"] and other.hash in found["sentence"]
+
+
+def test_the_newest_entry_counts_and_the_older_ones_stay(tmp_path):
+    lane, first, second = Lane(tmp_path), np.r_[np.ones(50), np.zeros(50)], np.r_[np.ones(40), np.zeros(60)]
+    lane.update(first)
+    there = lane.path.read_bytes()
+    lane.update(first, "A/A")
+    lane.update(second, "fewer heads are taken")
+    assert lane.path.read_bytes().startswith(there) and [json.loads(line)["reason"] for line in lane.path.read_text().splitlines()] == [
+        "made", "A/A", "fewer heads are taken",
+    ]  # fmt: skip
+    assert lane.compare(second)["state"] == "identical"
+    assert lane.compare(second)["floor"] is None, "the noise was that of the older entry"
+
+
+@pytest.mark.parametrize("change", [{"commit": "def"}, {"versions": {"torch": "2.13"}}])
+def test_an_a_a_run_is_of_the_same_code(tmp_path, change):
+    lane, effect = Lane(tmp_path), np.r_[np.ones(50), np.zeros(50)]
+    lane.update(effect)
+    with pytest.raises(ValueError, match="this is not the code of its baseline"):
+        lane.update(effect, "A/A", **change)
+    assert len(lane.path.read_text().splitlines()) == 1
+
+
+def test_a_baseline_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "baseline.jsonl"
+    path.write_text('{"kind": "baseline"')
+    with pytest.raises(ValueError, match="line 1, is no JSON object"):
+        baselines.load(path)
+
+
+def test_options_of_the_baseline_are_checked(suite):
+    suite.write(SUPPORTED)
+    for arguments, sentence in (
+        (["--claims-baseline=gone.jsonl"], "gone.jsonl was not found: --claims-update-baseline=REASON makes it"),
+        (["--claims-update-baseline=why"], "--claims-update-baseline needs the file"),
+        (["--claims-baseline=b.jsonl", "--claims-update-baseline= "], "takes the reason for it"),
+        (["--claims-baseline=b.jsonl", "--claims-update-baseline=A/A"], "holds no baseline yet"),
+    ):
+        result = suite.run(*arguments)
+        assert result.ret == 4 and sentence in result.stderr.str()
+
+
+def test_a_regression_ends_with_11_and_is_said(suite):
+    fallen = SUPPORTED.replace("effects(0.5)", "effects(0.12)")
+    suite.write(SUPPORTED)
+    assert suite.run("--claims-baseline=base.jsonl", "--claims-update-baseline=first").ret == 0
+    again = suite.run("--claims-baseline=base.jsonl", "-n", "1")
+    assert again.ret == 0
+    again.stdout.fnmatch_lines(["against the baseline: 1 identical"])
+    suite.write(fallen)
+    result = suite.run("--claims-baseline=base.jsonl")
+    assert result.ret == 11
+    result.stdout.fnmatch_lines(["against the baseline: 1 regression", "regression: H1.one: supported in the baseline of *, inconclusive now"])
+    run, (entry_,) = suite.latest()
+    assert run["exit_code"] == 11 and entry_["reproduced"]["state"] == "regression"
+    assert suite.run("--claims-baseline=base.jsonl", "--claims-update-baseline=it is so now").ret == 10
+    assert suite.run("--claims-baseline=base.jsonl").ret == 10
+
+
+def test_what_is_worse_than_a_regression_is_said_by_the_exit_code_first(suite):
+    base = "--claims-baseline=base.jsonl"
+    suite.write(SUPPORTED, EXPLORATORY)
+    suite.run(base, "--claims-update-baseline=first")
+    suite.write(REFUTED, SUPPORTED.replace("effects(0.5)", "effects(0.12)"))
+    assert suite.run(base).ret == 1, "a refuted claim"
+    suite.write(SUPPORTED.replace("effects(0.5)", "effects(0.12)"), INCONCLUSIVE)
+    assert suite.run(base, "--claims-inconclusive=warn").ret == 11
+    suite.write(SUPPORTED, EXPLORATORY.replace("effects(0.0)", "effects(0.3)"))
+    assert suite.run(base).ret == 0, "an exploratory claim only drifts"
+
+
+def test_a_run_with_missing_evidence_does_not_become_the_baseline(suite):
+    suite.write(SUPPORTED, "def test_breaks():\n    import os\n    os._exit(3)\n")
+    result = suite.run("-n", "1", "--max-worker-restart", "0", "--claims-baseline=base.jsonl", "--claims-update-baseline=first")
+    assert result.ret == 3 and not (suite.pytester.path / "base.jsonl").exists()
+    result.stdout.fnmatch_lines(["evidence is incomplete: nothing was added to the baseline or the history"])
