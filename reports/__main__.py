@@ -1,4 +1,11 @@
-"""``python -m reports render RUN``: draw a run's page again, from its JSON."""
+"""Pages and texts from what runs left.
+
+``python -m reports render RUN``     draw a run's page again, from its JSON
+``python -m reports compare A B``    two runs: verdicts that changed, paired differences, versions
+``python -m reports trend HISTORY``  a history of nights as a page
+``python -m reports index DIR``      a page that lists the runs of a directory
+``python -m reports summary RUN``    a run's verdicts in Markdown
+"""
 
 from __future__ import annotations
 
@@ -6,23 +13,61 @@ import argparse
 import sys
 from pathlib import Path
 
-from reports import page, record
+from reports import compare, index, markdown, page, record, trend
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    draw = commands.add_parser("render", help="draw RUN/report.html from RUN/run.json and RUN/evidence.json")
-    draw.add_argument("run", type=Path, metavar="RUN", help="a run directory, for example reports/runs/latest")
+    for name, (_, what, text) in _OF_ONE.items():
+        commands.add_parser(name, help=text).add_argument("folder", type=Path, metavar=what)
+    both = commands.add_parser("compare", help="two runs beside each other, in words and as a page")
+    both.add_argument("first", type=Path, metavar="A")
+    both.add_argument("second", type=Path, metavar="B")
+    both.add_argument("--out", type=Path, metavar="FILE", help="the page (default: compare.html in B)")
     given = parser.parse_args(arguments)
+    if given.command == "compare":
+        return _compare(given)
+    make, what, _ = _OF_ONE[given.command]
     try:
-        print(page.render(given.run))
-        problems = record.load_run(given.run)[0]["problems"]
+        return make(given.folder)
     except (OSError, ValueError, KeyError) as error:
-        print(f"{given.run} is not a run that can be rendered: {error}", file=sys.stderr)
+        kind = {"RUN": "a run that can be rendered", "HISTORY": "a history", "DIR": "a directory of runs"}[what]
+        print(f"{given.folder} is not {kind}: {error}", file=sys.stderr)
         return 1
+
+
+def _render(folder):
+    print(page.render(folder))
+    problems = record.load_run(folder)[0]["problems"]
     if problems:
-        print(f"{given.run} is incomplete: {'; '.join(problems)}", file=sys.stderr)
+        print(f"{folder} is incomplete: {'; '.join(problems)}", file=sys.stderr)
+    return 0
+
+
+def _printed(make):
+    def run(folder):
+        print(make(folder))
+        return 0
+
+    return run
+
+
+_OF_ONE = {
+    "render": (_render, "RUN", "draw RUN/report.html from RUN/run.json and RUN/evidence.json"),
+    "trend": (_printed(trend.render), "HISTORY", "draw HISTORY/trend.html from what --claims-history left"),
+    "index": (_printed(index.render), "DIR", "draw DIR/index.html, a list of the runs in DIR"),
+    "summary": (_printed(markdown.summary), "RUN", "print RUN's verdicts in Markdown"),
+}
+
+
+def _compare(given):
+    try:
+        found = compare.between(given.first, given.second)
+        print("\n".join([*compare.lines(found), str(compare.render(found, given.out or given.second / "compare.html"))]))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{given.first} and {given.second} cannot be compared: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

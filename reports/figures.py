@@ -71,6 +71,7 @@ KINDS = {
     "kept_tokens": Kind("kept_tokens", ("shares", "examples"), "examples", ("prompt", "answer", "image", "width", "height", "box", "steps"), None),
     "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),
     "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
+    "nights": Kind("nights", ("nights",), "nights", ("night", "date", "verdict"), "drawings_nights"),
     "pareto_front": Kind("pareto_front", ("points", "x_label", "y_label"), "points", ("x", "y", "name", "front", "chosen")),
 }
 

@@ -33,6 +33,7 @@ _PICTURE = re.compile(r".*-([0-9a-f]{16,})")
 
 EARLIER_NIGHTS = 8  # before drift is looked for
 SURPRISE = 0.001  # of nights would lie further out by chance
+CONTRADICTED = "the nights contradict each other"
 
 
 def reserve(folder, seed=None):
@@ -161,6 +162,8 @@ class Night:
         self._look_for_drift(entry, [one["estimate"] for one in before if one["verdict"] != "invalid" and one["estimate"] is not None])
         state, outcome = _accumulate(entry, rows, next((one["state"] for one in reversed(before) if one["state"]), None))
         outcome = {"night": self.shard, **outcome}
+        if outcome["sentence"].startswith(CONTRADICTED):
+            self.warnings.append(f"{title(entry)}: {outcome['sentence']}")
         key = record.instance_key(entry["claim_id"], entry["params"])
         self.outcomes[key] = outcome
         measured = ("verdict", "estimate", "lower", "upper", "threshold", "alpha", "family_size", "n_clusters", "effects")
@@ -225,7 +228,8 @@ def _said(entry, found, values):
     if level is None:
         return {**said, "sentence": f"{_power(support)} for, {_power(refute)} against"}
     verdict, needed = found.verdict(level).value, -math.log10(level)
-    nights = f"{verdict} by {plural(found.nights, 'night')}"
+    contradicted = min(found.peaks.values()) >= -math.log(level)
+    nights = CONTRADICTED if contradicted else f"{verdict} by {plural(found.nights, 'night')}"
     sentence = f"{nights}: E is {_power(support)} for and {_power(refute)} against, {_power(needed)} decides"
     return {**said, "verdict": verdict, "log10_needed": needed, "promised": _promised(entry, found, values, level), "sentence": sentence}
 

@@ -37,13 +37,14 @@ def render(folder, drawings=None):
 def text(identity, records, described=None, recipe=None, drawings=None):
     """The page as text; ``described``: the head report, ``recipe``: the token recipe, if there are any; ``drawings``: see ``render``."""
     model = summary.page(identity, records)
-    return _environment().get_template("report.html.j2").render(
-        model, heads=heads.section(described), recipe=recipes.section(recipe), svg=_FigureWriter(heads.links(described), drawings or {})
+    return environment().get_template("report.html.j2").render(
+        model, heads=heads.section(described), recipe=recipes.section(recipe), svg=FigureWriter(heads.links(described), drawings or {})
     )
 
 
 @functools.cache
-def _environment():
+def environment():
+    """Of a page: the templates, with what shows numbers, parameters and times."""
     environment = figures.environment()
     environment.filters.update(
         number=lambda value: wording.number(value).replace("-", "−"),
@@ -76,7 +77,7 @@ def shown(value):
     return value if isinstance(value, str) else record.dumps(value)
 
 
-class _FigureWriter:
+class FigureWriter:
     """Puts figures on one page, each with ids of its own; cells of head maps lead to the cards of their heads."""
 
     def __init__(self, links, drawings):

@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 
 import numpy as np
 import pytest
 
-from reports import baselines, effects, record
-from reports.claims import ClaimInstance
+from reports import baselines
 from vlm_core import stats
 
+from .sample_nights import DROP, IDENTITY, LOSS, entry
 from .suites import EXPLORATORY, INCONCLUSIVE, REFUTED, SUPPORTED
 
 pytest_plugins = ["pytester"]
-
-DROP = stats.Claim("H1.one", "It costs ten points.", "accuracy lost per item", stats.Superiority(0.1), "here")
-LOSS = stats.Claim("H2.two", "It costs less than five.", "accuracy lost per item", stats.NonInferiority(0.05), "here")
-IDENTITY = {
-    "name": "run",
-    "started": "2026-01-01T00:00:00+00:00",
-    "commit": "abc",
-    "versions": {"torch": "2.12"},
-    "subject": {"source": "vlm", "weights": "w" * 64, "dtype": "float32"},
-    "data": {"confirmation": "c0ffee", "baseline": [{"accuracy": 0.9}]},
-    "profile": "default",
-    "seed": 0,
-    "machine": {"platform": "Linux-6.1", "processor": "x86_64", "instructions": "avx2", "accelerator": None},
-}
-
-
-@functools.cache
-def _decision(claim):
-    return stats.decide(claim, [1.0, 0.0] * 20, clusters=range(40))
-
-
-def entry(folder, claim, effect):
-    """The record of a decision (by its normal interval, which is quick), its arrays in the folder."""
-    effect, clusters = np.asarray(effect, dtype=float), [f"scene-{item}" for item in range(len(effect))]
-    mean, half = float(effect.mean()), 1.65 * float(effect.std(ddof=1)) / len(effect) ** 0.5
-    sign = 1 if claim.test.kind == "superiority" else -1
-    above, below = (sign * (mean - claim.test.limit) > half, sign * (mean - claim.test.limit) < -half)
-    verdict = stats.Verdict.SUPPORTED if above else stats.Verdict.REFUTED if below else stats.Verdict.INCONCLUSIVE
-    decision = dataclasses.replace(_decision(claim), verdict=verdict, estimate=mean, lower=mean - half, upper=mean + half)
-    arrays = {}
-    stored = effects.store(effects.pack(effect, clusters), arrays)
-    (folder / record.ARRAYS).mkdir(parents=True, exist_ok=True)
-    for digest, content in arrays.items():
-        (folder / record.ARRAYS / f"{digest}.npy").write_bytes(content)
-    instance = ClaimInstance(claim, claim, {}, "test", 0)
-    return record.validate(record.build(instance, decision, details={}, figures=[], reproduce="", duration_s=0.0, effects=stored))
-
 
 class Lane:
     """A baseline file of one claim, and runs against it."""
