@@ -27,7 +27,7 @@ class Work:
     authors : str
         First author and year.
     where : str
-        arXiv id, or the venue where none is declared.
+        arXiv id.
     cited : tuple of str
         What a claim's ``source`` says when it rests on this work: any of these.
     claim, evidence, subject : str
@@ -49,9 +49,9 @@ class Work:
     differs: str
 
     @property
-    def url(self) -> str | None:
-        """The paper's page, where its arXiv id is known."""
-        return f"https://arxiv.org/abs/{self.where.removeprefix('arXiv:')}" if self.where.startswith("arXiv:") else None
+    def url(self) -> str:
+        """The paper's page."""
+        return f"https://arxiv.org/abs/{self.where.removeprefix('arXiv:')}"
 
 
 WORKS = (
@@ -106,12 +106,13 @@ WORKS = (
     Work(
         name="Localisation heads",
         authors="Kang et al., CVPR 2025",
-        where="CVPR 2025",
-        cited=("Kang et al., CVPR 2025",),
-        claim="Three heads are enough to ground an expression in the image, without training.",
-        evidence="Heads chosen by how much they attend to the image and how compactly, and by how often that holds over a set.",
+        where="arXiv:2503.06287",
+        cited=("2503.06287", "Kang et al., CVPR 2025"),
+        claim="A few heads of a frozen model know where a described object is: three are enough to localise it without training.",
+        evidence="Localisation that competes with methods that need fine-tuning. Heads are chosen by how much they attend to the image and how compactly, and by how often "
+        "that holds over a set.",
         subject="LLaVA-1.5 and others, RefCOCO",
-        known_from=CODE,
+        known_from=f"{ABSTRACT}, {CODE}",
         differs="Their overlap with the asked object is compared with that of random heads of the same layers.",
     ),
     Work(
@@ -120,9 +121,9 @@ WORKS = (
         where="arXiv:2403.06764",
         cited=("2403.06764",),
         claim="After layer 2 of 32, half of the visual tokens can go at no cost.",
-        evidence="Tokens kept by the attention that the last query pays them in the layer before.",
-        subject="LLaVA-1.5-7B",
-        known_from=CODE,
+        evidence="45 % of the operations of LLaVA-1.5-13B saved without loss over several tasks; tokens are kept by the attention that they get in the layer before.",
+        subject="LLaVA-1.5, QwenVL-Chat, Video-LLaVA",
+        known_from=f"{ABSTRACT}, {CODE}",
         differs="Policy and layer are chosen on discovery scenes; time is measured beside operations.",
     ),
     Work(
@@ -130,10 +131,11 @@ WORKS = (
         authors="Xing et al. 2024",
         where="arXiv:2410.17247",
         cited=("2410.17247",),
-        claim="Redundancy grows with depth, so tokens can go in stages.",
-        evidence="Stages at 1/4, 1/2 and 3/4 of the depth that keep 1/2, 1/4 and 1/8 of the tokens, ranked by the last instruction token. No figure of theirs is used here.",
-        subject="LLaVA models",
-        known_from=CODE,
+        claim="In shallow layers every visual token is needed; redundancy grows with depth, so tokens can go in stages.",
+        evidence="40 % of the training time and 55 % of the operations saved at comparable performance. Stages at 1/4, 1/2 and 3/4 of the depth keep 1/2, 1/4 and 1/8 of "
+        "the tokens, ranked by the last instruction token.",
+        subject="LLaVA-NeXT",
+        known_from=f"{ABSTRACT}, {CODE}",
         differs="Sensitivity to dropping is tested as a declared trend over layers.",
     ),
     Work(
@@ -163,10 +165,10 @@ WORKS = (
         authors="Endo et al. 2024",
         where="arXiv:2412.13180",
         cited=("2412.13180",),
-        claim="Rotary positions bias early attention to the bottom of the image, so that tokens kept by it lie there.",
+        claim="Tokens kept early by attention lie at the bottom of the image, those at its top are lost: rotary positions bias early attention.",
         evidence="At a quarter kept, the tokens' mean height is 80.7 % of the image, 50 % being even.",
         subject="LLaVA-1.5-7B",
-        known_from=SECONDARY,
+        known_from=f"{ABSTRACT} (where tokens are lost); {SECONDARY} (the figure and the cause)",
         differs="The bias is an effect with an interval, and so is its absence without rotary positions.",
     ),
     Work(
@@ -177,7 +179,7 @@ WORKS = (
         claim="Distillation from a larger vision-language model lifts a small one.",
         evidence="Mean score 54.7 to 57.9 over five VQA benchmarks.",
         subject="A student of 0.5 billion parameters",
-        known_from=SECONDARY,
+        known_from=f"{ABSTRACT} (the claim); {SECONDARY} (the figure)",
         differs="The student learns from the teacher's answers, several seeds, against as many more steps on the data it already had.",
     ),
     Work(
