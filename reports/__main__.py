@@ -61,6 +61,9 @@ _OF_ONE = {
 }
 
 
+COMMANDS = ("compare", *_OF_ONE)
+
+
 def _compare(given):
     try:
         found = compare.between(given.first, given.second)
