@@ -2,6 +2,8 @@
 
 ``page``   the whole model the template renders
 ``Scale``  the axis that a claim's instances share
+
+The sentences that belong to no run in particular (how to read a verdict, limitations) are here too: the page and the paper say the same.
 """
 
 from __future__ import annotations
@@ -37,6 +39,32 @@ VERDICT_MEANING = {
     "invalid": "The measurement cannot bear on the claim: a control failed, the task left no room, or data lacked.",
 }
 
+READING = (
+    "Thresholds, margins and the smallest effect of interest were declared before anything was measured; each declaration has a hash. "
+    "Effects are paired per item and resampled by scene, so ten questions about one picture count as one picture. Each bound is one-sided at α divided "
+    "by the size of the claim's family: a verdict holds whatever else was run. “Not significant” supports nothing.",
+    "The minimum detectable effect is what this number of scenes would find in four runs of five. An inconclusive claim with a large one asks for more data, "
+    "not for another threshold.",
+)
+
+BASELINE = (
+    "Accuracy per task, on the confirmation split, beside what is reached without the right image (blind), by chance, and by always giving the majority answer. "
+    "A task that does not rise above the highest of these floors is no evidence for grounding."
+)
+
+PUBLISHED = "Published figures were obtained on other models and data. They say where a claim comes from, not what was asked of this subject."
+
+LIMITATIONS = (
+    "The verdicts are about this subject, on synthetic scenes with known answers. They are not statements about vision-language models in general, nor about photographs.",
+    "Ablation shows what the model needs, not how it reasons; attention maps illustrate and prove nothing by themselves.",
+    "Supported means at the declared threshold and error rate: with α = 0.05, up to one family in twenty in which nothing is true still supports a claim.",
+)
+
+RESPONSIBLE_USE = (
+    "A head or a token that can be removed without loss on these tasks may matter on others. Removing it from a deployed model needs an evaluation on the data it "
+    "serves, including the people in it.",
+)
+
 
 def page(identity, records):
     """The model of the page.
@@ -69,6 +97,10 @@ def page(identity, records):
         "baseline": baseline(identity),
         "literature": literature(records),
         "verdict_meaning": VERDICT_MEANING,
+        "reading": READING,
+        "baseline_note": BASELINE,
+        "published_note": PUBLISHED,
+        "limits": LIMITATIONS + RESPONSIBLE_USE,
         "families": families(records),
     }
 
