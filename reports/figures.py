@@ -210,9 +210,21 @@ def _for_page(svg, *, prefix, label, tips, links):
         svg,
     )
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    svg = _compact(svg)
     for name, colour in COLOURS.items():
         svg = re.sub(rf"{colour}\b", f"var(--fig-{name})", svg, flags=re.IGNORECASE)
     return svg
+
+
+def _compact(svg):
+    """The same drawing in fewer characters: hundredths of a point are enough, and nothing needs room between elements."""
+    svg = re.sub(r'<g id="[^"]*line2d_\d+"/>| transform="rotate\(-0 [^"]*"', "", svg)
+    svg = re.sub(r' (d|x|y|transform)="([^"]+)"', lambda found: f' {found[1]}="{_rounded(found[2])}"', svg)
+    return re.sub(r">\s+<", "><", svg)
+
+
+def _rounded(path):
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", " ".join(path.split()))
 
 
 def _linked(found, links, tips):

@@ -53,6 +53,10 @@ class Work:
         """The paper's page."""
         return f"https://arxiv.org/abs/{self.where.removeprefix('arXiv:')}"
 
+    def cited_in(self, source: str) -> bool:
+        """Whether a claim's declared source names this work."""
+        return any(mark in source for mark in self.cited)
+
 
 WORKS = (
     Work(
@@ -209,4 +213,4 @@ def tested(work, claims):
     list of vlm_core.stats.Claim
         In the order given.
     """
-    return [claim for claim in claims if any(mark in claim.source for mark in work.cited)]
+    return [claim for claim in claims if work.cited_in(claim.source)]

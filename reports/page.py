@@ -10,7 +10,7 @@ import re
 
 import markupsafe
 
-from reports import figures, heads, recipes, record, summary, wording
+from reports import figures, heads, recipes, record, sparkline, summary, wording
 
 
 def render(folder, drawings=None):
@@ -20,7 +20,7 @@ def render(folder, drawings=None):
     ----------
     folder : pathlib.Path
         Holds ``run.json`` and ``evidence.json`` (or, of a killed run, ``records.jsonl``), and what else the page shows where it is there
-        (``head-report.json``, ``token-recipe.json``).
+        (``head-report.json``, ``token-recipe.json``, ``history.json``).
     drawings : dict, optional
         Figures that are drawn already, by ``reports.figures.key``; others are drawn from their data.
 
@@ -30,13 +30,17 @@ def render(folder, drawings=None):
     """
     identity, records = record.load_run(folder)
     target = folder / "report.html"
-    target.write_text(text(identity, records, heads.load(folder), recipes.load(folder), drawings), encoding="utf-8")
+    target.write_text(text(identity, records, heads.load(folder), recipes.load(folder), drawings, sparkline.load(folder)), encoding="utf-8")
     return target
 
 
-def text(identity, records, described=None, recipe=None, drawings=None):
-    """The page as text; ``described``: the head report, ``recipe``: the token recipe, if there are any; ``drawings``: see ``render``."""
-    model = summary.page(identity, records)
+def text(identity, records, described=None, recipe=None, drawings=None, history=None):
+    """The page as text; ``described``: the head report, ``recipe``: the token recipe, ``history``: the claims' nights (``reports.sparkline``), where there
+    are any; ``drawings``: see ``render``."""
+    history = history or {}
+    nights = {record.instance_key(entry["claim_id"], entry["params"]): entry for entry in records}
+    shown = {key: drawn for key, entry in nights.items() if key in history and (drawn := sparkline.section(history[key], entry))}
+    model = summary.page(identity, records, shown)
     return environment().get_template("report.html.j2").render(
         model, heads=heads.section(described), recipe=recipes.section(recipe), svg=FigureWriter(heads.links(described), drawings or {})
     )
@@ -49,7 +53,7 @@ def environment():
     environment.filters.update(
         number=lambda value: wording.number(value).replace("-", "−"),
         signed_text=lambda text: str(text).replace("-", "−"),
-        minus=lambda sentence: re.sub(r"-(?=\d)", "−", sentence),
+        minus=lambda sentence: re.sub(r"(?<![\w-])-(?=\d)", "−", sentence),
         p=wording.p_value,
         percent=lambda value: "–" if value is None else f"{value:.0%}",
         params=record.describe_params,

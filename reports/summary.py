@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 
-from reports.record import VERDICTS
+from reports.literature import WORKS
+from reports.record import VERDICTS, instance_key
 from reports.wording import (
     interval_numbers,
     listing,
@@ -55,18 +56,26 @@ BASELINE = (
 PUBLISHED = "Published figures were obtained on other models and data. They say where a claim comes from, not what was asked of this subject."
 
 LIMITATIONS = (
-    "The verdicts are about this subject, on synthetic scenes with known answers. They are not statements about vision-language models in general, nor about photographs.",
-    "Ablation shows what the model needs, not how it reasons; attention maps illustrate and prove nothing by themselves.",
-    "Supported means at the declared threshold and error rate: with α = 0.05, up to one family in twenty in which nothing is true still supports a claim.",
+    "The scenes are synthetic, with few shapes, colours and wordings, and known answers. Verdicts say nothing of vision-language models in general, nor of "
+    "photographs; a subject trained on scenes like these does well on them for that reason alone.",
+    "Benchmark questions and images may be in a model's training data. Scores on them, here and in the literature, may be higher than on unseen material.",
+    "Attention maps illustrate and prove nothing by themselves. Ablation shows what the subject needs in the state that the ablation leaves it in, not how it "
+    "reasons; heads can stand in for each other.",
+    "Supported means at the declared threshold and error rate: with α = 0.05, up to one family in twenty in which nothing is true still supports a claim. "
+    "Exploratory claims are never counted.",
 )
 
 RESPONSIBLE_USE = (
-    "A head or a token that can be removed without loss on these tasks may matter on others. Removing it from a deployed model needs an evaluation on the data it "
-    "serves, including the people in it.",
+    "This is research: nothing here says that a model is ready to be deployed, safe or fair.",
+    "A head or a token that can be removed without loss on these tasks may matter on others, and to some people more than to others. Before it goes from a model "
+    "in use, evaluate on the data that model serves.",
+    "A student inherits its teacher's errors, and what its teacher's licence and terms allow. Outputs of a proprietary teacher may be used for training only where "
+    "its terms permit it, and must hold no sensitive data.",
+    "Images and questions that you bring yourself stay in the files of a run: look at them before you share it.",
 )
 
 
-def page(identity, records):
+def page(identity, records, histories=None):
     """The model of the page.
 
     Parameters
@@ -75,11 +84,15 @@ def page(identity, records):
         ``run.json``.
     records : list of dict
         ``evidence.json``.
+    histories : dict, optional
+        Claim instance (``reports.record.instance_key``) → its nights as ``reports.sparkline.section`` draws them.
 
     Returns
     -------
     dict
     """
+    histories = histories or {}
+    records = [{**entry, "history": histories.get(instance_key(entry["claim_id"], entry["params"]))} for entry in records]
     hypotheses = [
         hypothesis_section(name, [entry for entry in records if entry["hypothesis"] == name])
         for name in sorted({entry["hypothesis"] for entry in records})
@@ -95,12 +108,13 @@ def page(identity, records):
         "band": band(identity, records),
         "hypotheses": hypotheses,
         "baseline": baseline(identity),
-        "literature": literature(records),
+        "works": works(records),
         "verdict_meaning": VERDICT_MEANING,
         "reading": READING,
         "baseline_note": BASELINE,
         "published_note": PUBLISHED,
-        "limits": LIMITATIONS + RESPONSIBLE_USE,
+        "limits": [*limits(identity, records), *LIMITATIONS],
+        "use": RESPONSIBLE_USE,
         "families": families(records),
     }
 
@@ -126,7 +140,7 @@ def band(identity, records):
     if crashed:
         sentences.append(f"{plural(len(crashed), 'claim')} crashed before a verdict: {some(crashed)}.")
     failed = [
-        f"{control['name']} ({title(entry)})"
+        f"{control['name']} ({title(entry)}{', as expected' if entry['outcome'] == 'expected' else ''})"
         for entry in records
         for control in entry["controls"]
         if not control["passed"] and control["kind"] not in ("info", "condition")
@@ -219,20 +233,25 @@ def card(group):
         "test": first["test"]["description"],
         "threshold": threshold_text(first),
         "verdict": verdicts.pop() if len(verdicts) == 1 else None,
-        "counts": [
-            {"verdict": verdict, "count": count} for verdict in VERDICTS if (count := sum(entry["verdict"] == verdict for entry in group))
-        ],
+        "counts": tally(group),
         "scale": scale,
         "rows": [row(entry, scale) for entry in group],
         "controls": controls(group),
         "figures": figures(group),
         "size": size_line(group),
+        "published": published(group),
     }
+
+
+def tally(group):
+    """How many instances have each verdict that some have: ``[{verdict, count}]``."""
+    return [{"verdict": verdict, "count": count} for verdict in VERDICTS if (count := sum(entry["verdict"] == verdict for entry in group))]
 
 
 def size_line(group):
     """``420 items in 140 scenes, 3 seeds; p < 0.001 (Holm 0.004); detects 0.04``, ranges over the instances."""
     unit = group[0]["declaration"].get("unit", "cluster")
+    group = [entry for entry in group if entry["estimate"] is not None] or group
     parts = [
         f"{text} {noun}"
         for name, noun in (("n_items", "items"), ("n_clusters", f"{unit}s"), ("n_seeds", "seeds"))
@@ -367,28 +386,65 @@ def baseline(identity):
 
 def literature(records):
     """Published claims beside what was measured here: one row a claim that names a source."""
-    rows, seen = [], set()
+    rows = {}
     for entry in records:
-        source = entry["declaration"].get("source")
-        if not source or entry["claim_id"] in seen:
-            continue
-        seen.add(entry["claim_id"])
-        same = [other for other in records if other["claim_id"] == entry["claim_id"]]
-        measured = [other for other in same if other["estimate"] is not None]
-        published = next((o["details"]["literature"] for o in same if o["details"].get("literature")), {})
-        rows.append(
-            {
-                "id": entry["claim_id"],
-                "sentence": entry["sentence"],
-                "source": source,
-                "published": published.get("published", ""),
-                "where": published.get("where", ""),
-                "measured": _range([other["estimate"] for other in measured]),
-                "threshold": threshold_text(entry),
-                "counts": card(same)["counts"],
-            }
-        )
-    return rows
+        if entry["declaration"].get("source") and entry["claim_id"] not in rows:
+            rows[entry["claim_id"]] = _beside_published([other for other in records if other["claim_id"] == entry["claim_id"]])
+    return list(rows.values())
+
+
+def works(records):
+    """The same by work.
+
+    Returns
+    -------
+    dict
+        ``cited``: the works of `reports.literature` that some claim here rests on, each ``work`` with the rows of its ``claims``; ``others``: rows of claims
+        that rest on none of them.
+    """
+    rows = literature(records)
+    cited = [{"work": work, "claims": [row for row in rows if work.cited_in(row["source"])]} for work in WORKS]
+    known = {row["id"] for one in cited for row in one["claims"]}
+    return {"cited": [one for one in cited if one["claims"]], "others": [row for row in rows if row["id"] not in known]}
+
+
+def published(group):
+    """``{published, where}`` as one of a claim's instances says; empty where none does."""
+    return next((entry["details"]["literature"] for entry in group if entry["details"].get("literature")), {})
+
+
+def _beside_published(group):
+    """One claim with what its instances came to, and what was published where the claim says so."""
+    found = published(group)
+    return {
+        "id": group[0]["claim_id"],
+        "sentence": group[0]["sentence"],
+        "source": group[0]["declaration"]["source"],
+        "published": found.get("published", ""),
+        "where": found.get("where", ""),
+        "measured": _range([entry["estimate"] for entry in group if entry["estimate"] is not None]),
+        "threshold": threshold_text(group[0]),
+        "counts": tally(group),
+    }
+
+
+def limits(identity, records):
+    """What limits this very run, in sentences."""
+    said = []
+    parameters = identity["subject"].get("n_parameters")
+    if parameters:
+        said.append(f"One subject of {with_unit(parameters)} parameters was tested, with seed {identity.get('seed')} and profile {identity.get('profile')}.")
+    counted = [entry for entry in records if entry["tier"] == "confirmatory"]
+    weak = [title(entry) for entry in counted if entry["underpowered"]]
+    if weak:
+        said.append(f"{len(weak)} of {plural(len(counted), 'confirmatory verdict')} had too few scenes to find the declared effect in four runs of five: {some(weak)}.")
+    untested = [title(entry) for entry in counted if entry["verdict"] == "invalid"]
+    if untested:
+        said.append(f"{plural(len(untested), 'confirmatory claim')} could not be tested and count{'s' * (len(untested) == 1)} neither way: {some(untested)}.")
+    small = min((entry["n_clusters"] for entry in counted if entry["estimate"] is not None and entry["n_clusters"]), default=None)
+    if small is not None and small < 20:
+        said.append(f"The smallest sample of a confirmatory claim has {small} independent units; its interval rests on few of them.")
+    return said
 
 
 def _range(values):

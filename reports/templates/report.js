@@ -74,13 +74,14 @@
     tools.hidden = false;
     tools.addEventListener("submit", (event) => event.preventDefault());
     tools.addEventListener("input", () => { arrange(tools.sort.value); filter(); });
-    tools.addEventListener("reset", () => setTimeout(() => { arrange(""); filter(); }));
+    const everything = () => { tools.reset(); arrange(""); filter(); };
+    tools.querySelector("button").addEventListener("click", everything);
     arrange(tools.sort.value); // a browser may remember what was asked before
     filter();
     // A link to a claim that the filter hides shows every claim again.
     addEventListener("hashchange", () => {
       const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-      if (target && target.closest("[hidden]")) { tools.reset(); setTimeout(() => target.scrollIntoView(), 50); }
+      if (target && target.closest("[hidden]")) { everything(); target.scrollIntoView(); }
     });
   }
 

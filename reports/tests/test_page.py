@@ -62,7 +62,8 @@ def test_the_page_is_well_formed_and_every_local_link_has_a_target(text):
 def test_the_page_needs_nothing_but_itself(text):
     assert len(text.encode()) < 5_000_000
     loaded = re.findall(r'(?:src|href)="([^"#][^"]*)"|url\(([^)#]+)\)|@import', text)
-    outside = [link for pair in loaded for link in pair if link and not link.startswith("data:")]
+    outside = [link for pair in loaded for link in pair if link and not link.startswith(("data:", "https://arxiv.org/abs/"))]
+    assert not re.findall(r'src="(?!data:)|<link|@import', text)  # papers are links, nothing is loaded
     assert set(outside) == {"run.json", "evidence.json", "head-ablation.csv", "token-drop-curves.csv"}
 
 
@@ -83,6 +84,34 @@ def test_the_page_says_what_was_found(text):
         assert re.search(rf"<b>{count}</b> <span>{verdict}</span>", text)
     assert "1 control failed: other scene&#39;s image (H1.object_tokens)" in text
     assert "loss of 0.6 points at 50 % kept" in text and "Table 1" in text
+
+
+def test_works_are_beside_what_was_measured_on_them_here(text):
+    table = re.search(r'<table class="data works">.*?</table>', text, flags=re.DOTALL)[0]
+    rows = {re.search(r"<b>(.*?)</b>", row)[1]: row for row in re.findall(r"<tr>\s*<th scope=\"row\">.*?</tr>", table, flags=re.DOTALL)}
+    assert set(rows) == {"Head attribution (HeAr)", "Object tokens and the logit lens", "FastV"}
+    fastv = rows["FastV"]
+    assert "After layer 2 of 32, half of the visual tokens can go at no cost." in fastv and 'href="https://arxiv.org/abs/2403.06764"' in fastv
+    assert 'href="#H2.noninferior">H2.noninferior</a> <span class="n">0.008</span>' in fastv
+    assert 'href="#H1.object_tokens">H1.object_tokens</a> <span class="n">not measured</span>' in rows["Object tokens and the logit lens"]
+    assert "0.06 to 0.51" in rows["Head attribution (HeAr)"]
+    others = text[text.index("Claims that rest on other work") : text.index('id="limits"')]
+    assert "Jain &amp; Wallace 2019" in others and "H2.noninferior" not in others
+
+
+def test_limitations_say_what_limits_this_run(text):
+    said = text[text.index('id="limits"') : text.index('id="use"')]
+    assert "One subject of 1.83 M parameters was tested, with seed 0 and profile default." in said
+    assert "3 of 14 confirmatory verdicts had too few scenes" in said and "H1.redundancy" in said
+    assert "1 confirmatory claim could not be tested and counts neither way: H1.object_tokens." in said
+    few = summary.limits(sample_run.identity(), [sample_run.make("H2.trend", "supported", 0.3, 0.1, n_clusters=9)])
+    assert few[-1].startswith("The smallest sample of a confirmatory claim has 9 independent units")
+
+
+def test_a_failed_control_behind_an_expected_verdict_is_said_to_be_expected():
+    failed = {"name": "floor", "kind": "negative", "passed": False, "value": 0.3, "expected": "below 0.2", "detail": ""}
+    entries = [sample_run.make("H2.trend", "invalid", None, 0, controls=[failed], outcome="expected")]
+    assert summary.band(sample_run.identity(), entries) == ["1 control failed: floor (H2.trend, as expected). The claims behind are invalid."]
 
 
 def test_a_condition_that_is_not_met_is_no_failed_control(tmp_path):
@@ -133,6 +162,16 @@ def test_a_figure_keeps_real_text_and_follows_the_page_colours():
     assert ">targeted 10 %<" in svg and "DejaVu" not in svg
     assert 'role="img" aria-label="bars &amp; more"' in svg
     assert "var(--fig-targeted)" in svg and not any(colour in svg.lower() for colour in figures.COLOURS.values())
+
+
+def test_a_drawing_on_the_page_is_that_of_matplotlib_to_a_hundredth_of_a_point():
+    drawing = figures.draw(**_drawable(sample_run.bars()))
+    on_page = figures.render(**_drawable(sample_run.bars()), prefix="a", label="bars", drawing=drawing)
+    paths = [re.findall(r' d="([^"]+)"', svg) for svg in (drawing["svg"], on_page)]
+    assert len(paths[0]) == len(paths[1]) > 10 and len(on_page) < 0.85 * len(drawing["svg"])
+    for whole, short in zip(*paths, strict=True):
+        numbers = [[float(one) for one in re.findall(r"-?\d+(?:\.\d+)?", path)] for path in (whole, short)]
+        assert numbers[1] == pytest.approx(numbers[0], abs=0.01) and re.sub(r"[^A-Za-z]", "", whole) == re.sub(r"[^A-Za-z]", "", short)
 
 
 def test_a_cell_of_a_head_map_tells_its_value():
