@@ -18,7 +18,7 @@ from reports import effects, record
 from vlm_core import stats
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_RESERVED = {"run.json", "evidence.json", "records.jsonl", "report.html"}
+_RESERVED = {"run.json", "evidence.json", "records.jsonl", "report.html", "history.json"}
 
 
 class ClaimRefuted(AssertionError):

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from reports import baselines, history, record, wording
+from reports import baselines, history, record, sparkline, wording
 
 _SHOWN = {"regression": "red", "drift": "yellow", "voided": "yellow"}
 _STATES = ("identical", "within noise", "drift", "regression", "voided", "no baseline")
@@ -79,6 +79,7 @@ class Lanes:
                     self.lines.append((f"baseline: {wording.plural(added, 'claim')} added to {self.options.baseline}", None))
             if self._night is not None and complete:
                 self._night.write(identity, records, folder)
+                sparkline.leave(folder, history.load(self.options.history))
                 self._replicated(records)
         except (OSError, ValueError) as error:
             self.problem = str(error)

@@ -1,5 +1,6 @@
 """A claim's history beside its verdict: estimate and interval night by night.
 
+``leave``     the nights of a history (`reports.history.load`), in a run's folder
 ``load``      the nights of a run's claims, where ``history.json`` lies beside its evidence
 ``section``   one claim's nights as the page draws them
 
@@ -11,13 +12,29 @@ from __future__ import annotations
 
 import json
 
-from reports.record import VERDICTS
+from reports.record import VERDICTS, dumps
 from reports.summary import Scale
 from reports.wording import number, plural
 
 ARTIFACT = "history.json"
 WIDTH, HEIGHT, MARGIN = 150.0, 30.0, 4.0  # of the drawing
 SHOWN = 60  # nights at most
+
+
+def leave(folder, nights):
+    """Write ``history.json``.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    nights : dict
+        Claim instance → its lines in the history (`reports.history.load`). Those of another declaration, subject or profile than the last are left out.
+    """
+    kept = {}
+    for key, lines in nights.items():
+        same = [one for one in lines if all(one[name] == lines[-1][name] for name in ("declaration", "subject", "profile"))]
+        kept[key] = [{"date": one["started"], **{name: one[name] for name in ("estimate", "lower", "upper", "verdict")}} for one in same[-SHOWN:]]
+    (folder / ARTIFACT).write_text(dumps(kept), encoding="utf-8")
 
 
 def load(folder):

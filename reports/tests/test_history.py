@@ -58,6 +58,7 @@ def test_evidence_goes_on_from_night_to_night_over_fresh_shards(suite):
     assert kept[-1]["state"] == json.loads(json.dumps(again.as_dict())), "the evidence can be made again from what is kept"
     third.stdout.fnmatch_lines(["night 3 (seed 1000003):", "  H1.one: * by 3 nights: E is * for and * against, 20.0 decides"])
     _, records = suite.latest()
+    assert "3 nights from " in (suite.runs / "latest" / "report.html").read_text(encoding="utf-8"), "a claim's nights are drawn beside its verdict"
     said = records[0]["replicated"]
     assert said["nights"] == 3 and said["log10_e_support"] == pytest.approx(again.log_e("support") / math.log(10))
     assert said["promised"] >= 1 and said["log10_needed"] == pytest.approx(math.log10(20))

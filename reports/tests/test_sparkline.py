@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from reports import page, record, sparkline
+from reports import history, page, record, sparkline
 
-from . import sample_run
+from . import sample_nights, sample_run
 
 
 def nights(*values, verdict="supported"):
@@ -32,8 +32,22 @@ def test_the_page_shows_the_history_of_the_claims_that_have_one(tmp_path):
     entries = [sample_run.make("H1.necessity", "supported", 0.3, 0.1, params={"task": task}) for task in ("color", "count")]
     folder = sample_run.write(tmp_path, entries, heads=False)
     assert 'class="nights"' not in page.render(folder).read_text(encoding="utf-8")
-    history = {record.instance_key("H1.necessity", {"task": "count"}): nights(0.3, 0.31, verdict="inconclusive")}
-    (folder / sparkline.ARTIFACT).write_text(record.dumps(history), encoding="utf-8")
+    found = {record.instance_key("H1.necessity", {"task": "count"}): nights(0.3, 0.31, verdict="inconclusive")}
+    (folder / sparkline.ARTIFACT).write_text(record.dumps(found), encoding="utf-8")
     text = page.render(folder).read_text(encoding="utf-8")
     (label,) = re.findall(r'class="nights"><svg[^>]*aria-label="([^"]*)"', text)
     assert label.startswith("2 nights from 2026-01-01") and "2 inconclusive" in label
+
+
+def test_a_run_with_a_history_has_the_nights_of_its_claims(tmp_path):
+    known = history.load(sample_nights.nights(tmp_path / "history", 3))
+    entries = sample_run.records()[:1]
+    folder = sample_run.write(tmp_path / "run", entries, heads=False)
+    sparkline.leave(folder, known)
+    left = sparkline.load(folder)
+    key = record.instance_key("H1.one", {})
+    assert [night["date"][:10] for night in left[key]] == ["2026-01-01", "2026-01-02", "2026-01-03"]
+    assert [night["estimate"] for night in left[key]] == [line["estimate"] for line in known[key]]
+    known[key][0]["declaration"] = "of before"
+    sparkline.leave(folder, known)
+    assert len(sparkline.load(folder)[key]) == 2
