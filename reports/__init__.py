@@ -14,6 +14,8 @@
 ``pictures``      small pictures as text
 ``wording``       numbers and lists as a reader wants them
 ``summary``       what the page says, derived from the JSON
+``scale``         the axis that a claim's instances share
+``sparkline``     a claim's nights beside its verdict
 ``literature``    the works whose claims are tested, and what of each
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
 

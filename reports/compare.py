@@ -11,7 +11,8 @@ from collections import Counter
 
 import numpy as np
 
-from reports import baselines, page, provenance, record, summary, wording
+from reports import baselines, page, provenance, record, wording
+from reports.scale import Scale
 from vlm_core import stats
 
 LEVEL = 0.025  # each side of the intervals of differences, which are shown and decide nothing
@@ -36,7 +37,7 @@ def between(first, second):
     rows.sort(key=lambda row: (row["state"] != "changed", row["state"] not in ("gone", "new")))
     values = [value for row in rows if row["difference"] for value in row["difference"].values() if value is not None]
     reach = max([abs(value) for value in values], default=0.0) * 1.08 or 1.0
-    scale = summary.Scale(-reach, reach, None)
+    scale = Scale(-reach, reach, None)
     for row in rows:
         if row["difference"]:
             row |= {"drawn": scale.place(row["difference"]), "numbers": wording.interval_numbers(row["difference"])}

@@ -13,7 +13,7 @@ import json
 import numpy as np
 
 from reports.pictures import png, thumbnail
-from reports.summary import Scale
+from reports.scale import Scale
 from reports.wording import interval_numbers, number
 
 ARTIFACT = "head-report.json"

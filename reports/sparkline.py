@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 
 from reports.record import VERDICTS, dumps
-from reports.summary import Scale
+from reports.scale import Scale
 from reports.wording import number, plural
 
 ARTIFACT = "history.json"

@@ -10,6 +10,7 @@ import pytest
 
 from reports import figures, page, record, summary, wording
 from reports.__main__ import main
+from reports.scale import Scale
 
 from . import sample_run
 
@@ -228,12 +229,12 @@ def test_an_interval_shares_its_decimals():
 
 
 def test_a_scale_holds_the_threshold_and_shades_the_supporting_side():
-    scale = summary.Scale.of([sample_run.make("H2.noninferior", "supported", 0.008, 0.021)])
+    scale = Scale.of([sample_run.make("H2.noninferior", "supported", 0.008, 0.021)])
     (edge,) = scale.edges
     assert scale.supported == (0.0, edge) and edge == scale.at(0.05)
-    above = summary.Scale.of([sample_run.make("H1.necessity", "supported", 0.4, 0.1)])
+    above = Scale.of([sample_run.make("H1.necessity", "supported", 0.4, 0.1)])
     assert above.supported[0] == above.at(0.1) and sum(above.supported) == pytest.approx(100)
-    both = summary.Scale.of([sample_run.make("H3.uses_image", "inconclusive", 0.0, 0.1)])
+    both = Scale.of([sample_run.make("H3.uses_image", "inconclusive", 0.0, 0.1)])
     assert both.edges == [both.at(-0.03), both.at(0.03)]
     assert [text for _, text in above.ticks] == ["0.0", "0.2", "0.4"]
 
