@@ -147,12 +147,15 @@ class Declared:
     claim : vlm_core.stats.Claim
     module : module
         The one that tests it.
+    needs : list of str
+        Capabilities that the subject's family must have.
     params : list of dict
         One of each instance.
     """
 
     claim: object
     module: object
+    needs: list
     params: list = field(default_factory=list)
 
 
@@ -184,7 +187,7 @@ def declared():
         raise RuntimeError(f"the suite cannot be collected: {said.getvalue()}")
     by_id = {}
     for item, instance in collected.found.items():
-        one = by_id.setdefault(instance.claim.id, Declared(instance.claim, item.module))
+        one = by_id.setdefault(instance.claim.id, Declared(instance.claim, item.module, claims.required(item)))
         one.params.append(instance.params)
     return list(by_id.values()), claims.family_sizes(collected.found)
 
@@ -254,12 +257,13 @@ def _claim(one, families):
     supported, refuted = (said.format(claim.test.limit) for said in DECIDED_BY[claim.test.kind])
     size = families[claim.hypothesis, claim.tier]
     least = f"{claim.min_clusters} {claim.unit}s" + (f" and {claim.min_seeds} training runs" if claim.min_seeds > 1 else "")
+    needs = f"; the subject's family must be able to do `{'`, `'.join(one.needs)}`" if one.needs else ""
     where = [describe_params(params) for params in one.params if params]
     lines = [
         f"* **{claim.id}** ({claim.tier}) {claim.sentence}",
         f"  * measured: {claim.effect}",
         f"  * success: {supported}; failure: {refuted}",
-        f"  * each bound at {claim.alpha:g} / {size}; at least {least}",
+        f"  * each bound at {claim.alpha:g} / {size}; at least {least}{needs}",
         *([f"  * decided for {'; '.join(where)}"] if where else []),
         f"  * source: {claim.source}; declaration `{claim.hash}`",
     ]

@@ -39,6 +39,7 @@ NO_OTHERS = "every object, with its ring, fills more than half of the image's to
 
 
 @pytest.mark.claim(OBJECT_TOKENS)
+@pytest.mark.requires("replace_tokens")
 def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, seed, evidence):
     ring, measured = smallest_ring(object_tokens("discovery")), object_tokens("confirmation")
     lost = measured.drop(f"object, ring {ring}")
@@ -72,6 +73,7 @@ def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, se
 
 
 @pytest.mark.claim(SPECIFIC)
+@pytest.mark.requires("replace_tokens")
 @pytest.mark.parametrize("other", ["random", "high-norm"])
 def test_other_tokens_do_not_hold_it(other, object_tokens, identification_floors, evidence):
     ring, measured = smallest_ring(object_tokens("discovery")), object_tokens("confirmation")
