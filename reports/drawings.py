@@ -35,6 +35,7 @@ _ROLE_COLOURS = {
 }
 _GROUPS = ("targeted", "alert", "baseline", "second", "floor", "third", "ink", "muted")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STRONG = 0.68  # share of a cell's colour from which text on it is dark on dark pages too
 OTHERS = ("targeted", "second", "third", "alert", "baseline", "floor")
 
 
@@ -333,10 +334,10 @@ def _cells(axes, values, tip, *, print_values=False):
         tips[f"cell-{row}-{column}"] = tip(row, column, "not measured" if np.isnan(value) else number(float(value)))
         axes.add_patch(cell)
         if print_values and not np.isnan(value):
-            strong = share > 0.55
+            strong = share > STRONG
             axes.text(
                 column, row, number(float(value)), ha="center", va="center", fontsize=8.5,
-                color=COLOURS["paper"] if strong else COLOURS["ink"],
+                color=COLOURS["on-strong" if strong else "on-weak"],
             )  # fmt: skip
     axes.set_xlim(-0.55, values.shape[1] - 0.45)
     axes.set_ylim(values.shape[0] - 0.45, -0.55)

@@ -49,9 +49,9 @@ def faithfulness_curves(evidence, task: str, recovered: pd.DataFrame, n_heads: i
 
 
 def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> None:
-    """Rows of ``head-ablation.csv`` for every way to take heads away, and two figures.
+    """Rows of ``head-ablation.csv`` for every way to take heads away, rows of Table 1 and two figures.
 
-    Bars against random heads, for the number of heads at which most is measured (Table 1); lines of the top heads over numbers of heads.
+    Bars against random heads, for the number of heads at which most is measured, and their rows of Table 1; lines of the top heads over numbers of heads.
     """
     table = grid_table(rows)
     evidence.table(
@@ -78,7 +78,37 @@ def ablation_grid(evidence, rows: pd.DataFrame, task: str, chance: float) -> Non
         "and of any. Placebo: outputs keep their length and point in a random direction, so what they said is gone as well; no verdict rests on it.",
         alt=f"Bars of accuracy on {task}: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
     )
+    _table_1(evidence, chosen, task, shared)
     _grid_lines(evidence, table, task)
+
+
+_TARGETS = {"top": "top heads", "layer-matched": "random, same layers", "random": "random, any layer"}
+_IN_TABLE_1 = ("image-KV", "zero")
+
+
+def _table_1(evidence, chosen: pd.DataFrame, task: str, heads: int) -> None:
+    """Rows of Table 1: the untouched subject beside targeted and random heads taken away; the page joins those of all tasks."""
+    found = chosen.set_index(["mode", "target"])
+    untouched = _cell(found[found.index.get_level_values("mode") == "none"].iloc[0])
+
+    def row(mode):
+        cells = [_cell(found.loc[(mode, target)]) if (mode, target) in found.index else {"text": "–", "interval": ""} for target in _TARGETS]
+        return {"label": f"{task}, {mode}", "cells": [{"text": str(heads), "interval": ""}, untouched, *cells]}
+
+    rows = [row(mode) for mode in _IN_TABLE_1 if mode in found.index.get_level_values("mode")]
+    if rows:
+        evidence.figure(
+            "table",
+            {"columns": ["task and what is taken away", "heads", "untouched", *_TARGETS.values()], "rows": rows},
+            title="Table 1: accuracy with targeted and with random heads taken away",
+            caption="Confirmation items, 95 % cluster intervals. image-KV: the head no longer sees the image; zero: its whole output is gone. "
+            "More ways, and other numbers of heads, are in head-ablation.csv.",
+            alt="; ".join(f"{one['label']}: " + ", ".join(f"{cell['text']}" for cell in one["cells"][1:]) for one in rows),
+        )
+
+
+def _cell(row) -> dict:
+    return {"text": f"{row.accuracy:.2f}", "interval": f"[{row.lower:.2f}, {row.upper:.2f}]"}
 
 
 def _grid_lines(evidence, table: pd.DataFrame, task: str) -> None:

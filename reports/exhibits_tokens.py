@@ -43,7 +43,7 @@ def drop_curves(evidence, table: pd.DataFrame, task: str, layer: int, shown: int
     evidence.figure(
         "keep_curves",
         {"series": drawn, "x_label": "share of visual tokens kept", "y_label": "accuracy"},
-        title=f"{task}: accuracy against visual tokens kept from layer {layer} on",
+        title=f"Figure 1, {task}: accuracy against visual tokens kept from layer {layer} on",
         caption=f"Discovery items, 95 % cluster bands. Grey: policies that know nothing of the tokens, which others have to beat.{left_out}",
         alt=f"Lines of accuracy on {task} against the share of tokens kept, one line a policy: " + ", ".join(one["name"] for one in drawn),
     )
@@ -75,7 +75,7 @@ def layer_sensitivity(evidence, table: pd.DataFrame, task: str, policy: str, mar
             "horizon": int(fine[0]) if fine else None,
             "value_label": "accuracy lost",
         },
-        title=f"{task}: accuracy lost by layer and share of tokens kept",
+        title=f"Figure 2, {task}: accuracy lost by layer and share of tokens kept",
         caption=f"Discovery items, policy {policy}. Horizon: the first layer from which all tokens can go for less than {margin:g}.",
         alt=f"Heat map of accuracy lost on {task} by layer and share kept"
         + (f"; horizon at layer {fine[0]}." if fine else "; no horizon."),

@@ -39,6 +39,8 @@ COLOURS = {
     "second": "#aa4499",
     "third": "#44aa99",
     "paper": "#ffffff",
+    "on-weak": "#1b1f26",  # text in cells of maps, whatever the page: on a cell of little colour, and on one of much
+    "on-strong": "#000001",
 }
 
 

@@ -75,10 +75,19 @@ def duration(seconds):
 
 
 def shown(value):
-    """A detail as text: sensible digits for numbers, words as they are, JSON for the rest."""
+    """A detail as text: sensible digits for numbers, words as they are, what is inside a mapping or a list one after the other."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
         return wording.number(value).replace("-", "−")
-    return value if isinstance(value, str) else record.dumps(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(shown, value[:MOST])) + (f" and {len(value) - MOST} more" if len(value) > MOST else "") if value else "none"
+    return str(value)
+
+
+MOST = 12  # entries of a list that are shown
 
 
 class FigureWriter:

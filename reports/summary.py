@@ -104,6 +104,7 @@ def page(identity, records, histories=None):
         "counts": [{"verdict": verdict, "count": counted[verdict]} for verdict in VERDICTS],
         "total": len(records),
         "band": band(identity, records),
+        "checks": checks(identity, records),
         "hypotheses": hypotheses,
         "baseline": baseline(identity),
         "works": works(records),
@@ -146,6 +147,17 @@ def band(identity, records):
     if failed:
         sentences.append(f"{plural(len(failed), 'control')} failed: {some(failed)}. The claims behind are invalid.")
     return sentences
+
+
+def checks(identity, records):
+    """How complete the evidence is and how many controls passed, in two sentences."""
+    measured = sum(entry["outcome"] not in ("crashed", "skipped") for entry in records)
+    whole = "Evidence is complete" if identity.get("complete", not identity.get("problems")) else "Evidence is incomplete"
+    sentences = [f"{whole}: {measured} of {plural(len(records), 'verdict')} measured."]
+    made = [control for entry in records for control in entry["controls"] if control["kind"] not in ("info", "condition")]
+    if made:
+        sentences.append(f"{sum(control['passed'] for control in made)} of {plural(len(made), 'control')} passed.")
+    return " ".join(sentences)
 
 
 def hypothesis_section(name, records):
@@ -303,11 +315,21 @@ def controls(group):
 
 
 def figures(group):
-    """Figures of all instances; one that several instances left is shown once."""
+    """Figures of all instances; one that several instances left is shown once, and rows of one table that each left some of are together."""
     shown = []
-    for entry in group:
-        shown += [figure for figure in entry["figures"] if figure not in shown]
+    for figure in (figure for entry in group for figure in entry["figures"]):
+        begun = next((one for one in shown if _same_table(one, figure)), None)
+        if begun is None:
+            shown += [figure] if figure not in shown else []
+        elif missing := [row for row in figure["data"]["rows"] if row not in begun["data"]["rows"]]:
+            joined = {**begun["data"], "rows": begun["data"]["rows"] + missing}
+            shown[shown.index(begun)] = {**begun, "data": joined, "alt": f"{begun['alt']}; {figure['alt']}"}
     return shown
+
+
+def _same_table(one, other):
+    """Whether two figures are rows of one table: the same title over the same columns."""
+    return one["kind"] == other["kind"] == "table" and (one["title"], one["data"]["columns"]) == (other["title"], other["data"]["columns"])
 
 
 def baseline(identity):

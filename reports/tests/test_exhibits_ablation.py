@@ -63,7 +63,7 @@ def test_the_grid_goes_to_table_1_and_bars_show_the_number_at_which_most_is_meas
         columns=["item", "cluster", "task", "mode", "target", "heads", "correct"],
     )
     exhibits.ablation_grid(evidence, rows, "t", 0.25)
-    written, (figure, lines) = left(evidence)
+    written, (figure, first, lines) = left(evidence)
     table = written["head-ablation.csv"].set_index("condition")
     assert len(table) == 8 and table.loc["image-KV, random 5", ["heads_removed", "accuracy", "drop", "items"]].tolist() == [5, 0.75, 0.25, 8]
     assert [(bar["label"], bar["role"], bar["value"]) for bar in figure["data"]["bars"]] == [
@@ -71,6 +71,9 @@ def test_the_grid_goes_to_table_1_and_bars_show_the_number_at_which_most_is_meas
         ("zero, top", "targeted", 0.5), ("zero, layer-matched", "random", 0.75),
     ]  # fmt: skip
     assert figure["title"].startswith("t: 5 heads") and figure["data"]["chance"] == 0.25 and "8 confirmation items" in figure["caption"]
+    assert first["title"].startswith("Table 1") and first["data"]["columns"][1:] == ["heads", "untouched", "top heads", "random, same layers", "random, any layer"]
+    rows = {row["label"]: [cell["text"] for cell in row["cells"]] for row in first["data"]["rows"]}
+    assert rows == {"t, image-KV": ["5", "1.00", "0.00", "–", "0.75"], "t, zero": ["5", "1.00", "0.50", "0.75", "–"]}
     drawn = {one["name"]: [(point["x"], point["y"]) for point in sorted(one["points"], key=lambda point: point["x"])] for one in lines["data"]["series"]}
     assert drawn == {"zero": [(0, 1.0), (5, 0.5), (7, 0.25)], "image-KV": [(0, 1.0), (2, 0.25), (5, 0.0)]}
 
@@ -79,7 +82,7 @@ def test_one_number_of_heads_makes_no_line(evidence):
     cells = [("none", "top", 0), ("zero", "top", 5), ("zero", "random", 5)]
     rows = [(f"i{k}", f"s{k}", "t", *cell, float(k % 2)) for cell in cells for k in range(8)]
     exhibits.ablation_grid(evidence, pd.DataFrame(rows, columns=["item", "cluster", "task", "mode", "target", "heads", "correct"]), "t", 0.25)
-    one_figure(evidence)
+    assert [figure["kind"] for figure in left(evidence)[1]] == ["accuracy_bars", "table"]
 
 
 def test_single_heads_are_rows_and_a_map_of_the_items_they_change(evidence):

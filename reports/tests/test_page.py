@@ -143,6 +143,57 @@ def test_one_figure_of_several_instances_is_shown_once():
     assert summary.figures(group) == [figure]
 
 
+def test_rows_of_one_table_are_together_whichever_instance_left_them():
+    def table(task, title="Table 1"):
+        return sample_run.figure("table", {"columns": ["task", "accuracy"], "rows": [{"label": task, "cells": [{"text": "0.5"}]}]}, title)
+
+    group = [
+        sample_run.make("H1.necessity", "supported", 0.3, 0.1, params={"task": task}, figures=[table(task), table(task, "Another")][: 1 + (task == "shape")])
+        for task in ("color", "shape", "color")
+    ]
+    first, other = summary.figures(group)
+    assert [row["label"] for row in first["data"]["rows"]] == ["color", "shape"] and [row["label"] for row in other["data"]["rows"]] == ["shape"]
+    assert [len(entry["figures"][0]["data"]["rows"]) for entry in group] == [1, 1, 1], "records stay as they are"
+
+
+def test_details_are_said_in_words_with_sensible_digits():
+    assert page.shown({"prefill": 0.5418391709982454, "by task": {"color": -0.25}, "not for": []}) == "prefill 0.54, by task color −0.25, not for none"
+    assert page.shown([0.123456] * 14).endswith("0.12 and 2 more") and page.shown(True) == "yes" and page.shown(3) == "3"
+
+
+def test_completeness_and_controls_are_at_the_top(text):
+    head = text[text.index('class="masthead') : text.index("</header>")]
+    assert "Evidence is complete: 15 of 15 verdicts measured. 16 of 17 controls passed." in head
+    crashed = sample_run.make("H2.trend", "invalid", None, 0, outcome="crashed")
+    assert summary.checks({"complete": False}, [crashed]) == "Evidence is incomplete: 0 of 1 verdict measured."
+
+
+def _luminance(colour):
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize("hue", ["targeted", "alert"])
+def test_text_in_cells_of_maps_can_be_read_on_every_strength_of_colour(scheme, hue):
+    """WCAG AA: a contrast of 4.5 or more, as the browser mixes a cell's colour with the page's."""
+    css = (figures.TEMPLATES / "report.css").read_text(encoding="utf-8")
+
+    def colour(name):
+        found = re.search(rf"--{name}: (?:light-dark\((#\w+), (#\w+)\)|(#\w+))", css)
+        text = found[1 + scheme] or found[3]
+        return np.array([int(text[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+
+    from reports import drawings
+
+    for share in np.linspace(0, 1, 101):
+        strength = 0.05 + 0.85 * share
+        cell = strength * colour(f"fig-{hue}") + (1 - strength) * colour("card")
+        text = colour("fig-on-strong" if share > drawings.STRONG else "fig-on-weak")
+        high, low = sorted((_luminance(cell), _luminance(text)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"share {share:.2f}"
+
+
 def test_rendering_again_gives_the_same_page(tmp_path, capsys):
     folder = sample_run.write(tmp_path)
     first = page.render(folder).read_text(encoding="utf-8")
