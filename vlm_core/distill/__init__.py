@@ -9,7 +9,7 @@ Practice: ``python -m vlm_core.distill --config FILE``, or ``running.distill(Dis
 """
 
 from vlm_core.distill.card import data_card
-from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length
+from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length, writable
 from vlm_core.distill.grounded import box_cell, by_asking, by_box, by_mask, grounded_answers, mask_cell
 from vlm_core.distill.instructions import Columns, instruction_set, items_from, prompt_set
 from vlm_core.distill.leakage import leaks, require_disjoint
@@ -67,4 +67,5 @@ __all__ = [
     "teacher_against_student",
     "teacher_ranked",
     "within_length",
+    "writable",
 ]

@@ -14,7 +14,7 @@ import datasets
 from vlm_core.distill.asked_once import write_whole
 from vlm_core.distill.card import data_card
 from vlm_core.distill.config import DistillConfig, OnPolicy, Preference, named_function
-from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length
+from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length, writable
 from vlm_core.distill.grounded import by_asking, by_box, grounded_answers
 from vlm_core.distill.instructions import instruction_set, prompt_set
 from vlm_core.distill.leakage import leaks, require_disjoint
@@ -37,6 +37,8 @@ class Lessons:
     evaluated : mapping of name to items
         What must not be.
     teacher : Teacher
+    tokenizer : transformers tokenizer
+        The student's: answers that it has no tokens for are not taught.
     say : callable
         Told, in words, what happens.
 
@@ -52,7 +54,7 @@ class Lessons:
     """
 
     def __init__(
-        self, config: DistillConfig, items: list[dict], evaluated: Mapping[str, Sequence], teacher: Teacher, say: Callable[[str], None]
+        self, config: DistillConfig, items: list[dict], evaluated: Mapping[str, Sequence], teacher: Teacher, tokenizer, say: Callable[[str], None]
     ) -> None:
         self.config, self.teacher, self.say = config, teacher, say
         self._filters: list[Kept] = []
@@ -77,6 +79,7 @@ class Lessons:
         else:
             answers = teacher.answers(items)
         items, answers = self._keep(within_length(answers, filters.longest, filters.shortest), items, answers)
+        items, answers = self._keep(writable(answers, tokenizer), items, answers)
         if how.kind == "grounded":
             answers = grounded_answers(items, answers, self._where(items), how.template)
         self.items, self.answers = items, answers

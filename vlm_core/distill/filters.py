@@ -3,6 +3,7 @@
 ``Kept``                  positions that are kept, and counts of what was dropped
 ``deduplicated``          one item of those that ask the same about the same picture
 ``within_length``         answers that are neither empty nor long
+``writable``              answers that a student's tokenizer has tokens for
 ``self_consistent``       samples → the answer most of them give, with their agreement
 ``agreeing``              items whose samples agree often enough
 """
@@ -19,7 +20,7 @@ from vlm_core.identity import picture_digest
 from vlm_core.interventions.numeric import integer, real
 from vlm_core.items import item_field, plain, require_items, take
 
-__all__ = ["Kept", "agreeing", "deduplicated", "self_consistent", "within_length"]
+__all__ = ["Kept", "agreeing", "deduplicated", "self_consistent", "within_length", "writable"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,29 @@ def within_length(answers: Sequence[str], at_most: int, at_least: int = 1, lengt
         else:
             kept.append(number)
     return Kept("within_length", tuple(kept), dict(dropped))
+
+
+def writable(answers: Sequence[str], tokenizer) -> Kept:
+    """Answers that a student can write: its tokenizer has tokens for all of them, and knows every one.
+
+    Another answer would teach the unknown token. A tokenizer without one (bytes, characters) writes everything.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The student's.
+    """
+    unknown = tokenizer.unk_token_id
+    kept, dropped = [], Counter()
+    for number, answer in enumerate(answers):
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not ids:
+            dropped["no token for it"] += 1
+        elif unknown is not None and unknown in ids:
+            dropped["words that the student does not know"] += 1
+        else:
+            kept.append(number)
+    return Kept("writable", tuple(kept), dict(dropped))
 
 
 def self_consistent(samples: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:

@@ -49,6 +49,7 @@ from vlm_core.distill.sft import sft
 from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher
 from vlm_core.distill.training import newest_checkpoint
 from vlm_core.evaluation import accuracy_table, evaluate
+from vlm_core.families.processing import load_processor
 from vlm_core.identity import item_digest, library_digest
 from vlm_core.interventions import Row
 from vlm_core.items import SCORED, require_items
@@ -192,7 +193,7 @@ class _Run:
                     f"answers never do: give the items candidates, or teach other answers"
                 )
         write_whole(self.out / "config.json", json.dumps(config.to_dict(), indent=1))
-        self.lessons = Lessons(config, items_of(config.data, "data"), self.evaluated, self.teacher, self.say)
+        self.lessons = Lessons(config, items_of(config.data, "data"), self.evaluated, self.teacher, load_processor(student).tokenizer, self.say)
         self._measure("before", self._students[0], None)
 
     def _asked_once(self, key: str, path: str) -> AskedOnce:

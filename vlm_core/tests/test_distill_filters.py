@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_core.distill import Kept, agreeing, deduplicated, self_consistent, within_length
-from vlm_core.tests.tiny import make_items
+from vlm_core.distill import Kept, agreeing, deduplicated, self_consistent, within_length, writable
+from vlm_core.tests.tiny import make_items, word_tokenizer
 
 
 def test_the_same_question_about_the_same_picture_is_kept_once():
@@ -37,6 +37,19 @@ def test_answers_are_kept_by_their_words():
             within_length(answers, **options)
     with pytest.raises(ValueError, match="answer 0 is None"):
         within_length([None], 3)
+
+
+def test_answers_that_a_student_has_no_words_for_are_not_taught():
+    kept = writable(["red", "a crimson hexagon", " ", "small blue square"], word_tokenizer())
+    assert kept == Kept("writable", (0, 3), {"words that the student does not know": 1, "no token for it": 1})
+
+    class Letters:
+        unk_token_id = None
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": list(text.encode())}
+
+    assert writable(["a crimson hexagon", ""], Letters()) == Kept("writable", (0,), {"no token for it": 1})
 
 
 def test_the_majority_answers_with_its_agreement():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlm_core.distill import Columns, instruction_set, items_from, prompt_set
+from vlm_core.distill.asked_once import rows_digest
 from vlm_core.distill.instructions import stored_images
 from vlm_core.identity import picture_digest
 from vlm_core.tests.tiny import make_items
@@ -38,6 +39,16 @@ def public(n=4, **columns):
             }
         ),
     )
+
+
+def test_rows_are_known_by_pictures_answers_and_order():
+    items = make_items(3)
+    answers = ["red", "green", "blue"]
+    first = rows_digest(instruction_set(items, answers))
+    assert first == rows_digest(instruction_set(items, answers))
+    redrawn = [{**items[0], "image": items[0]["image"].transpose(0)}, *items[1:]]
+    assert first != rows_digest(instruction_set(redrawn, answers))
+    assert first != rows_digest(instruction_set(items, answers[::-1]))
 
 
 def test_items_of_a_public_set_have_ids_scenes_tasks_and_the_commonest_answer():
