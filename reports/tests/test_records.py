@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reports import __main__ as command
@@ -55,6 +55,7 @@ def _same(given, back):
 
 
 @given(JSON)
+@example({"all": [math.nan, math.inf, -math.inf, -0.0, 5e-324, 1e308, np.float32(0.1), np.float32("nan"), 2**70]})
 def test_what_goes_into_details_comes_back_from_json(value):
     written = record.dumps(record.to_builtins(value, keep=record.NON_FINITE))
     assert _same(value, record.from_builtins(json.loads(written)))
