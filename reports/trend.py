@@ -71,7 +71,7 @@ def figure(title, entries):
     data = {"nights": points, "limits": limits, "needed": last["replicated"]["log10_needed"], "versions": changes}
     caption = "Each night's estimate with its interval, on scenes of its own; below, the evidence of all nights. Dotted: versions changed."
     alt = f"{title}, {wording.plural(len(points), 'night')}: {wording.number(last['estimate'])} last; {last['replicated']['sentence']}"
-    return {"kind": "nights", "title": "Night by night", "caption": caption, "alt": alt, "data": data}
+    return {"kind": "nights", "title": f"{title}, night by night", "caption": caption, "alt": alt, "data": data}
 
 
 def changes_of_versions(entries):

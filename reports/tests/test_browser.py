@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from reports import page, record, sparkline
+from reports import compare, index, page, record, sparkline, trend
 
-from . import sample_run
+from . import sample_nights, sample_run
 from .test_sparkline import nights
 
 BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -45,19 +45,35 @@ def address(tmp_path_factory):
     return page.render(folder).as_uri()
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The pages about several runs, by name."""
+    folder = tmp_path_factory.mktemp("runs")
+    two = [
+        sample_nights.write(folder / name, {sample_nights.DROP: [1.0, 0.0] * 20, sample_nights.LOSS: [0.0] * 39 + [lost]})
+        for name, lost in (("a", 0.0), ("b", 1.0))
+    ]
+    nights_page = trend.render(sample_nights.nights(folder / "history", 6))
+    return {
+        "compare": compare.render(compare.between(*two), folder / "compare.html").as_uri(),
+        "trend": nights_page.as_uri(),
+        "index": index.render(folder).as_uri(),
+    }
+
+
 @pytest.fixture
 def opened(chromium, address):
     """``opened(viewport, scheme, ...)``: the page in a fresh context; whatever it logs or throws fails the test."""
     contexts, said = [], []
 
-    def open_(viewport=LAPTOP, scheme="light", **options):
+    def open_(viewport=LAPTOP, scheme="light", at=address, **options):
         context = chromium.new_context(viewport=viewport, color_scheme=scheme, **options)
         contexts.append(context)
         one = context.new_page()
         one.on("console", lambda message: said.append(message.text))
         one.on("pageerror", lambda error: said.append(str(error)))
         one.on("request", lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:")) else None)
-        one.goto(address)
+        one.goto(at)
         return one
 
     yield open_
@@ -245,10 +261,20 @@ def plain(text):
     return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text))
 
 
-@pytest.mark.parametrize(("viewport", "scheme"), [(LAPTOP, "light"), (LAPTOP, "dark"), (PHONE, "light")], ids=["laptop", "dark", "phone"])
-def test_axe_finds_nothing(opened, viewport, scheme):
+def violations(one):
     axe = pytest.importorskip("axe_playwright_python", reason="axe is not installed: pip install 'vlm-claims[test]'")
-    one = opened(viewport, scheme)
     one.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     found = one.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    assert [(rule["id"], len(rule["nodes"]), rule["nodes"][0]["html"][:160]) for rule in found] == []
+    return [(rule["id"], len(rule["nodes"]), rule["nodes"][0]["html"][:160]) for rule in found]
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), [(LAPTOP, "light"), (LAPTOP, "dark"), (PHONE, "light")], ids=["laptop", "dark", "phone"])
+def test_axe_finds_nothing(opened, viewport, scheme):
+    assert violations(opened(viewport, scheme)) == []
+
+
+@pytest.mark.parametrize("name", ["compare", "trend", "index"])
+def test_pages_about_several_runs_fit_a_phone_and_axe_finds_nothing(opened, several, name):
+    one = opened(PHONE, "dark", at=several[name])
+    assert one.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert violations(one) == []
