@@ -359,7 +359,7 @@ class Controller:
 
     def _cannot_write(self, error):
         self.trouble = f"the run cannot be written to {self.options.out}: {error.strerror or error}"
-        if self.run.folder is not None:
+        if self.run.folder is not None and (self.run.folder / "records.jsonl").exists():
             self.trouble += f"; what was written before is in {self.run.folder}"
         self._end_session("evidence cannot be kept")
 

@@ -196,7 +196,7 @@ def claims_list(reporter, found):
     """Write every declared claim with its tier, test, sentence and instances."""
     by_claim = {}
     for instance in found:
-        by_claim.setdefault(instance.claim, []).append(instance)
+        by_claim.setdefault(instance.declared, []).append(instance)
     for claim, its in sorted(by_claim.items(), key=lambda pair: (pair[0].hypothesis, pair[0].tier, pair[0].id)):
         reporter.write_line("")
         reporter._tw.write(claim.id, bold=True)

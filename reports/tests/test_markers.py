@@ -133,6 +133,7 @@ def test_another_alpha_decides_and_is_said(suite):
     for old, new in zip(before, after, strict=True):
         assert new["declaration"]["declared"] == {"alpha": 0.05, "hash": old["declaration"]["hash"]}
         assert new["declaration"]["hash"] != old["declaration"]["hash"] and "--claims-alpha=0.0001" in new["reproduce"]
+    suite.run("--claims-list", "--claims-alpha=0.0001").stdout.fnmatch_lines([f"H1.one *declaration {before[0]['declaration']['hash']}"])
     said = "Decided at a family-wise alpha of 0.0001 (--claims-alpha) in place of the declared one."
     stricter.stdout.fnmatch_lines([said])
     assert said in page.render(suite.runs / "latest").read_text(encoding="utf-8")

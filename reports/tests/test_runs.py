@@ -128,6 +128,18 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_sentence(suite, monkeypatch, 
     assert not (suite.runs / "latest").exists()
 
 
+def test_a_disk_that_is_full_before_the_first_record_is_not_said_to_hold_one(suite, monkeypatch):
+    def refuse(folder, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda folder, *given, **options: (refuse if folder.name.endswith(".partial") else mkdir)(folder, *given, **options))
+    suite.write(SUPPORTED)
+    result = suite.run()
+    assert result.ret == 3
+    result.stdout.fnmatch_lines([f"the run cannot be written to {suite.runs}: No space left on device"])
+
+
 def test_a_disk_that_is_full_at_the_end_leaves_records_that_can_be_rendered(suite, monkeypatch):
     write_text = Path.write_text
 
