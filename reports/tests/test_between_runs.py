@@ -100,6 +100,7 @@ def test_the_trend_shows_every_night_its_verdict_versions_and_evidence(history, 
     assert ">torch 2.12 → 2.13<" in text and "<dt>night 8</dt><dd>torch 2.12 → 2.13</dd>" in text
     assert text.count(">evidence E, log10<") == 2 and text.count(">decides<") == 2, "the ratio is no mean over items"
     assert "A ratio of &lt;sums&gt; is above a tenth." in text and "No evidence adds up over nights: its effect is no mean over items" in text
+    assert "The nights contradict each other: E is" in text, "a loss that was small on nine nights and is large on five"
     assert "a change of the declared size is caught within" in text and "14 nights" in text
 
 

@@ -1,6 +1,7 @@
 """Evidence that accumulates over nights and may be looked at every night: betting e-processes for a bounded mean.
 
-``Betting``            one e-process, ``E = prod(1 + lambda_t (x_t - m))``, against "the mean is at most m"
+``log_bets``           the factors of one e-process, ``E = prod(1 + lambda_t (x_t - m))``, against "the mean is at most m"
+``Betting``            a mixture of such that begin on different nights, so that a change is found however many nights went before it
 ``Replication``        the e-processes of a claim: for it, and against it
 ``replay``             a claim's evidence made again from the values of each night
 ``night_values``       what one night adds: cluster means in an order that the values do not decide
@@ -11,6 +12,11 @@ Under the null no E can be expected to grow: it is a supermartingale that starts
 alpha (Ville 1939), however often and whenever one looks. Each bet ``lambda_t`` is fixed before x_t is seen: the plug-in "aGRAPA" of
 Waudby-Smith & Ramdas 2024, J. R. Stat. Soc. B 86:1-27 (arXiv:2010.09686), cut to [0, c/m] with c < 1, so that no factor is below 1 - c.
 The mean and the variance it is made of start at m and 1/4 (their prior weighs one observation), so the first bet is zero.
+
+What was learned from a hundred good nights would keep a bet from being made long after the hundred-and-first went bad. So half of the evidence
+is a process over all nights; the other half is spread over processes that begin on night j with weight 1/(j (j + 1)) and stop betting after
+2 · 2^v nights, 2^v being the largest power of two that divides j (a geometric cover, Daniely, Gonen & Shalev-Shwartz 2015, arXiv:1502.07073; an
+e-process that has not begun is 1). A mixture of e-processes is one.
 
 The null speaks of each night: given what came before it, no cluster's expected effect passes the limit. Choices made within a night (heads,
 layers) are part of that night's effect. A claim that crosses training runs with items gives one value a night, because items answered by
@@ -34,7 +40,7 @@ from .verdict import Verdict
 CAP = 0.5  # of the largest bet that keeps every factor positive
 
 
-def log_bets(x: ArrayLike, mean: float, start: tuple[int, float, float] = (0, 0.0, 0.0)) -> tuple[np.ndarray, tuple]:
+def log_bets(x: ArrayLike, mean: float, start: tuple = (0, 0.0, 0.0)) -> tuple[np.ndarray, tuple]:
     """Logarithms of the factors ``1 + lambda_t (x_t - mean)``, in the order of the values.
 
     Parameters
@@ -44,13 +50,13 @@ def log_bets(x: ArrayLike, mean: float, start: tuple[int, float, float] = (0, 0.
     mean
         The null's largest mean, between 0 and 1.
     start
-        How many values came before, their sum, and the sum of their squared deviations from the running mean.
+        How many values came before, their sum, and the sum of their squared deviations from the running mean (arrays [...] or numbers).
 
     Returns
     -------
     factors : [..., t]
     end : tuple
-        ``start`` of the values that come next (arrays, where there are leading axes).
+        ``start`` of the values that come next.
 
     Raises
     ------
@@ -63,7 +69,7 @@ def log_bets(x: ArrayLike, mean: float, start: tuple[int, float, float] = (0, 0.
     if x.size and not (np.min(x) >= 0 and np.max(x) <= 1):
         raise ValueError("a value lies outside 0 to 1: rescale effects by the range they cannot leave")
     n, total, squares = start
-    before = n + np.arange(x.shape[-1])
+    before = np.asarray(n)[..., None] + np.arange(x.shape[-1])
     totals = np.asarray(total)[..., None] + np.cumsum(x, axis=-1)
     means = (mean + totals) / (before + 2)
     deviations = np.square(x - means)
@@ -71,35 +77,63 @@ def log_bets(x: ArrayLike, mean: float, start: tuple[int, float, float] = (0, 0.
     distance = (mean + totals - x) / (before + 1) - mean
     variance = (0.25 + sums - deviations) / (before + 1)
     bets = np.clip(distance / (variance + np.square(distance)), 0.0, CAP / mean)
-    end = (n, total, squares) if not x.shape[-1] else (int(before[-1]) + 1, totals[..., -1], sums[..., -1])
+    end = (n, total, squares) if not x.shape[-1] else (before[..., -1] + 1, totals[..., -1], sums[..., -1])
     return np.log1p(bets * (x - mean)), end
 
 
 @dataclass
 class Betting:
-    """One e-process against "the mean is at most ``mean``".
+    """The evidence against "the mean is at most ``mean``": a mixture of e-processes, one over all nights, others over stretches of them.
 
     Attributes
     ----------
     mean
         Between 0 and 1, on the scale of the values.
-    n, total, squares
-        Values so far, their sum, and the sum of their squared deviations from the running mean: what the next bet is made of.
-    log_e
-        Logarithm of E.
+    nights, n
+        Nights, and values, so far.
+    processes : list of [start, n, total, squares, log E]
+        Those at work: the night on which each began (0 for the one over all nights), how many values it has seen, their sum, the sum of their
+        squared deviations from the running mean (what its next bet is made of), and the logarithm of its E.
+    ended
+        Logarithm of the weighted sum of those that have stopped; None while there is none.
     """
 
     mean: float
+    nights: int = 0
     n: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-    log_e: float = 0.0
+    processes: list[list] = field(default_factory=lambda: [[0, 0, 0.0, 0.0, 0.0]])
+    ended: float | None = None
 
     def update(self, x: ArrayLike) -> None:
-        """Bet on values in [0, 1], one after the other."""
-        factors, (n, total, squares) = log_bets(np.ravel(np.asarray(x, dtype=float)), self.mean, (self.n, self.total, self.squares))
-        self.log_e = float(self.log_e + factors.sum())
-        self.n, self.total, self.squares = int(n), float(total), float(squares)
+        """Bet on one night's values in [0, 1], one after the other."""
+        x = np.ravel(np.asarray(x, dtype=float))
+        self.nights += 1
+        self.n += x.size
+        self.processes.append([self.nights, 0, 0.0, 0.0, 0.0])
+        starts, *before, log_e = (np.array(column) for column in zip(*self.processes, strict=True))
+        factors, after = log_bets(np.broadcast_to(x, (len(starts), x.size)), self.mean, tuple(before))
+        columns = zip(starts.tolist(), *(part.tolist() for part in after), (log_e + factors.sum(-1)).tolist(), strict=True)
+        done = {True: [], False: []}
+        for process in columns:
+            done[process[0] > 0 and self.nights - process[0] + 1 >= _lifetime(process[0])].append(list(process))
+        self.processes = done[False]
+        stopped = [_log_weight(process[0]) + process[-1] for process in done[True]]
+        if stopped:
+            self.ended = float(np.logaddexp.reduce([*stopped, *([] if self.ended is None else [self.ended])]))
+
+    @property
+    def log_e(self) -> float:
+        """Logarithm of E; the processes that have not begun hold a weight of 1/(2 (nights + 1)) together."""
+        parts = [_log_weight(process[0]) + process[-1] for process in self.processes]
+        return float(np.logaddexp.reduce([*parts, -math.log(2 * (self.nights + 1)), *([] if self.ended is None else [self.ended])]))
+
+
+def _log_weight(start: int) -> float:
+    return -math.log(2 * start * (start + 1)) if start else -math.log(2)
+
+
+def _lifetime(start: int) -> int:
+    return 2 * (start & -start)
 
 
 # Which sides of which limits a claim's processes bet on, in units of its limit: (sign of the limit, does the effect lie above it?)
@@ -235,7 +269,7 @@ def clusters_promised(
     power: float = 0.9,
     bounds: Bounds = (-1.0, 1.0),
 ) -> int:
-    """Values within which a claim whose true effect is ``effect`` is decided, with probability ``power``.
+    """Values, from the first night on, within which a claim whose true effect is ``effect`` is decided, with probability ``power``.
 
     From the drift and the spread of log E at the bet that the plug-in tends to, for the two-valued distribution with this mean and variance
     whose log E grows least (one value at the far end of the range), less half the logarithm of the number of values for learning the bet.
@@ -265,7 +299,7 @@ def clusters_promised(
     if not chosen:
         raise ValueError(f"an effect of {effect:g} lies on the limit: no number of values decides it")
     # evidence against an equivalence is the mean over its two sides: the side that grows must reach twice as far
-    needed = math.log(1 / alpha) + (0.0 if supports else math.log(len(_AGAINST[test.kind])))
+    needed = math.log(2 / alpha) + (0.0 if supports else math.log(len(_AGAINST[test.kind])))
     counts = []
     for limit, above in chosen:
         mean, null = ((value - low) / (high - low) if above else (high - value) / (high - low) for value in (effect, limit))
@@ -302,6 +336,7 @@ def nights_promised(
     test: Superiority | NonInferiority | Equivalence,
     clusters_a_night: int,
     *,
+    after: int = 0,
     deviation: float | None = None,
     alpha: float = 0.05,
     power: float = 0.9,
@@ -317,6 +352,8 @@ def nights_promised(
     test
     clusters_a_night
         Values that a night adds.
+    after
+        Nights that went before it was so, whatever they said. The process that catches it begins some nights later, with a small weight.
     deviation, alpha, power, bounds
         As for `clusters_promised`.
 
@@ -328,7 +365,19 @@ def nights_promised(
     if test.limit == 0:
         raise ValueError("a threshold of zero declares no size of effect")
     effect = 0.0 if test.kind == "superiority" else 2 * test.limit
-    return math.ceil(clusters_promised(effect, test, deviation=deviation, alpha=alpha, power=power, bounds=bounds) / clusters_a_night)
+
+    def nights(level: float) -> int:
+        return math.ceil(clusters_promised(effect, test, deviation=deviation, alpha=level, power=power, bounds=bounds) / clusters_a_night)
+
+    if not after:
+        return nights(alpha)
+    step = 1
+    while True:  # among `step` nights one is a multiple of it, whose process bets for 2 * step nights or more
+        begins = after + step
+        needed = nights(alpha / (begins * (begins + 1)))
+        if needed <= 2 * step:
+            return step - 1 + needed
+        step *= 2
 
 
 def replay(kind: str, limit: float, bounds: Bounds, nights: Iterable[ArrayLike]) -> Replication:
