@@ -28,7 +28,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -337,6 +337,7 @@ def _weights(path: str) -> str:
     return digest([checkpoint.sha256(), settings])
 
 
+@cache
 def _versions() -> list[str]:
     return [library_digest(), *(f"{name} {version(name)}" for name in VERSIONS)]
 
