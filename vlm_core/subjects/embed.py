@@ -24,7 +24,7 @@ from vlm_core.errors import SubjectError
 from vlm_core.interventions.policy import Visual
 from vlm_core.items import item_field
 from vlm_core.seam.seam import Captured, active, capturing, current_run
-from vlm_core.subjects.remembering import prompt_key
+from vlm_core.subjects.remembering import prepared, prompt_key
 from vlm_core.subjects.visual import visuals
 
 if TYPE_CHECKING:
@@ -227,11 +227,11 @@ def _encode(subject: Subject, pictures: Sequence, prompts: Sequence[str], batch:
     encoded: list[Encoded] = []
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
-        prepared = subject.encode(pictures[some], prompts[some], padding_side="right")
+        batch_of = prepared(subject, pictures[some], prompts[some])
         with torch.inference_mode(), active(None):
-            found = capture(subject, prepared.inputs)
+            found = capture(subject, batch_of.inputs)
             if reads:
-                outside = visuals(subject, prepared.inputs, prepared.sizes, reads)
+                outside = visuals(subject, batch_of.inputs, batch_of.sizes, reads)
                 found = [replace(one, visual=visual) for one, visual in zip(found, outside, strict=True)]
         encoded.extend(found)
     return encoded

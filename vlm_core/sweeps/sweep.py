@@ -33,13 +33,14 @@ from vlm_core.seam.plan import forget, require_possible
 from vlm_core.seam.seam import require_asleep
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.groups import Groups, grouped, with_groups
+from vlm_core.subjects.remembering import tower_key
 from vlm_core.subjects.subject import Subject
 from vlm_core.subjects.visual import asked_outside
 from vlm_core.sweeps.asked import require_asked
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.executors import SubjectSource, open_subject
-from vlm_core.sweeps.features import KnownFeatures, Prompt, encode_distinct, prompts_of
+from vlm_core.sweeps.features import KnownFeatures, Prompt, encode_distinct, prompts_of, vision_tower
 from vlm_core.sweeps.scoring import CandidateSet, RowScores, candidate_set, score_candidates
 from vlm_core.sweeps.shards import ShardStore
 
@@ -340,9 +341,20 @@ def _known(subject: Subject, sweep: str) -> KnownFeatures:
             # A worker is not told when a sweep ends: the next finds what the last has encoded, unless the weights are others by then.
             state = subject.weights_state()
             if shared is None or shared.state != state:
-                shared = _KNOWN[subject] = _Shared(state, KnownFeatures.of(subject))
+                shared = _KNOWN[subject] = _Shared(state, _features(subject))
             shared.sweeps.add(sweep)
         return shared.features
+
+
+def _features(subject: Subject) -> KnownFeatures:
+    """Room for image features; those of all subjects with the same tower, where they share them (``vlm_core.subjects.remembering``)."""
+    kept = tower_key(vision_tower(subject))
+    if kept is None:
+        return KnownFeatures.of(subject)
+    known, key = kept
+    if key not in known.towers:
+        known.towers[key] = KnownFeatures.of(subject)
+    return known.towers[key]
 
 
 def _let_go(sweep: str) -> None:

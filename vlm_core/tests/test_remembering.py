@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_core import AttentionMass, ZeroHeads, observe, sweep
+from vlm_core import AttentionMass, ZeroHeads, evaluate, observe, sweep
 from vlm_core.subjects.embed import encode_items
-from vlm_core.subjects.remembering import KnownPrompts, prompt_key, remembering
-from vlm_core.sweeps.features import Prompt, prompts_of
+from vlm_core.subjects.remembering import KnownAlike, KnownPrompts, among_alike, prompt_key, remembering
+from vlm_core.sweeps.features import Prompt, prompts_of, vision_tower
 from vlm_core.tests.tiny import make_items, tiny_subject
 
 
@@ -106,3 +106,33 @@ def test_the_prompt_used_longest_ago_goes_first():
     known.learn(state, ("c", ""), encoded[0])
     assert known.bytes == 2 * measured.bytes
     assert [one is not None for one in known.find(state, [(name, "") for name in "abc"])] == [True, False, True]
+
+
+def test_subjects_alike_share_what_processor_and_tower_made(monkeypatch):
+    items, calls, seen = make_items(5), [], []
+    one, other, apart = tiny_subject(), tiny_subject(), tiny_subject()
+    with torch.no_grad():
+        for parameter in other.anatomy.language_model.parameters():  # another decoder
+            parameter.mul_(1.5)
+        for parameter in vision_tower(apart).parameters():  # another tower
+            parameter.mul_(1.5)
+    apart.processor.image_processor.image_mean = [0.4, 0.4, 0.4]  # another processor
+    for subject in (one, other, apart):
+        original = subject.encode
+        monkeypatch.setattr(subject, "encode", lambda *args, original=original, **kwargs: calls.append(len(args[1])) or original(*args, **kwargs))
+        patches = next(module for module in vision_tower(subject).modules() if isinstance(module, torch.nn.Conv2d))
+        patches.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    alone = [evaluate(subject, items) for subject in (one, other, apart)]
+    assert not alone[0]["score"].equals(alone[1]["score"])
+    counts = []
+    with among_alike(KnownAlike()) as known:
+        for subject, before in zip((one, other, apart), alone, strict=True):
+            calls.clear(), seen.clear()
+            pd.testing.assert_frame_equal(evaluate(subject, items), before)
+            counts.append((sum(calls), sum(seen)))
+        assert len(known.towers) == 2
+    n_images = len({prompt_key(item["image"], "") for item in items})
+    assert counts == [(len(items), n_images), (0, 0), (len(items), n_images)]
+    calls.clear()
+    evaluate(one, items)
+    assert sum(calls) == len(items), "outside the context nothing is shared"
