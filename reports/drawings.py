@@ -322,8 +322,29 @@ def _matrix(values):
     return np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
 
 
+MANY = 300  # cells from which on a map is one picture: each by itself would be most of the page
+
+
 def _cells(axes, values, tip, *, print_values=False):
     peak = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0.0
+    tips = {}
+    if values.size >= MANY:
+        shares = np.nan_to_num(np.abs(values)) / (peak or 1.0)
+        colours = np.where((values < 0)[..., None], to_rgb(COLOURS["alert"]), to_rgb(COLOURS["targeted"]))
+        pixels = np.concatenate([colours, 0.05 + 0.85 * shares[..., None]], axis=-1)
+        axes.imshow(pixels, interpolation="none", aspect="auto")
+    else:
+        tips = _alone(axes, values, peak, tip, print_values)
+    axes.set_xlim(-0.55, values.shape[1] - 0.45)
+    axes.set_ylim(values.shape[0] - 0.45, -0.55)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return tips
+
+
+def _alone(axes, values, peak, tip, print_values):
+    """Each cell a shape of its own, with its text."""
     tips = {}
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
@@ -339,11 +360,6 @@ def _cells(axes, values, tip, *, print_values=False):
                 column, row, number(float(value)), ha="center", va="center", fontsize=8.5,
                 color=COLOURS["on-strong" if strong else "on-weak"],
             )  # fmt: skip
-    axes.set_xlim(-0.55, values.shape[1] - 0.45)
-    axes.set_ylim(values.shape[0] - 0.45, -0.55)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     return tips
 
 

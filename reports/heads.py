@@ -17,6 +17,7 @@ from reports.scale import Scale
 from reports.wording import interval_numbers, number
 
 ARTIFACT = "head-report.json"
+MANY = 300  # heads from which on a card shows only those of the list in its map
 PICTURE_PIXELS = 64  # of a picture's longer side: what the embedded subject sees, a thumbnail of anything larger
 
 # What the page asks of a report; one that another version wrote may lack some of it.
@@ -155,6 +156,7 @@ def _card(entry, about, scales, task_scale, examples, names):
             {"row": layer, "column": head, "this": f"{layer}.{head}" == entry["name"], "other": f"{layer}.{head}" in names}
             for layer in range(about["layers"])
             for head in range(about["heads_per_layer"])
+            if about["layers"] * about["heads_per_layer"] < MANY or f"{layer}.{head}" in names
         ],
         "pictures": [_shown(examples[name], heat, entry["name"]) for name, heat in entry["heat"].items() if name in examples],
         "attends": [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from reports import figures, page, record, summary, wording
 from reports.__main__ import main
@@ -207,6 +210,18 @@ def test_rendering_again_gives_the_same_page(tmp_path, capsys):
 def test_the_sample_has_every_figure_kind():
     kinds = {figure["kind"] for entry in sample_run.records() for figure in entry["figures"]}
     assert kinds == set(figures.KINDS)
+
+
+def test_a_map_of_many_heads_is_one_picture_of_the_same_colours():
+    values = np.random.default_rng(0).normal(size=(32, 32))
+    svg = figures.render("head_map", {"values": values.tolist()}, prefix="a", label="map")
+    assert len(svg) < 60_000 and "<title>" not in svg
+    picture = Image.open(io.BytesIO(base64.b64decode(re.search(r'href="data:image/png;base64,([^"]+)"', svg)[1])))
+    pixels = np.asarray(picture.convert("RGBA"), dtype=int)
+    assert pixels.shape == (32, 32, 4)
+    strongest = np.unravel_index(np.abs(values).argmax(), values.shape)
+    assert pixels[..., 3].argmax() == np.ravel_multi_index(strongest, values.shape) and pixels[strongest][3] == pytest.approx(0.9 * 255, abs=1)
+    assert (pixels[..., 0] > pixels[..., 2])[values < 0].all() and (pixels[..., 0] < pixels[..., 2])[values > 0].all()
 
 
 def test_a_figure_keeps_real_text_and_follows_the_page_colours():
