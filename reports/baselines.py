@@ -1,8 +1,8 @@
 """The reproduce lane: the same claims, subject, data and seed again, item by item against a stored baseline.
 
 A rerun adds no evidence; it says whether what was found is still found. The baseline is a file of JSON lines that is only appended to. An
-entry holds for one claim instance, declaration, subject, data (with profile and seed) and platform; the newest one counts. A changed declaration
-voids it, and that is said.
+entry holds for one claim instance, declaration, subject, data (with profile and seed) and platform; the newest one counts. A changed
+declaration voids it, and that is said.
 
 What counts as what, for one claim instance:
 
@@ -36,7 +36,7 @@ _KEY = ("subject", "data", "platform")
 
 @dataclass
 class Floor:
-    """How much runs of the same code differ: largest change of one effect, share of changed effects, mean change, change of the estimate."""
+    """How much runs of the same code differ: largest change of an effect, share of changed effects, mean change, change of the estimate."""
 
     runs: int = 0
     effect: float = 0.0
@@ -181,9 +181,9 @@ def changes(then, now, folder_then, folder_now):
     Returns
     -------
     dict
-        ``identical``, ``rows`` shared, ``changed`` ones, ``only`` (without partner), largest change of one ``effect``, mean change ``worse``
-        (positive where it is against the claim), change of the ``estimate``, and the ``pairs``. Rows are None where the effect is no mean
-        over items.
+        ``identical``, ``rows`` shared, ``changed`` ones, ``only`` (without partner), largest change of one ``effect``, mean change
+        ``worse`` (positive where it is against the claim), change of the ``estimate``, and the ``pairs``. Rows are None where the effect is
+        no mean over items.
     """
     names = ("estimate", "lower", "upper")
     moved = abs((now["estimate"] or 0.0) - (then["estimate"] or 0.0))

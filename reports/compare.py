@@ -53,7 +53,8 @@ def facts(first, second):
         *((name, first.get(name), second.get(name)) for name in ("commit", "alpha", "complete", "exit_code")),
         *((name, first["versions"].get(name), second["versions"].get(name)) for name in sorted({*first["versions"], *second["versions"]})),
     ]
-    return [(name.replace("_", " "), *("none" if value is None else str(value) for value in values)) for name, *values in pairs if values[0] != values[1]]
+    differing = [(name.replace("_", " "), values) for name, *values in pairs if values[0] != values[1]]
+    return [(name, *("none" if value is None else str(value) for value in values)) for name, values in differing]
 
 
 def _row(pair, folders):

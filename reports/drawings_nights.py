@@ -18,8 +18,8 @@ _MARKS = {
 
 
 def nights(data):
-    """``{"nights": [{night, date, verdict, estimate?, lower?, upper?, support?, refute?}], "limits": [y], "needed"?, "versions"?: [{night, text}],
-    "y_label"?}``; ``support`` and ``refute`` are logarithms of E to base 10."""
+    """``{"nights": [{night, date, verdict, estimate?, lower?, upper?, support?, refute?}], "limits": [y], "needed"?, "y_label"?,
+    "versions"?: [{night, text}]}``; ``support`` and ``refute`` are logarithms of E to base 10."""
     entries = data["nights"]
     evidence = [entry for entry in entries if entry.get("support") is not None]
     figure = Figure(figsize=(WIDTH * 1.3, 3.9 if evidence else 2.4))

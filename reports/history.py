@@ -1,12 +1,12 @@
 """The replicate lane: every night a fresh shard of scenes, and the evidence of all nights together.
 
 A history is a folder. ``shards.jsonl`` says which seed each night drew its scenes with, reserved before anything is measured, so that two
-nights never share one; ``history.jsonl`` has one line a claim a night, ``scenes.jsonl`` the scenes of each night by content; ``arrays/`` the
-effects. All are only appended to. A night joins with everything it has or not at all, and never with a scene that an earlier night of the same
-subject has used.
+nights never share one; ``history.jsonl`` has one line a claim a night, ``scenes.jsonl`` the scenes of each night by content; ``arrays/``
+the effects. All are only appended to. A night joins with everything it has or not at all, and never with a scene that an earlier night of
+the same subject has used.
 
-Evidence is an e-process a claim (`vlm_core.stats.eprocess`): it goes on while claim instance, declaration, subject and profile stay the same,
-and starts anew where one of them changes. A night on which the claim is invalid (a control failed) is noted and adds nothing.
+Evidence is an e-process a claim (`vlm_core.stats.eprocess`): it goes on while claim instance, declaration, subject and profile stay the
+same, and starts anew where one of them changes. A night on which the claim is invalid (a control failed) is noted and adds nothing.
 
 ``reserve``  a shard, and the seed its scenes are drawn with
 ``Night``    tonight's lines: worked out first, written when the run is
@@ -210,7 +210,10 @@ def _accumulate(entry, rows, state):
         return None, {**blank, "sentence": f"no evidence adds up over nights: {why}"}
     if state is None and rows is None:
         return None, {**blank, "sentence": "not measured tonight"}
-    found = stats.Replication.from_dict(state) if state else stats.Replication(entry["test"]["kind"], entry["threshold"], tuple(rows["bounds"]))
+    if state:
+        found = stats.Replication.from_dict(state)
+    else:
+        found = stats.Replication(entry["test"]["kind"], entry["threshold"], tuple(rows["bounds"]))
     counts = entry["verdict"] != "invalid" and rows is not None
     values = stats.night_values(rows["effect"], rows["clusters"], rows["seeds"]) if counts else None
     if counts:
@@ -240,12 +243,12 @@ def _power(exponent):
 
 
 def _promised(entry, found, values, level):
-    """Nights like tonight within which a change of the declared size is caught; None where one night says nothing of the spread."""
+    """Nights like tonight within which a change of the declared size is caught that comes next; None where a night has no spread."""
     if values is None or values.size < 2 or not entry["threshold"]:
         return None
     declared = {"superiority": stats.Superiority, "non-inferiority": stats.NonInferiority, "equivalence": stats.Equivalence}[found.kind]
-    deviation = float(np.std(values, ddof=1))
+    asked = {"after": found.nights, "deviation": float(np.std(values, ddof=1)), "alpha": level, "bounds": found.bounds}
     try:
-        return stats.nights_promised(declared(found.limit), values.size, deviation=deviation, alpha=level, bounds=found.bounds)
+        return stats.nights_promised(declared(found.limit), values.size, **asked)
     except ValueError:  # twice the margin lies outside what an effect can be
         return None

@@ -12,7 +12,7 @@ from reports import page, record
 
 
 def runs(folder):
-    """Runs of a directory, newest first: identity, counts of confirmatory verdicts, and where the report is; unreadable ones with the reason.
+    """Runs of a directory, newest first: identity, counts of confirmatory verdicts, whether there is a report; unreadable ones with the reason.
 
     Raises
     ------

@@ -24,12 +24,15 @@ def summary(folder):
     lines += [f"> **{_text(sentence)}**" for sentence in model["band"]] + [""] * bool(model["band"])
     lines += [f"{_text(sentence)}  " for sentence in model["sentences"]] + [""]
     nightly = any(entry["reproduced"] for entry in records), any(entry["replicated"] for entry in records)
-    names = ["Claim", "Verdict", "Estimate [interval]", "Asked", *(name for name, shown in zip(("Baseline", "All nights"), nightly, strict=True) if shown)]
-    rows = [names, ["---"] * len(names), *(_row(entry, nightly) for entry in sorted(records, key=lambda entry: entry["tier"] != "confirmatory"))]
+    names = ["Claim", "Verdict", "Estimate [interval]", "Asked", *["Baseline"] * nightly[0], *["All nights"] * nightly[1]]
+    ordered = sorted(records, key=lambda entry: entry["tier"] != "confirmatory")
+    rows = [names, ["---"] * len(names), *(_row(entry, nightly) for entry in ordered)]
     lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     said = [f"- {_text(wording.title(entry))}: {_text(entry['reason'])}" for entry in records if entry["verdict"] in ("refuted", "invalid")]
     moved = [entry for entry in records if entry["reproduced"] and entry["reproduced"]["state"] in ("regression", "voided")]
-    said = [f"- **{entry['reproduced']['state']}**: {_text(wording.title(entry))}: {_text(entry['reproduced']['sentence'])}" for entry in moved] + said
+    for entry in reversed(moved):
+        found = entry["reproduced"]
+        said.insert(0, f"- **{found['state']}**: {_text(wording.title(entry))}: {_text(found['sentence'])}")
     made = f"{identity['name']}, profile {identity['profile']}, seed {identity['seed']}, exit code {identity['exit_code']}"
     return "\n".join([*lines, *said, *[""] * bool(said), f"<sub>{_text(made)}</sub>", ""])
 
@@ -44,8 +47,9 @@ def _row(entry, nightly):
     if nightly[0]:
         cells.append((entry["reproduced"] or {"state": "–"})["state"])
     if nightly[1]:
-        found = entry["replicated"] or {"verdict": None}
-        cells.append(f"{_MARKS[found['verdict']]} {found['verdict']}, {wording.plural(found['nights'], 'night')}" if found["verdict"] else "–")
+        found = entry["replicated"] or {}
+        verdict = found.get("verdict")
+        cells.append(f"{_MARKS[verdict]} {verdict}, {wording.plural(found['nights'], 'night')}" if verdict else "–")
     return [_text(cell) for cell in cells]
 
 

@@ -75,7 +75,7 @@ def instructions():
 
 
 def subject_key(identity):
-    """What makes two runs' subjects the same: weights and number format; where no weights are known, where it came from and its revision."""
+    """What makes two runs' subjects the same: weights and number format; where no weights are known, its source and revision."""
     subject = identity["subject"]
     if subject.get("weights"):
         return f"{subject['weights'][:32]} {subject.get('dtype', '')}".rstrip()

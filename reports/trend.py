@@ -1,4 +1,4 @@
-"""What a history of nights says, as one page: effect with interval night by night, verdicts, versions, and the evidence of all nights so far.
+"""What a history of nights says, as one page: effect with interval night by night, verdicts, versions, and all nights' evidence.
 
 ``model``   what the page shows, from the history's lines
 ``render``  the page

@@ -170,3 +170,11 @@ def test_drift_is_rare_where_there_is_none():
         *before, tonight = rng.normal(0.3, 0.05, 12)
         night._look_for_drift({**entry, "estimate": tonight}, before)
     assert len(night.warnings) <= 2000 * history.SURPRISE + 3 * math.sqrt(2000 * history.SURPRISE)
+
+
+def test_shards_of_the_probes_share_no_scene_and_the_same_shard_shares_all():
+    import probes
+
+    drawn = [probes.build("confirmation", tasks=("color", "count"), n_per_task=8, seed=history.FIRST_SEED + shard)["scene_id"] for shard in (1, 2, 1)]
+    first, second, again = ({history.picture(scene) for scene in scenes} for scenes in drawn)
+    assert len(first) >= 8 and all(len(one) == 16 for one in first) and first.isdisjoint(second) and first == again

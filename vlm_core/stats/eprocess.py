@@ -13,10 +13,10 @@ alpha (Ville 1939), however often and whenever one looks. Each bet ``lambda_t`` 
 Waudby-Smith & Ramdas 2024, J. R. Stat. Soc. B 86:1-27 (arXiv:2010.09686), cut to [0, c/m] with c < 1, so that no factor is below 1 - c.
 The mean and the variance it is made of start at m and 1/4 (their prior weighs one observation), so the first bet is zero.
 
-What was learned from a hundred good nights would keep a bet from being made long after the hundred-and-first went bad. So half of the evidence
-is a process over all nights; the other half is spread over processes that begin on night j with weight 1/(j (j + 1)) and stop betting after
-2 · 2^v nights, 2^v being the largest power of two that divides j (a geometric cover, Daniely, Gonen & Shalev-Shwartz 2015, arXiv:1502.07073; an
-e-process that has not begun is 1). A mixture of e-processes is one.
+What was learned from a hundred good nights would keep a bet from being made long after the hundred-and-first went bad. So half of the
+evidence is a process over all nights; the other half is spread over processes that begin on night j with weight 1/(j (j + 1)) and stop
+betting after 2 · 2^v nights, 2^v being the largest power of two that divides j (a geometric cover: Daniely, Gonen & Shalev-Shwartz 2015,
+arXiv:1502.07073; an e-process that has not begun is 1). A mixture of e-processes is one.
 
 The null speaks of each night: given what came before it, no cluster's expected effect passes the limit. Choices made within a night (heads,
 layers) are part of that night's effect. A claim that crosses training runs with items gives one value a night, because items answered by
@@ -92,8 +92,8 @@ class Betting:
     nights, n
         Nights, and values, so far.
     processes : list of [start, n, total, squares, log E]
-        Those at work: the night on which each began (0 for the one over all nights), how many values it has seen, their sum, the sum of their
-        squared deviations from the running mean (what its next bet is made of), and the logarithm of its E.
+        Those at work: the night on which each began (0 for the one over all nights), how many values it has seen, their sum, the sum of
+        their squared deviations from the running mean (what its next bet is made of), and the logarithm of its E.
     ended
         Logarithm of the weighted sum of those that have stopped; None while there is none.
     """
