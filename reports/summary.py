@@ -133,7 +133,7 @@ def subject_line(subject):
 
 
 def band(identity, records):
-    """Sentences for the red band: missing evidence, crashed claims, failed controls."""
+    """Sentences for the red band: missing evidence, crashed claims, failed controls, what is worse than its baseline."""
     sentences = [f"Evidence is incomplete: {problem}." for problem in identity.get("problems", ())]
     crashed = [title(entry) for entry in records if entry["outcome"] == "crashed"]
     if crashed:
@@ -146,6 +146,9 @@ def band(identity, records):
     ]
     if failed:
         sentences.append(f"{plural(len(failed), 'control')} failed: {some(failed)}. The claims behind are invalid.")
+    worse = [title(entry) for entry in records if (entry.get("reproduced") or {}).get("state") == "regression"]
+    if worse:
+        sentences.append(f"{plural(len(worse), 'claim')} worse than the baseline: {some(worse)}.")
     return sentences
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from reports import compare, index, markdown, record, trend
+from reports import compare, index, markdown, page, record, trend
 from reports.__main__ import main
 
 from . import sample_nights, sample_run
@@ -151,6 +151,18 @@ def test_the_job_summary_has_the_verdict_table_and_says_what_is_wrong(tmp_path, 
     assert "<script" not in text and "exit code 1" in text
     plain = markdown.summary(sample_run.write(tmp_path / "plain", made(), heads=False))
     assert "Baseline" not in plain and "All nights" not in plain
+
+
+def test_the_report_says_what_is_worse_than_the_baseline_and_what_the_nights_amount_to(tmp_path):
+    entries = made()[:2]
+    entries[0]["reproduced"] = {"state": "regression", "sentence": "supported then, refuted now"}
+    entries[1]["replicated"] = {"night": 3, "sentence": "supported by 3 nights"}
+    text = page.render(sample_run.write(tmp_path, entries, heads=False)).read_text(encoding="utf-8")
+    assert "1 claim worse than the baseline: H1.necessity." in text and "against the baseline: regression, supported then, refuted now." in text
+    assert "Night 3: supported by 3 nights." in text
+    for entry in entries:
+        del entry["reproduced"], entry["replicated"]
+    assert "against the baseline:" not in page.render(sample_run.write(tmp_path, entries, heads=False)).read_text(encoding="utf-8"), "an older run"
 
 
 def test_the_same_identity_gives_the_same_keys_whatever_else_changed():
