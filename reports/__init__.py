@@ -17,6 +17,7 @@
 ``scale``         the axis that a claim's instances share
 ``sparkline``     a claim's nights beside its verdict
 ``literature``    the works whose claims are tested, and what of each
+``paper``         a paper of a few pages, from ``paper_content`` (what it says) and ``paper_forest`` (its forest plot)
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
 
 Nothing here measures: verdicts come from ``vlm_core.stats``, numbers from the tests.

@@ -5,6 +5,7 @@
 ``python -m reports trend HISTORY``  a history of nights as a page
 ``python -m reports index DIR``      a page that lists the runs of a directory
 ``python -m reports summary RUN``    a run's verdicts in Markdown
+``python -m reports paper RUN``      a run as a paper of a few pages, PDF
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reports import compare, index, markdown, page, record, trend
+from reports import compare, index, markdown, page, paper, record, trend
 
 
 def main(arguments=None):
@@ -25,9 +26,14 @@ def main(arguments=None):
     both.add_argument("first", type=Path, metavar="A")
     both.add_argument("second", type=Path, metavar="B")
     both.add_argument("--out", type=Path, metavar="FILE", help="the page (default: compare.html in B)")
+    one = commands.add_parser("paper", help="write RUN/paper.pdf: method, results with tables and figures, errors, limitations")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("--out", type=Path, metavar="FILE", help="the PDF (default: paper.pdf in RUN)")
     given = parser.parse_args(arguments)
     if given.command == "compare":
         return _compare(given)
+    if given.command == "paper":
+        return _paper(given)
     make, what, _ = _OF_ONE[given.command]
     try:
         return make(given.folder)
@@ -61,7 +67,7 @@ _OF_ONE = {
 }
 
 
-COMMANDS = ("compare", *_OF_ONE)
+COMMANDS = ("compare", "paper", *_OF_ONE)
 
 
 def _compare(given):
@@ -71,6 +77,21 @@ def _compare(given):
     except (OSError, ValueError, KeyError) as error:
         print(f"{given.first} and {given.second} cannot be compared: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _paper(given):
+    try:
+        print(paper.write(given.run, given.out))
+        problems = record.load_run(given.run)[0]["problems"]
+    except paper.NotInstalled as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{given.run} is not a run that a paper can be written of: {error}", file=sys.stderr)
+        return 1
+    if problems:
+        print(f"{given.run} is incomplete: {'; '.join(problems)}", file=sys.stderr)
     return 0
 
 

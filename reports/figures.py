@@ -121,15 +121,17 @@ def draw(kind, data):
     """
     check(kind, data)
     rule = KINDS[kind]
-    if rule.module is None:
-        return {}
+    return {} if rule.module is None else drawn(getattr(importlib.import_module(f"reports.{rule.module}"), rule.draw), data)
+
+
+def drawn(function, data):
+    """What a drawing function makes of data, in the style sheet's look: ``svg`` and ``tips``."""
     import matplotlib as mpl
     import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    module = importlib.import_module(f"reports.{rule.module}")
     with mpl.rc_context(), matplotlib.style.context(STYLE):
-        figure, tips = getattr(module, rule.draw)(data)
+        figure, tips = function(data)
         FigureCanvasSVG(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
