@@ -178,3 +178,9 @@ def test_shards_of_the_probes_share_no_scene_and_the_same_shard_shares_all():
     drawn = [probes.build("confirmation", tasks=("color", "count"), n_per_task=8, seed=history.FIRST_SEED + shard)["scene_id"] for shard in (1, 2, 1)]
     first, second, again = ({history.picture(scene) for scene in scenes} for scenes in drawn)
     assert len(first) >= 8 and all(len(one) == 16 for one in first) and first.isdisjoint(second) and first == again
+
+
+def test_where_nothing_is_selected_nothing_is_added(suite):
+    suite.write(NIGHTLY.replace("SHARE", "0.4"))
+    assert suite.run("--claims-history=nights", "-k", "nothing").ret == 5
+    assert not (suite.pytester.path / "nights" / "history.jsonl").exists() and not suite.runs.joinpath("latest").exists()
