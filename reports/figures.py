@@ -217,7 +217,8 @@ def _for_page(svg, *, prefix, label, tips, links):
     svg = _compact(svg)
     for name, colour in COLOURS.items():
         svg = re.sub(rf"{colour}\b", f"var(--fig-{name})", svg, flags=re.IGNORECASE)
-    return svg
+    # Words in a line's colour: its hue, as strong as words need it.
+    return re.sub(r'(<text style="[^"]*fill: var\(--fig-(?!ink|on-)[a-z]+)\)', r"\1-text)", svg)
 
 
 def _compact(svg):

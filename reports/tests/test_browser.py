@@ -23,6 +23,7 @@ BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here: install Debian's package, or name one in CHROMIUM")
 playwright_ = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed: pip install 'vlm-claims[test]'")
 
+UNFOLD = "document.querySelectorAll('details').forEach((details) => { details.open = true; })"
 LAPTOP, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
 
 
@@ -100,7 +101,7 @@ def shown_rows(one):
 @pytest.mark.parametrize("viewport", [LAPTOP, PHONE], ids=["laptop", "phone"])
 def test_nothing_scrolls_sideways_and_the_scheme_is_the_systems(opened, viewport, scheme):
     one = opened(viewport, scheme)
-    one.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    one.evaluate(UNFOLD)
     assert one.evaluate("document.documentElement.scrollWidth") == viewport["width"]
     background = one.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (scheme == "light")
@@ -245,7 +246,7 @@ def test_it_prints_to_clean_pages(opened):
     # What fits on a sheet is not split: a card's first words and its last, the command that reproduces it, are on one.
     one.emulate_media(media="print")
     one.set_viewport_size({"width": round(WIDE * 96 / 25.4), "height": 900})
-    one.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    one.evaluate(UNFOLD)
     cards = one.locator("article[data-claim]").evaluate_all(
         "(cards) => cards.map((card) => [card.querySelector('.sentence').innerText, card.querySelector('.why').innerText,"
         " [...card.querySelectorAll('pre')].pop().innerText, card.getBoundingClientRect().height])"
@@ -264,6 +265,7 @@ def plain(text):
 def violations(one):
     axe = pytest.importorskip("axe_playwright_python", reason="axe is not installed: pip install 'vlm-claims[test]'")
     one.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    one.evaluate(UNFOLD)
     found = one.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     return [(rule["id"], len(rule["nodes"]), rule["nodes"][0]["html"][:160]) for rule in found]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reports import figures, page, record, summary, wording
+from reports import drawings, figures, page, record, summary, wording
 from reports.__main__ import main
 from reports.scale import Scale
 
@@ -176,25 +176,41 @@ def _luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def _colour(name, scheme):
+    """A colour of the page's style sheet, ``[red, green, blue]`` from 0 to 1; ``scheme`` 0 is light, 1 dark."""
+    css = (figures.TEMPLATES / "report.css").read_text(encoding="utf-8")
+    found = re.search(rf"--{name}: (?:light-dark\((#\w+), (#\w+)\)|(#\w+)|var\(--([\w-]+)\));", css)
+    if found[4]:
+        return _colour(found[4], scheme)
+    text = found[3] or found[1 + scheme]
+    return np.array([int(text[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+
+
+def _contrast(one, other):
+    """Of WCAG: from 1, none, to 21."""
+    high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+SCHEMES = pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+
+
+@SCHEMES
 @pytest.mark.parametrize("hue", ["targeted", "alert"])
 def test_text_in_cells_of_maps_can_be_read_on_every_strength_of_colour(scheme, hue):
-    """WCAG AA: a contrast of 4.5 or more, as the browser mixes a cell's colour with the page's."""
-    css = (figures.TEMPLATES / "report.css").read_text(encoding="utf-8")
-
-    def colour(name):
-        found = re.search(rf"--{name}: (?:light-dark\((#\w+), (#\w+)\)|(#\w+))", css)
-        text = found[1 + scheme] or found[3]
-        return np.array([int(text[place : place + 2], 16) / 255 for place in (1, 3, 5)])
-
-    from reports import drawings
-
+    """As the browser mixes a cell's colour with the page's."""
     for share in np.linspace(0, 1, 101):
         strength = 0.05 + 0.85 * share
-        cell = strength * colour(f"fig-{hue}") + (1 - strength) * colour("card")
-        text = colour("fig-on-strong" if share > drawings.STRONG else "fig-on-weak")
-        high, low = sorted((_luminance(cell), _luminance(text)), reverse=True)
-        assert (high + 0.05) / (low + 0.05) >= 4.5, f"share {share:.2f}"
+        cell = strength * _colour(f"fig-{hue}", scheme) + (1 - strength) * _colour("card", scheme)
+        assert _contrast(cell, _colour("fig-on-strong" if share > drawings.STRONG else "fig-on-weak", scheme)) >= 4.5, f"share {share:.2f}"
+
+
+@SCHEMES
+def test_words_in_drawings_can_be_read_in_every_colour(text, scheme):
+    used = set(re.findall(r'<text style="[^"]*fill: var\(--([\w-]+)\)', text))
+    assert "fig-alert-text" in used and used <= {"fig-ink", "fig-on-weak", "fig-on-strong"} | {f"fig-{name}-text" for name in figures.COLOURS}
+    for name in (used | {f"fig-{name}-text" for name in figures.COLOURS if not name.startswith(("ink", "line", "paper", "on-"))}) - {"fig-on-weak", "fig-on-strong"}:
+        assert min(_contrast(_colour(name, scheme), _colour(ground, scheme)) for ground in ("card", "page")) >= 4.5, name
 
 
 def test_rendering_again_gives_the_same_page(tmp_path, capsys):
