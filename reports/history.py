@@ -220,7 +220,9 @@ def _accumulate(entry, rows, state):
         found.update(values)
     said = _said(entry, found, values)
     if not counts:
-        said["sentence"] = f"invalid tonight, nothing added; {said['sentence']}"
+        said["sentence"] = "invalid tonight, nothing added" + (f"; {said['sentence']}" if found.nights else "")
+    if not found.nights:
+        said["verdict"] = None
     return found.as_dict(), {**blank, **said}
 
 

@@ -12,6 +12,7 @@ import pytest
 from reports import effects, history, ledger
 from vlm_core import stats
 
+from . import sample_nights
 from .suites import REFUTED
 
 pytest_plugins = ["pytester"]
@@ -112,7 +113,15 @@ def test_an_invalid_night_adds_nothing(suite):
     suite.write(failed)
     assert suite.run("--claims-history=nights").ret == 10
     first, second = (line for line in lines(suite) if line["claim_id"] == "H1.one")
+    assert second["replicated"]["verdict"] == first["replicated"]["verdict"] == "supported"
     assert second["state"] == first["state"] and second["replicated"]["sentence"].startswith("invalid tonight, nothing added")
+
+
+def test_a_claim_that_was_never_valid_has_no_verdict_of_the_nights(tmp_path):
+    entry = sample_nights.entry(tmp_path, sample_nights.DROP, [1.0, 0.0] * 20, verdict="invalid")
+    history.Night(tmp_path / "nights", 1).write(sample_nights.IDENTITY, [entry], tmp_path)
+    (line,) = ledger.read(tmp_path / "nights" / "history.jsonl")
+    assert line["replicated"]["verdict"] is None and line["replicated"]["sentence"] == "invalid tonight, nothing added"
 
 
 def test_an_incomplete_night_is_not_added_and_its_shard_is_not_used_again(suite):
