@@ -7,7 +7,10 @@
 ``evidence``      what a claim test talks to; the verdict exceptions
 ``record``        the evidence record: builtins only, checked against its published schema
 ``collect``       the controller's side: gather, gate, write the run directory
-``provenance``    commit, versions, machine, memory
+``provenance``    commit, versions, machine, memory; by what two runs are of the same subject, data and platform
+``effects``       the effects per item behind a verdict, kept by content
+``lanes``         the two nightly lanes of a session: ``baselines`` (the same again, item by item) and ``history`` (fresh scenes, evidence added up)
+``ledger``        append-only JSON lines, whole or not at all
 ``terminal``      live progress and the verdict table
 ``exhibits``      from measured tables to the tables and figures that tests leave; ``exhibits_...`` those of one subject each
 ``figures``       the figure kinds and their data, rendered from JSON as SVG (``drawings``, ``drawings_students``) or as words (a template)
@@ -19,6 +22,7 @@
 ``literature``    the works whose claims are tested, and what of each
 ``paper``         a paper of a few pages, from ``paper_content`` (what it says) and ``paper_forest`` (its forest plot)
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
+``compare``       two runs beside each other; ``trend`` a history night by night; ``index`` the runs of a directory; ``markdown`` a run for a job
 
 Nothing here measures: verdicts come from ``vlm_core.stats``, numbers from the tests.
 """
