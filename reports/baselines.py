@@ -61,6 +61,11 @@ class Baselines:
     def folder(self):
         return self.path.parent
 
+    def unseen(self, records):
+        """Titles of the claim instances that are in the file and not among the records."""
+        seen = {_instance(entry) for entry in records}
+        return [title(entries[-1]) for key, entries in self.entries.items() if key not in seen]
+
     def find(self, identity, entry):
         """The baseline of a record and its noise floor, or why there is none.
 

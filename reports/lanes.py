@@ -95,6 +95,8 @@ class Lanes:
             state = entry["reproduced"]["state"]
             if state in _SHOWN:
                 self.lines.append((f"{state}: {wording.title(entry)}: {entry['reproduced']['sentence']}", _SHOWN[state]))
+        if unseen := self._baselines.unseen(records):
+            self.lines.append((f"{wording.plural(len(unseen), 'claim')} of the baseline not run: {wording.some(unseen)}", "yellow"))
         if self.options.update_baseline is None:
             self.regressions = counts["regression"]
 

@@ -195,7 +195,9 @@ def test_what_is_worse_than_a_regression_is_said_by_the_exit_code_first(suite):
     suite.write(SUPPORTED, EXPLORATORY)
     suite.run(base, "--claims-update-baseline=first")
     suite.write(REFUTED, SUPPORTED.replace("effects(0.5)", "effects(0.12)"))
-    assert suite.run(base).ret == 1, "a refuted claim"
+    refuted = suite.run(base)
+    assert refuted.ret == 1, "a refuted claim"
+    refuted.stdout.fnmatch_lines(["1 claim of the baseline not run: H1.look"])
     suite.write(SUPPORTED.replace("effects(0.5)", "effects(0.12)"), INCONCLUSIVE)
     assert suite.run(base, "--claims-inconclusive=warn").ret == 11
     suite.write(SUPPORTED, EXPLORATORY.replace("effects(0.0)", "effects(0.3)"))
