@@ -205,6 +205,12 @@ def test_text_in_cells_of_maps_can_be_read_on_every_strength_of_colour(scheme, h
         assert _contrast(cell, _colour("fig-on-strong" if share > drawings.STRONG else "fig-on-weak", scheme)) >= 4.5, f"share {share:.2f}"
 
 
+def test_text_on_a_strong_cell_is_dark_and_on_a_weak_one_the_pages():
+    svg = figures.render("layer_heatmap", {"rows": [0], "columns": [0.5, 1.0], "values": [[1.0, 0.2]]}, prefix="a", label="map")
+    fills = re.findall(r'<text style="[^"]*fill: var\(--(fig-on-\w+)\)"[^>]*>([^<]+)<', svg)
+    assert fills == [("fig-on-strong", "1.00"), ("fig-on-weak", "0.20")]
+
+
 @SCHEMES
 def test_words_in_drawings_can_be_read_in_every_colour(text, scheme):
     used = set(re.findall(r'<text style="[^"]*fill: var\(--([\w-]+)\)', text))
