@@ -443,9 +443,28 @@ def test_two_processes_are_one_with_twice_the_batch(declared, models, tmp_path):
     assert moved(models["student"], one[4] / "student", one[2] / "student") > 10 * WEIGHTS_AGREE
 
 
+# One process imports everything once; its children are told what launchers tell, and nobody stops the second after the first.
+LAUNCHED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import vlm_core.distill.running
+from vlm_core.distill.__main__ import main
+for rank in "01":
+    if not os.fork():
+        signal.alarm(200)
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+        os._exit(main(["--config", sys.argv[2]]))
+print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+"""
+
+
 def test_an_error_of_the_first_process_ends_all_of_them(declared, tmp_path):
-    status, said = accelerated(written(leaking(declared), tmp_path), tmp_path)
-    assert status != 0 and said.count("show a picture that is evaluated on") == 1
+    config = written(leaking(declared), tmp_path)
+    assert launch(["-c", LAUNCHED, str(free_port()), config], tmp_path, ACCELERATE_USE_CPU="true").wait(timeout=300) == 0
+    said = (tmp_path / "stderr").read_text()
+    assert (tmp_path / "stdout").read_text().split() == ["2", "2"], said
+    assert said.count("show a picture that is evaluated on") == 1
     assert not (tmp_path / "out" / "stages").exists()
 
 
