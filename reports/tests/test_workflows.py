@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,12 +117,13 @@ def test_the_first_night_makes_the_baseline_and_measures_its_noise(tmp_path):
     assert second.endswith("--claims-subject=my model") and "update" not in second
 
 
-def test_the_summary_is_written_even_where_a_lane_left_nothing(tmp_path, monkeypatch):
+def test_the_summary_is_written_even_where_a_lane_left_nothing(tmp_path):
     from . import sample_run
 
     sample_run.write(tmp_path / "temp" / "runs" / "reproduce" / "20260101T000000Z-vlm", [sample_run.make("H2.trend", "supported", 0.3, 0.1)], heads=False)
     (tmp_path / "checkout").mkdir()
-    done = _run("say what was found", tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "said.md"), PYTHONPATH=str(ROOT))
+    found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = _run("say what was found", tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "said.md"), **found)
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "said.md").read_text(encoding="utf-8")
     assert "# reproduce\n## vlm" in said and "| H2.trend | ● supported |" in said and "# replicate: no run was written" in said
