@@ -7,15 +7,11 @@ that carry no claim.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
-import shutil
-import tempfile
 import time
 
 import pytest
 
-from reports import claims, collect, expectations, lanes, options, provenance, record, terminal, wording
+from reports import claims, controller, expectations, lanes, options, provenance, record, terminal
 from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
 
 _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
@@ -27,7 +23,6 @@ _INSTANCE = pytest.StashKey[claims.ClaimInstance]()
 _CONTROL = pytest.StashKey[dict]()
 _EVIDENCE = pytest.StashKey[Evidence]()
 _ENDED = pytest.StashKey[tuple]()
-_PROGRESS = pytest.StashKey[terminal.Progress]()
 
 
 def pytest_addoption(parser):
@@ -44,7 +39,7 @@ def pytest_configure(config):
     for marker in claims.MARKERS:
         config.addinivalue_line("markers", marker)
     chosen = config.stash[_OPTIONS] = options.read(config)
-    config.stash[_PROGRESS] = terminal.Progress(config)
+    config.stash[terminal.PROGRESS] = terminal.Progress(config)
     if hasattr(config, "workerinput"):
         return
     measuring = not any(getattr(config.option, name, False) for name in _ONLY_LOOKING)
@@ -56,7 +51,7 @@ def pytest_configure(config):
         config.option.claims_seed = nightly.prepare()
         chosen = nightly.options = config.stash[_OPTIONS] = dataclasses.replace(chosen, seed=config.option.claims_seed)
     if measuring:
-        config.pluginmanager.register(Controller(config, chosen, nightly if declared else None), "claims-controller")
+        config.pluginmanager.register(controller.Controller(config, chosen, nightly if declared else None), "claims-controller")
 
 
 def _precheck(chosen):
@@ -167,7 +162,7 @@ def evidence(request):
 @pytest.fixture(scope="session")
 def progress(request):
     """``progress(label, done, total)``: shows in the terminal how far a measurement is."""
-    return request.config.stash[_PROGRESS]
+    return request.config.stash[terminal.PROGRESS]
 
 
 @pytest.fixture(scope="session")
@@ -288,162 +283,3 @@ def pytest_report_teststatus(report, config):
     if outcome == "unexpected":
         return f"{verdict} against expectation", "!", (f"{word} (not expected)", {"red": True})
     return verdict, marks[verdict], (word, {terminal.COLOURS[verdict]: True})
-
-
-class Controller:
-    """Gathers what tests leave, gates completeness and writes the run; lives in the controlling process only."""
-
-    def __init__(self, config, chosen, nightly):
-        self.config = config
-        self.options = chosen
-        self.nightly = nightly
-        self.declared = nightly is not None
-        command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
-        self.run = collect.Run(chosen, command=command, root=config.rootpath)
-        self.expected = {}
-        self.ended = set()
-        self.failures = 0
-        self.session = None
-        self.stop_reason = None
-        self.written = None
-        self.trouble = None
-        self._progress_folder = None
-        self._watcher = None
-
-    @property
-    def reporter(self):
-        return self.config.pluginmanager.getplugin("terminalreporter")
-
-    def pytest_sessionstart(self, session):
-        self.session = session
-
-    def pytest_collection_finish(self, session):
-        self.expected.update(dict.fromkeys(item.nodeid for item in session.items))
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node):
-        if self._progress_folder is None:
-            self._progress_folder = tempfile.mkdtemp(prefix="claims-progress-")
-            if self.reporter is not None:
-                self._watcher = terminal.WorkerProgress(self.reporter, self._progress_folder)
-                self._watcher.start()
-        node.workerinput["claims_progress"] = self._progress_folder
-        node.workerinput["claims_seed"] = self.options.seed
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, node, ids):
-        self.expected.update(dict.fromkeys(ids))
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logreport(self, report):
-        self.config.stash[_PROGRESS].clear()
-        stop = getattr(report, "claims_stop", None)
-        if stop is not None:
-            self._stop(stop)
-        elif report.failed and getattr(report, "claims_status", {}).get("outcome") != "decided":
-            self.failures += 1
-        if report.when == "teardown":
-            self.ended.add(report.nodeid)
-            if hasattr(report, "claims_payload"):
-                self._add(json.loads(report.claims_payload))
-
-    def pytest_collectreport(self, report):
-        self.failures += bool(report.failed)
-
-    def _add(self, payload):
-        if self.stop_reason is None and self.trouble is None:
-            try:
-                self.run.add(payload)
-            except OSError as error:
-                self._cannot_write(error)
-
-    def _cannot_write(self, error):
-        self.trouble = f"the run cannot be written to {self.options.out}: {error.strerror or error}"
-        if self.run.folder is not None and (self.run.folder / "records.jsonl").exists():
-            self.trouble += f"; what was written before is in {self.run.folder}"
-        self._end_session("evidence cannot be kept")
-
-    def _stop(self, reason):
-        self.stop_reason = self.stop_reason or reason
-        self._end_session("there is no subject to measure")
-
-    def _end_session(self, why):
-        self.session.shouldstop = why
-        distributor = self.config.pluginmanager.getplugin("dsession")
-        if distributor is not None:
-            distributor.shouldstop = why
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session, exitstatus):
-        if self._watcher is not None:
-            self._watcher.stop()
-        if self._progress_folder is not None:
-            shutil.rmtree(self._progress_folder, ignore_errors=True)
-        missing = [nodeid for nodeid in self.expected if nodeid not in self.ended]
-        stopped = exitstatus not in (0, 1) or bool(session.shouldfail)
-        lost = bool(missing) and not stopped and (self.declared or bool(self.run.records))
-        if not self.run.records and not lost and self.stop_reason is None and self.trouble is None:
-            return
-        problems = [self.stop_reason] if self.stop_reason else []
-        problems += _missing_sentences(missing, stopped)
-        kept = self.trouble is None and (bool(self.run.records) or lost)
-        if kept and self.declared:
-            self._follow(problems)
-            lost = lost or self.nightly.problem is not None
-        code = collect.exit_code(
-            int(exitstatus),
-            records=self.run.records,
-            lost=lost,
-            failures=self.failures,
-            hopeless=self.stop_reason is not None or self.trouble is not None,
-            inconclusive=self.options.inconclusive,
-            regressions=self.nightly.regressions if self.declared else 0,
-        )
-        if kept and self.trouble is None:
-            code = self._finish(problems, code)
-        session.exitstatus = code
-
-    def _follow(self, problems):
-        try:
-            self.run.follow(self.nightly, complete=not problems)
-        except OSError as error:
-            self._cannot_write(error)
-        if self.nightly.problem is not None:
-            problems.append(self.nightly.problem)
-
-    def _finish(self, problems, code):
-        try:
-            self.written = self.run.finish(problems=problems, exit_code=code, partial_families=claims.is_partial(self.config))
-        except OSError as error:
-            self._cannot_write(error)
-            return collect.EVIDENCE_LOST
-        except Exception as error:
-            self.config.notify_exception(pytest.ExceptionInfo.from_exception(error))
-            self.trouble = f"the report could not be drawn; the evidence is in {self.run.folder}"
-            return collect.EVIDENCE_LOST
-        return code
-
-    def pytest_terminal_summary(self, terminalreporter):
-        if self.stop_reason is not None:
-            terminalreporter.write_line(self.stop_reason, red=True)
-        if self.trouble is not None:
-            terminalreporter.write_line(self.trouble, red=True)
-        if self.written is not None:
-            terminal.verdict_table(terminalreporter, self.run.records)
-            if self.declared:
-                terminal.lane_lines(terminalreporter, self.nightly.lines)
-            if self.options.alpha is not None:
-                terminalreporter.write_line(wording.other_alpha(self.options.alpha), yellow=True)
-            for problem in self.run.problems:
-                terminalreporter.write_line(f"evidence is incomplete: {problem}", red=True)
-            terminalreporter.write_line("report:")
-            terminalreporter.write_line(str(self.written / "report.html"))
-
-
-def _missing_sentences(missing, stopped):
-    if not missing:
-        return []
-    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    if stopped:
-        return [f"the run was stopped before {len(missing)} tests: {shown}"]
-    return [f"no report came back from {shown}"]

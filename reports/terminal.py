@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from reports.record import describe_params, dumps
 from reports.wording import interval_numbers, threshold_text
 
@@ -118,6 +120,10 @@ class Progress:
     def _line(self, text):
         self._reporter.ensure_newline()
         self._reporter.write_line("  " + text)
+
+
+PROGRESS = pytest.StashKey[Progress]()
+"""Where a process keeps its line."""
 
 
 class WorkerProgress(threading.Thread):
