@@ -1,7 +1,3 @@
-"""Fixtures of the claims, and what every run of pytest here has in common."""
-
-import gc
-
 pytest_plugins = [
     "reports.plugin",
     "fixtures.ordering",
@@ -17,9 +13,3 @@ pytest_plugins = [
     "fixtures.students",
     "fixtures.student_results",
 ]
-
-
-def pytest_collection_finish():
-    """What was imported and collected stays to the end: no later search for garbage looks through it (a quarter of a second each)."""
-    gc.collect()
-    gc.freeze()
