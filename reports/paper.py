@@ -1,7 +1,7 @@
 """The paper: a run's evidence as a PDF of a few pages; ``python -m reports paper RUN``.
 
-``write(folder)`` writes ``folder/paper.pdf`` and returns its path. What it says is ``reports.paper_content``; what it looks like is here. It needs reportlab and
-svglib, which the extra ``paper`` installs.
+``write(folder)`` writes ``folder/paper.pdf`` and returns its path. What it says is ``reports.paper_content``; what it looks like is
+here. It needs reportlab and svglib, which the extra ``paper`` installs.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def pdf(identity, records, described=None, recipe=None):
     title = f"Research claims, tested on {model['title']}"
     out = io.BytesIO()
     document = BaseDocTemplate(
-        out, pagesize=A4, leftMargin=_MARGIN, rightMargin=_MARGIN, topMargin=50, bottomMargin=46, title=title, author="the test suite of this repository",
+        out, pagesize=A4, leftMargin=_MARGIN, rightMargin=_MARGIN, topMargin=50, bottomMargin=46, title=title, author="vlm-claims",
         subject=model["subject_line"], invariant=1, lang="en",
     )  # fmt: skip
     frame = Frame(
@@ -226,7 +226,8 @@ def _rows(block, looks):
     body = [[_caption(block, looks)], head * block.abreast]
     starts = []  # lines that a page may begin with
     rules = [
-        *_BARE, ("SPAN", (0, 0), (-1, 0)), ("VALIGN", (0, 0), (-1, -1), "TOP"), ("TOPPADDING", (0, 0), (-1, -1), 0.7), ("BOTTOMPADDING", (0, 0), (-1, -1), 1.3),
+        *_BARE, ("SPAN", (0, 0), (-1, 0)), ("VALIGN", (0, 0), (-1, -1), "TOP"),
+        ("TOPPADDING", (0, 0), (-1, -1), 0.7), ("BOTTOMPADDING", (0, 0), (-1, -1), 1.3),
         ("LEFTPADDING", (0, 0), (-1, -1), 2.5), ("RIGHTPADDING", (0, 0), (-1, -1), 2.5), ("LEFTPADDING", (0, 0), (-1, 0), 0),
     ]  # fmt: skip
     for line, opens in _abreast(block):
@@ -257,7 +258,7 @@ def _rows(block, looks):
 
 
 def _abreast(block):
-    """A table's lines, each of as many rows as stand beside each other, and whether reading starts anew there: part by part, from left to right."""
+    """A table's lines, each of the rows that stand beside each other, and whether reading (part by part, from the left) starts anew there."""
     if block.abreast == 1:
         yield from (((row,), False) for row in block.rows)
         return
@@ -292,8 +293,9 @@ def _drawn(block, looks):
     lines[-1] += [""] * (block.across - len(lines[-1]))
     lines.append([_caption(block, looks)] + [""] * (block.across - 1))
     style = [
-        *_BARE, ("VALIGN", (0, 0), (-1, -1), "TOP"), ("LEFTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-1, -1), 0), ("TOPPADDING", (0, 0), (-1, -1), 2),
+        *_BARE, ("VALIGN", (0, 0), (-1, -1), "TOP"), ("TOPPADDING", (0, 0), (-1, -1), 2),
         ("SPAN", (0, -1), (-1, -1)), ("NOSPLIT", (0, 0), (-1, -1)),
+        ("LEFTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-2, -2), _GAP),
     ]  # fmt: skip
     return [Table(lines, colWidths=[width + _GAP] * (block.across - 1) + [width], style=style, spaceBefore=3, spaceAfter=5)]
 

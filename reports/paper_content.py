@@ -45,8 +45,8 @@ class Items(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A table: ``label`` as it is cited, cells as text, ``widths`` as shares, ``left`` columns of words, ``abreast`` parts of it beside each other, ``whole``
-    where it is not to be broken over pages.
+    """A table: ``label`` as it is cited, cells as text, ``widths`` as shares, ``left`` columns of words, ``abreast`` parts of it beside
+    each other, ``whole`` where it is not to be broken over pages.
 
     A cell that is a dict is a picture; a row of one cell is a heading within the table.
     """
@@ -99,7 +99,7 @@ def content(identity, records, described=None, recipe=None):
     """
     model = summary.page(identity, records)
     sections = {section["name"]: section for section in model["hypotheses"]}
-    blocks = [*_abstract(model), *_introduction(model), *_overview(model), *_method(model, identity, records), Heading("Results")]
+    blocks = [*_abstract(model), *_introduction(model, records), *_overview(model), *_method(model, identity, records), Heading("Results")]
     for name in dict.fromkeys([*HYPOTHESES, *sections]):
         blocks.append(Heading(f"{name}: {summary.HYPOTHESES.get(name, 'further claims')}", 2))
         if name not in sections:
@@ -111,9 +111,9 @@ def content(identity, records, described=None, recipe=None):
     return blocks
 
 
-def is_complete(identity, records):
-    """Whether a run has evidence of every hypothesis and lost none: what a paper of full length needs."""
-    return not identity.get("problems") and {entry["hypothesis"] for entry in records} >= set(HYPOTHESES)
+def lacking(records):
+    """The hypotheses that a run has no evidence of; with none, a paper has its full length (`reports.paper.COMPLETE_PAGES`)."""
+    return [name for name in HYPOTHESES if not any(entry["hypothesis"] == name for entry in records)]
 
 
 # Abstract, introduction, method
@@ -125,13 +125,14 @@ def _abstract(model):
     hypotheses = " ".join(model["sentences"])
     text = (
         f"Published claims about vision-language models are put to the test on one of them, {model['title']}"
-        f"{f' ({subject})' if (subject := model['subject_line']) else ''}. Each claim has a threshold that was declared before anything was measured, and controls that can void it. "
+        f"{f' ({subject})' if (subject := model['subject_line']) else ''}. "
+        "Each claim has a threshold that was declared before anything was measured, and controls that can void it. "
         f"Of {plural(total, 'confirmatory verdict')}: {counted}. {hypotheses}"
     )
     return [Words(text, "Abstract. ", "abstract"), *(Words(line, style="alert") for line in model["band"])]
 
 
-def _introduction(model):
+def _introduction(model, records):
     names = [f"{name}: {text}" for name, text in summary.HYPOTHESES.items()]
     return [
         Heading("What is asked, and what came back"),
@@ -142,9 +143,15 @@ def _introduction(model):
             "and each claim comes back with one of four verdicts, whatever was hoped for: Figure A shows them, Table A lists the numbers."
         ),
         *(
+            [Words(f"This is part of a paper: the run has no evidence of {listing(absent)}.", style="alert")]
+            if (absent := lacking(records))
+            else []
+        ),
+        *(
             [
                 Words(
-                    "Only part of the declared suite was collected: its families are smaller and its intervals narrower than in a full run.",
+                    "Only part of the declared suite was collected: its families are smaller and its intervals narrower than those of a "
+                    "full run.",
                     style="alert",
                 )
             ]
@@ -162,10 +169,13 @@ def _method(model, identity, records):
     hashes = [f"{name} {splits[name]}" for name in ("discovery", "confirmation") if splits.get(name)]
     ran = [f"profile {run['profile']}", f"seed {run['seed']}", f"commit {str(run['commit'])[:12]}" if run.get("commit") else ""]
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    meanings = [f"{name.capitalize()}: {meaning}" for name, meaning in model["verdict_meaning"].items()]
+    cores = run.get("machine", {}).get("cores", "an unknown number of")
     blocks = [
         Heading("Method"),
         Words(
-            (f"{model['subject_line']}. " if model["subject_line"] else "") + f"Read from {run['subject'].get('source', 'where it was given')}"
+            (f"{model['subject_line']}. " if model["subject_line"] else "")
+            + f"Read from {run['subject'].get('source', 'where it was given')}"
             + (f", weights {run['subject']['weights'][:24]}" if run["subject"].get("weights") else "") + ". "
             + (_can_do(model["baseline"]) or "This run has no baseline accuracy of the subject."),
             "Subject. ",
@@ -176,9 +186,9 @@ def _method(model, identity, records):
             "Splits. ",
         ),
         Words(model["reading"][0] + " " + _families(model), "Units and error rates. "),
-        Words(" ".join(f"{verdict.capitalize()}: {meaning}" for verdict, meaning in model["verdict_meaning"].items()) + " " + model["reading"][1], "Verdicts. "),
+        Words(" ".join([*meanings, model["reading"][1]]), "Verdicts. "),
         Words(_controls(records), "Controls. "),
-        Words(f"{', '.join(filter(None, ran))}; {versions}. {run.get('duration_s', 0) / 60:.0f} minutes on {run.get('machine', {}).get('cores', 'an unknown number of')} cores. Again:", "Run. "),
+        Words(f"{', '.join(filter(None, ran))}; {versions}. {run.get('duration_s', 0) / 60:.0f} minutes on {cores} cores. Again:", "Run. "),
         Words(run["command"], style="code"),
     ]  # fmt: skip
     return blocks
@@ -191,7 +201,8 @@ def _can_do(baseline):
     no_room = [row["task"] for row in baseline if row["above"] < 0.1]
     room = f" No room above the floors in {listing(no_room)}." if no_room else ""
     return (
-        f"Untouched, it answers {_percent(low['accuracy'])} ({low['task']}) to {_percent(high['accuracy'])} ({high['task']}) of {_span(row.get('n') for row in baseline)} items a task; "
+        f"Untouched, it answers {_percent(low['accuracy'])} ({low['task']}) to {_percent(high['accuracy'])} ({high['task']}) "
+        f"of {_span(row.get('n') for row in baseline)} items a task; "
         f"with another scene's image {_span((row.get('blind') for row in baseline), percent=True)}.{room}"
     )
 
@@ -220,7 +231,8 @@ def _controls(records):
         for control in entry["controls"]
         if not control["passed"] and control["kind"] not in ("info", "condition")
     ]
-    told = f"{plural(len(checks), 'control check')} beside the effects ({', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}); "
+    by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    told = f"{plural(len(checks), 'control check')} beside the effects ({by_kind}); "
     if not failed:
         return told + "none failed. A claim whose control fails is invalid, whatever its numbers say."
     named = Counter(control["name"] for control, _ in failed)
@@ -240,7 +252,8 @@ def _overview(model):
     data = {"groups": [_group(section["name"], card) for section, card in cards]}
     figure = {"kind": FOREST, "data": data}
     caption = (
-        "Shaded: the side that supports the claim; black: the declared threshold; each claim has its own scale, cases from top to bottom in the order of Table A. "
+        "Shaded: the side that supports the claim; black: the declared threshold; each claim has its own scale, "
+        "cases from top to bottom in the order of Table A. "
         f"{', '.join(f'{symbol} {verdict}' for verdict, symbol in SYMBOLS.items())}."
     )
     return [Drawn("Figure A", "Every confirmatory claim against its threshold.", caption, (("", figure),), 1, 445)]
@@ -272,7 +285,8 @@ def _told(card):
     rows = card["rows"]
     if len(rows) == 1:
         (row,) = rows
-        return f"{card['sentence']} Asked {card['threshold'] or 'what is declared'}; measured {_measured(row)}: {row['verdict']}, since {_reason(row)}."
+        asked = card["threshold"] or "what is declared"
+        return f"{card['sentence']} Asked {asked}; measured {_measured(row)}: {row['verdict']}, since {_reason(row)}."
     known = [row["estimate"] for row in rows if row["estimate"] is not None]
     span = f"estimates {_between(known)}" if known else "none measured"
     counted = ", ".join(f"{entry['count']} {entry['verdict']}" for entry in card["counts"])
@@ -391,7 +405,10 @@ def _table_1(section):
             (where, *(values.get(label, "–") for label in labels), _measured(rows_of[where]), lost, _verdict(rows_of[where]["verdict"]))
         )
     columns = ("task", *labels, "lost", "lost by random heads", "verdict")
-    caption = "Accuracy on confirmation items with 95 % intervals. Lost: the claim's estimate with its own interval, beside the mean over layer-matched random sets."
+    caption = (
+        "Accuracy on confirmation items with intervals over scenes. Lost: the claim's estimate with its own interval, beside the mean over "
+        "layer-matched random sets."
+    )
     return Rows(
         "Table 1",
         "Heads taken away.",
@@ -504,11 +521,11 @@ def _exhibits_h3(section, described, recipe):
     second = next((figure for figure in tables if figure["title"].startswith("Table 2")), None)
     blocks = [_table("Table 2", second) if second else Missing("Table 2", "the student by way of training")]
     claims = tuple(card["id"] for card in section["confirmatory"] + section["exploratory"])
-    blocks += [_table("Table B", figure) for figure in tables if figure is not second][:1]
     slopes, contrasts = _figures(section, claims, "slope")[:1], _figures(section, claims, "forest")[:1]
     if slopes or contrasts:
         shown = _titled([*slopes, *contrasts])
         blocks.append(Drawn("Figure E", "The student before and after training.", _captions(shown, False), shown, 2, 195))
+    blocks += [_table("Table B", figure) for figure in tables if figure is not second][:1]
     return blocks
 
 
@@ -534,7 +551,8 @@ _EXHIBITS = {"H1": _exhibits_h1, "H2": _exhibits_h2, "H3": _exhibits_h3}
 
 
 def _errors(model, records):
-    changes = [(row["where"], figure) for section in model["hypotheses"] for card in section["confirmatory"] + section["exploratory"] for row in card["rows"]
+    cards = [card for section in model["hypotheses"] for card in section["confirmatory"] + section["exploratory"]]
+    changes = [(row["where"], figure) for card in cards for row in card["rows"]
                for figure in row["figures"] if figure["kind"] in ("gained_lost", "cases")]  # fmt: skip
     bars = next((figure for _, figure in changes if figure["kind"] == "gained_lost"), None)
     cases = next((figure for _, figure in changes if figure["kind"] == "cases"), None)
@@ -556,7 +574,8 @@ def _errors(model, records):
         need = f" {_rounded(needed)} clusters would do; the records say which." if needed else ""
         blocks.append(
             Words(
-                f"{plural(len(short), 'inconclusive verdict')} could not have been otherwise: the minimum detectable effect exceeds what is asked.{need}",
+                f"{plural(len(short), 'inconclusive verdict')} {'is' if len(short) == 1 else 'are'} underpowered: "
+                f"what so many scenes can detect exceeds what is asked.{need}",
                 "Power. ",
             )
         )
@@ -624,6 +643,9 @@ def _limits(model):
     ]
 
 
+_KNOWN_FROM = "Known from summaries, abstracts and code, as reports/literature.py says of each."
+
+
 def _related(records):
     """Works: what was published, what was measured here."""
     sources = {}
@@ -640,7 +662,7 @@ def _related(records):
     blocks = [
         Heading("What was published, and what was measured here"),
         Words(summary.PUBLISHED),
-        Rows("Table E", "Works whose claims are tested.", "Known from summaries, abstracts and code, as reports/literature.py says of each.",
+        Rows("Table E", "Works whose claims are tested.", _KNOWN_FROM,
              ("work", "published claim", "on", "measured here"), tuple(rows), (0.2, 0.31, 0.18, 0.31), (0, 1, 2, 3), whole=False),
     ]  # fmt: skip
     if others:
@@ -676,7 +698,10 @@ def _appendix(model):
     heading = Heading("Appendix: all confirmatory claims")
     if not rows:
         return [heading, Missing("Table A", "a confirmatory claim")]
-    caption = "Behind a claim's name stands what is asked. Bounds are one-sided at the declared error rate divided among the claim's family; p is Holm's; detects: the minimum detectable effect at 80 % power."
+    caption = (
+        "Behind a claim's name stands what is asked. Bounds are one-sided at the declared error rate divided among the claim's family; "
+        "p is Holm's; detects: the minimum detectable effect."
+    )
     columns = ("case", "found", "interval", "p", "verdict")
     title = "Estimate, interval, threshold and verdict of every confirmatory claim."
     return [heading, Rows("Table A", title, caption, columns, tuple(rows), (0.2, 0.145, 0.25, 0.145, 0.26), (0, 4), abreast=2)]

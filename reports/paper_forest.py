@@ -19,7 +19,10 @@ MARKS = {"supported": ("baseline", "o"), "refuted": ("alert", "x"), "inconclusiv
 
 
 def claims(data):
-    """``{"groups": [{label, asked, told, rows: [{verdict, at, from, to}], zone, edges}]}``; places in percent of the claim's axis, None where not measured."""
+    """``{"groups": [{label, asked, told, rows: [{verdict, at, from, to}], zone, edges}]}``; places in percent of the claim's axis.
+
+    ``at`` is None where nothing was measured.
+    """
     groups = data["groups"]
     heights = [max(_LEAST, _LINE * len(group["rows"])) + _GAP for group in groups]
     total = sum(heights)
