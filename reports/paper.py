@@ -258,7 +258,7 @@ def _rows(block, looks):
 
 
 def _abreast(block):
-    """A table's lines, each of the rows that stand beside each other, and whether reading (part by part, from the left) starts anew there."""
+    """A table's lines, each of the rows that stand beside each other, and whether reading, part by part, starts anew there."""
     if block.abreast == 1:
         yield from (((row,), False) for row in block.rows)
         return

@@ -99,6 +99,9 @@ def test_figures_are_drawings_with_their_own_words(whole, text):
     reader = pypdf.PdfReader(io.BytesIO(whole))
     for words in ("share of visual tokens kept", "layer from which all visual tokens are gone", "attribution (share of logit)"):
         assert words in text, words
+    states = [page["/Resources"].get("/ExtGState", {}) for page in reader.pages]
+    shades = {float(one.get_object().get("/ca", 1)) for state in states for one in state.values()}
+    assert len(shades) > 10, "cells of a map are as strong as their values"
     pixels = [image.image.size for page in reader.pages for image in page.images]
     assert pixels and max(max(size) for size in pixels) <= 96, "only items' pictures are pixels"
 
@@ -114,8 +117,12 @@ def text_of(entries, **changes):
 
 def test_a_changed_verdict_changes_what_the_paper_says():
     supported, refuted = text_of([small()]), text_of([small("refuted")])
-    assert "H1 holds." in supported and "1 supported, 0 refuted" in supported and "● supported" in supported[supported.rindex("Appendix") :]
-    assert "H1 is refuted." in refuted and "0 supported, 1 refuted" in refuted and "✕ refuted" in refuted[refuted.rindex("Appendix") :]
+    opening = [text.partition("What is asked")[0] for text in (supported, refuted)]
+    assert "1 supported, 0 refuted" in opening[0] and "H1 holds." in opening[0]
+    assert "0 supported, 1 refuted" in opening[1] and "H1 is refuted." in opening[1]
+    assert supported.count("H1 holds.") == 2 == refuted.count("H1 is refuted."), "in the abstract and in the results"
+    assert "● supported" in supported[supported.rindex("Appendix") :]
+    assert "✕ refuted" in refuted[refuted.rindex("Appendix") :]
     assert "● supported" not in refuted[refuted.rindex("Appendix") :]
 
 
@@ -152,6 +159,7 @@ def test_hostile_text_is_text():
     )
     assert "<b>& </para>" in text and "<i>&amp;" in text and "ρκ±" in text
     assert text.replace(" ", "").count("x" * 60) >= 1
+    assert paper._markup("a\x07b<") == "a b&lt;", "what cannot be printed takes a space"
 
 
 def test_the_works_are_those_that_are_declared(text):
