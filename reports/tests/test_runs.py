@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,8 +99,16 @@ def test_workers_that_die_lose_their_claims_and_no_others(suite):
     assert 'class="band"' in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C reaches this process also where a shell has started it in the background, which then ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("arguments", [[], ["-n", "1"]], ids=["serial", "worker"])
-def test_ctrl_c_keeps_what_had_finished(suite, arguments):
+def test_ctrl_c_keeps_what_had_finished(suite, interruptible, arguments):
     suite.write(SUPPORTED, INTERRUPTING, REFUTED)
     result = suite.run(*arguments, no_reraise_ctrlc=True)
     assert result.ret == 2
