@@ -20,7 +20,7 @@
 ``scale``         the axis that a claim's instances share
 ``sparkline``     a claim's nights beside its verdict
 ``literature``    the works whose claims are tested, and what of each
-``paper``         a paper of a few pages, from ``paper_content`` (what it says) and ``paper_forest`` (its forest plot)
+``paper``         a paper of a few pages
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
 ``compare``       two runs beside each other; ``trend`` a history night by night; ``index`` the runs of a directory; ``markdown`` a run for a job
 

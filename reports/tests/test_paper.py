@@ -11,12 +11,13 @@ from pathlib import Path
 import pypdf
 import pytest
 
-from reports import __main__, literature, paper, paper_content, record, summary
+from reports import __main__, literature, paper, record, summary
+from reports.paper import blocks, content, layout
 from reports.tests import sample_run
 from reports.tests.sample_run import TASKS, identity, make
 from reports.wording import interval_numbers
 
-SYMBOLS = paper_content.SYMBOLS
+SYMBOLS = blocks.SYMBOLS
 
 
 def read(made):
@@ -60,7 +61,7 @@ def text(pages):
 
 
 def test_a_complete_run_gives_six_to_eight_pages_with_every_section_and_exhibit(pages, text):
-    assert not paper_content.lacking(complete()) and "part of a paper" not in text
+    assert not content.lacking(complete()) and "part of a paper" not in text
     low, high = paper.COMPLETE_PAGES
     assert low <= len(pages) <= high, len(pages)
     places = [
@@ -159,7 +160,7 @@ def test_hostile_text_is_text():
     )
     assert "<b>& </para>" in text and "<i>&amp;" in text and "ρκ±" in text
     assert text.replace(" ", "").count("x" * 60) >= 1
-    assert paper._markup("a\x07b<") == "a b&lt;", "what cannot be printed takes a space"
+    assert layout._markup("a\x07b<") == "a b&lt;", "what cannot be printed takes a space"
 
 
 def test_the_works_are_those_that_are_declared(text):

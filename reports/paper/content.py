@@ -1,7 +1,7 @@
 """What a paper says: headings, sentences, tables and figures, derived from the JSON of a run.
 
-``content``   the whole paper as a list of blocks, in reading order; nothing of how it looks
-``Heading``, ``Words``, ``Items``, ``Rows``, ``Drawn``, ``Missing``   the blocks
+``content``   the whole paper as a list of blocks (``reports.paper.blocks``), in reading order
+``lacking``   the hypotheses that a run has no evidence of
 
 Every number comes from the run; sentences that belong to no run are those of ``reports.summary`` and ``reports.literature``.
 """
@@ -11,73 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from types import SimpleNamespace
-from typing import NamedTuple
 
 from reports import literature, summary, wording
-from reports.recipes import section as recipe_section
+from reports.paper.blocks import FOREST, HYPOTHESES, SYMBOLS, Drawn, Heading, Items, Missing, Rows, Words
+from reports.paper.exhibits import EXHIBITS
+from reports.paper.phrases import measured_words, percent_words, verdict_words
 from reports.record import VERDICTS
 from reports.wording import interval_numbers, listing, number, p_value, plural, short_name
-
-SYMBOLS = {"supported": "●", "refuted": "✕", "inconclusive": "◐", "invalid": "–"}
-HYPOTHESES = tuple(summary.HYPOTHESES)
-FOREST = "forest of claims"  # drawn by reports.paper_forest; no test leaves one
-
-
-class Heading(NamedTuple):
-    """A heading; ``level`` 1 is a section."""
-
-    text: str
-    level: int = 1
-
-
-class Words(NamedTuple):
-    """A paragraph; ``lead`` opens it in bold, ``style`` is ``body``, ``abstract``, ``note``, ``alert`` or ``code``."""
-
-    text: str
-    lead: str = ""
-    style: str = "body"
-
-
-class Items(NamedTuple):
-    """A list."""
-
-    texts: tuple
-
-
-class Rows(NamedTuple):
-    """A table: ``label`` as it is cited, cells as text, ``widths`` as shares, ``left`` columns of words, ``abreast`` parts of it beside
-    each other, ``whole`` where it is not to be broken over pages.
-
-    A cell that is a dict is a picture; a row of one cell is a heading within the table.
-    """
-
-    label: str
-    title: str
-    caption: str
-    columns: tuple
-    rows: tuple
-    widths: tuple
-    left: tuple = (0,)
-    abreast: int = 1
-    whole: bool = True
-
-
-class Drawn(NamedTuple):
-    """Figures of a record side by side, ``across`` of them in a row; ``height`` is the most that one may take, in points."""
-
-    label: str
-    title: str
-    caption: str
-    figures: tuple
-    across: int = 2
-    height: float = 125
-
-
-class Missing(NamedTuple):
-    """An exhibit that this run does not have."""
-
-    label: str
-    what: str
 
 
 def content(identity, records, described=None, recipe=None):
@@ -106,7 +46,7 @@ def content(identity, records, described=None, recipe=None):
             blocks.append(Words(f"This run has no claim of {name}: nothing was measured, and nothing is concluded."))
             continue
         section = sections[name]
-        blocks += [*_claims(section), *_EXHIBITS.get(name, lambda *_: [])(section, described, recipe), *_exploratory(section)]
+        blocks += [*_claims(section), *EXHIBITS.get(name, lambda *_: [])(section, described, recipe), *_exploratory(section)]
     blocks += [*_errors(model, records), *_limits(model), *_related(records), *_appendix(model)]
     return blocks
 
@@ -114,9 +54,6 @@ def content(identity, records, described=None, recipe=None):
 def lacking(records):
     """The hypotheses that a run has no evidence of; with none, a paper has its full length (`reports.paper.COMPLETE_PAGES`)."""
     return [name for name in HYPOTHESES if not any(entry["hypothesis"] == name for entry in records)]
-
-
-# Abstract, introduction, method
 
 
 def _abstract(model):
@@ -201,7 +138,7 @@ def _can_do(baseline):
     no_room = [row["task"] for row in baseline if row["above"] < 0.1]
     room = f" No room above the floors in {listing(no_room)}." if no_room else ""
     return (
-        f"Untouched, it answers {_percent(low['accuracy'])} ({low['task']}) to {_percent(high['accuracy'])} ({high['task']}) "
+        f"Untouched, it answers {percent_words(low['accuracy'])} ({low['task']}) to {percent_words(high['accuracy'])} ({high['task']}) "
         f"of {_span(row.get('n') for row in baseline)} items a task; "
         f"with another scene's image {_span((row.get('blind') for row in baseline), percent=True)}.{room}"
     )
@@ -211,7 +148,7 @@ def _span(values, percent=False):
     known = sorted(value for value in values if value is not None)
     if not known:
         return "an unknown share" if percent else "an unknown number of"
-    show = (lambda value: f"{_percent(value)}") if percent else (lambda value: f"{value:,}")
+    show = (lambda value: f"{percent_words(value)}") if percent else (lambda value: f"{value:,}")
     return show(known[0]) if known[0] == known[-1] else f"{show(known[0])} to {show(known[-1])}"
 
 
@@ -240,9 +177,6 @@ def _controls(records):
         f"{name}: {wording.some([wording.title(entry) for control, entry in failed if control['name'] == name], 5)}" for name in named
     )
     return told + f"{len(failed)} failed, and the claims behind are invalid whatever their numbers say. {which}."
-
-
-# Results
 
 
 def _overview(model):
@@ -286,7 +220,7 @@ def _told(card):
     if len(rows) == 1:
         (row,) = rows
         asked = card["threshold"] or "what is declared"
-        return f"{card['sentence']} Asked {asked}; measured {_measured(row)}: {row['verdict']}, since {_reason(row)}."
+        return f"{card['sentence']} Asked {asked}; measured {measured_words(row)}: {row['verdict']}, since {_reason(row)}."
     known = [row["estimate"] for row in rows if row["estimate"] is not None]
     span = f"estimates {_between(known)}" if known else "none measured"
     counted = ", ".join(f"{entry['count']} {entry['verdict']}" for entry in card["counts"])
@@ -296,7 +230,7 @@ def _told(card):
     for verdict in VERDICTS[1:]:
         odd = [row for row in rows if row["verdict"] == verdict]
         if odd and len(odd) < len(rows):
-            told = [f"{row['where']} ({_measured(row)})" if row["estimate"] is not None else row["where"] for row in odd]
+            told = [f"{row['where']} ({measured_words(row)})" if row["estimate"] is not None else row["where"] for row in odd]
             why = f", since {_reason(odd[0])}" if verdict == "invalid" else ""
             text += f" {verdict.capitalize()}: {wording.some(told, 7)}{why}."
     return text
@@ -312,17 +246,6 @@ def _between(values):
     return low if low == high else f"{low} to {high}"
 
 
-def _percent(share):
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
-
-
-def _measured(row):
-    if row["estimate"] is None:
-        return "nothing"
-    estimate, lower, upper = row["numbers"]
-    return f"{estimate} [{lower}, {upper}]"
-
-
 def _exploratory(section):
     if not section["exploratory"]:
         return []
@@ -332,222 +255,9 @@ def _exploratory(section):
             card["verdict"] if len(card["rows"]) == 1 else ", ".join(f"{entry['count']} {entry['verdict']}" for entry in card["counts"])
         )
         first = card["rows"][0]
-        measured = f" {_measured(first)}" if len(card["rows"]) == 1 and first["estimate"] is not None else ""
-        told.append(f"{card['short']}{measured} ({counted})")
+        said = f" {measured_words(first)}" if len(card["rows"]) == 1 and first["estimate"] is not None else ""
+        told.append(f"{card['short']}{said} ({counted})")
     return [Words("; ".join(told) + ".", "Exploratory, reported and never counted: ")]
-
-
-def _figures(section, claims, kind):
-    """``[(where, figure)]`` of some claims and one kind, each case's first, in the run's order."""
-    cards = [card for card in section["confirmatory"] + section["exploratory"] if card["id"] in claims]
-    found = {}
-    for card, row in ((card, row) for card in cards for row in card["rows"]):
-        for figure in row["figures"]:
-            if figure["kind"] == kind:
-                found.setdefault((card["id"], row["where"]), figure)
-    return [(where, figure) for (_, where), figure in found.items()]
-
-
-def _ends(found):
-    """The first and the last task's: a rule, so that none is picked."""
-    return tuple(found if len(found) < 2 else (found[0], found[-1]))
-
-
-_ENDS = "Where each task has one, the first and the last task's are shown; all are on report.html."
-
-
-def _exhibits_h1(section, described, recipe):
-    blocks = [_table_1(section)]
-    maps = [("all tasks", every)] if (every := _every_head(described)) else []
-    maps += _ends(_figures(section, ("H1.necessity",), "head_map"))[: 2 - len(maps)]
-    if maps:
-        caption = "Left: all tasks together, discovery items. Right: one task. " if every and len(maps) > 1 else ""
-        blocks.append(
-            Drawn(
-                "Figure B",
-                "Which heads carry the image.",
-                caption + "Framed: the heads of highest attribution, which claims are about.",
-                tuple(maps),
-            )
-        )
-    else:
-        blocks.append(Missing("Figure B", "a map of heads"))
-    if described and described.get("heads"):
-        told = [entry["sentence"] for entry in described["heads"][:2] if entry.get("sentence")]
-        blocks.append(
-            Words(" ".join(told), f"The first {len(told)} of {plural(len(described['heads']), 'described head')}. ")
-            if told
-            else Words("The head report names no head.")
-        )
-    against = [
-        *_ends(_figures(section, ("H1.specificity",), "null_histogram")),
-        *_ends(_figures(section, ("H1.sufficiency",), "keep_curves")),
-    ]
-    if against:
-        blocks.append(Drawn("Figure C", "Chosen heads against others.", _captions(against[:1], len(against) > 2), _titled(against), 2, 98))
-    return blocks
-
-
-def _table_1(section):
-    """Accuracy per task with heads taken away, beside what random heads of the same layers cost."""
-    bars = _figures(section, ("H1.necessity",), "accuracy_bars")
-    if not bars:
-        return Missing("Table 1", "accuracy with heads taken away")
-    draws = {where: figure["data"] for where, figure in _figures(section, ("H1.specificity",), "null_histogram")}
-    rows_of = {row["where"]: row for card in section["confirmatory"] if card["id"] == "H1.necessity" for row in card["rows"]}
-    labels = list(dict.fromkeys(bar["label"] for _, figure in bars for bar in figure["data"]["bars"]))[:4]
-    rows = []
-    for where, figure in bars:
-        values = {bar["label"]: _with_interval(bar) for bar in figure["data"]["bars"]}
-        random = draws.get(where)
-        lost = number(sum(random["draws"]) / len(random["draws"])) if random else "–"
-        rows.append(
-            (where, *(values.get(label, "–") for label in labels), _measured(rows_of[where]), lost, _verdict(rows_of[where]["verdict"]))
-        )
-    columns = ("task", *labels, "lost", "lost by random heads", "verdict")
-    caption = (
-        "Accuracy on confirmation items with intervals over scenes. Lost: the claim's estimate with its own interval, beside the mean over "
-        "layer-matched random sets."
-    )
-    return Rows(
-        "Table 1",
-        "Heads taken away.",
-        caption,
-        columns,
-        tuple(rows),
-        (0.09, *(0.56 / len(labels),) * len(labels), 0.14, 0.09, 0.12),
-        (0, len(columns) - 1),
-    )
-
-
-def _with_interval(entry):
-    lower, upper = entry.get("lower"), entry.get("upper")
-    return number(entry["value"]) + (f" [{number(lower)}, {number(upper)}]" if lower is not None and upper is not None else "")
-
-
-def _verdict(verdict):
-    return f"{SYMBOLS[verdict]} {verdict}"
-
-
-def _every_head(described):
-    """The map of all heads as a figure; None for a run without."""
-    entries = (described or {}).get("map") or ()
-    if not entries:
-        return None
-    layers, width = (max(entry[name] for entry in entries) + 1 for name in ("layer", "head"))
-    values = [[None] * width for _ in range(layers)]
-    for entry in entries:
-        values[entry["layer"]][entry["head"]] = entry["attribution"]
-    if not any(value is not None for row in values for value in row):
-        return None
-    marks = [{"layer": entry["layer"], "head": entry["head"], "label": ""} for entry in described["heads"]]
-    return {
-        "kind": "head_map",
-        "title": "all tasks",
-        "alt": "every head",
-        "data": {"values": values, "marks": marks, "value_label": "attribution (logits)"},
-    }
-
-
-def _exhibits_h2(section, described, recipe):
-    curves = _ends(_figures(section, ("H2.noninferior",), "keep_curves"))
-    maps = _ends(_figures(section, ("H2.noninferior",), "layer_heatmap"))
-    blocks = [
-        _drawn_or_missing(
-            "Figure 1", "Accuracy against the share of visual tokens kept.", curves, "accuracy against the share of visual tokens kept"
-        )
-    ]
-    blocks.append(
-        _drawn_or_missing(
-            "Figure 2", "Accuracy lost, by layer and share of tokens kept.", maps, "accuracy lost by layer and share of tokens kept"
-        )
-    )
-    more = [
-        *_figures(section, ("H2.compute_latency", "H2.compute_flops", "H2.trend"), "pareto_front")[:1],
-        *_ends(_figures(section, ("H2.trend",), "trend_line")),
-    ][:2]
-    if more:
-        blocks.append(Drawn("Figure D", "What is saved, and when tokens may go.", _captions(more, False), _titled(more), 2, 112))
-    blocks.append(Words(_recipe(recipe), "Token recipe. "))
-    return blocks
-
-
-def _drawn_or_missing(label, title, found, what):
-    if not found:
-        return Missing(label, what)
-    return Drawn(label, title, _captions(found[:1], len(found) > 1), _titled(found))
-
-
-def _captions(found, ends=True):
-    """What the figures say of themselves, each sentence once."""
-    return " ".join([*dict.fromkeys(figure["caption"] for _, figure in found), *([_ENDS] if ends else [])])
-
-
-def _titled(found):
-    return tuple((figure["title"], figure) for _, figure in found)
-
-
-def _recipe(recipe):
-    found = recipe_section(recipe)
-    if not found:
-        return "This run recommends none: no token recipe was left."
-    if found["lacks"]:
-        return f"The recipe of this run cannot be read: it lacks {found['lacks']!r}."
-    steps = ", then ".join(f"{_percent(step['keep'])} of the image tokens from layer {step['layer']}" for step in found["steps"])
-    loss = found["expected"]
-    saved = "; ".join(
-        f"{one['what']} {_percent(one['share'])} saved" if one["share"] >= 0 else f"{one['what']} {_percent(-one['share'])} more"
-        for one in found["saving"]
-    )
-    fits = (
-        f"not for {listing(found['not_for'])}, where the loss is not surely below {number(found['margin'])}"
-        if found["not_for"]
-        else "in no task is the loss beyond the margin"
-    )
-    return (
-        f"{found['policy']} keeps {steps} of {found['n_layers']}. Expected loss of accuracy on confirmation items {number(loss['loss'])} "
-        f"[{number(loss['lower'])}, {number(loss['upper'])}]; {saved}; {fits}."
-    )
-
-
-def _exhibits_h3(section, described, recipe):
-    tables = [
-        figure
-        for card in section["confirmatory"] + section["exploratory"]
-        for row in card["rows"]
-        for figure in row["figures"]
-        if figure["kind"] == "table"
-    ]
-    second = next((figure for figure in tables if figure["title"].startswith("Table 2")), None)
-    blocks = [_table("Table 2", second) if second else Missing("Table 2", "the student by way of training")]
-    claims = tuple(card["id"] for card in section["confirmatory"] + section["exploratory"])
-    slopes, contrasts = _figures(section, claims, "slope")[:1], _figures(section, claims, "forest")[:1]
-    if slopes or contrasts:
-        shown = _titled([*slopes, *contrasts])
-        blocks.append(Drawn("Figure E", "The student before and after training.", _captions(shown, False), shown, 2, 195))
-    blocks += [_table("Table B", figure) for figure in tables if figure is not second][:1]
-    return blocks
-
-
-def _table(label, figure):
-    """A record's own table."""
-    data = figure["data"]
-    rows = tuple((row["label"], *(f"{cell['text']} {cell.get('interval', '')}".strip() for cell in row["cells"])) for row in data["rows"])
-    others = len(data["columns"]) - 1
-    return Rows(
-        label,
-        figure["title"].removeprefix(f"{label}: ").capitalize() + ".",
-        figure["caption"],
-        tuple(data["columns"]),
-        rows,
-        (0.28, *(0.72 / max(others, 1),) * others),
-    )
-
-
-_EXHIBITS = {"H1": _exhibits_h1, "H2": _exhibits_h2, "H3": _exhibits_h3}
-
-
-# Errors, limits, literature, appendix
 
 
 def _errors(model, records):
@@ -600,9 +310,9 @@ def _by_task(model, records, moved):
         ]
         changed = f"+{moved[task]['gained']} −{moved[task]['lost']}" if task in moved else "–"
         failed = f"{round(row['n'] * (1 - row['accuracy']))} of {row['n']}" if row.get("n") else "–"
-        floors = " / ".join("–" if row.get(name) is None else f"{_percent(row[name])}" for name in ("blind", "chance", "majority"))
-        accuracy = f"{_percent(row['accuracy'])}" + (
-            f" [{_percent(row['lower'])}, {_percent(row['upper'])}]" if row.get("lower") is not None else ""
+        floors = " / ".join("–" if row.get(name) is None else f"{percent_words(row[name])}" for name in ("blind", "chance", "majority"))
+        accuracy = f"{percent_words(row['accuracy'])}" + (
+            f" [{percent_words(row['lower'])}, {percent_words(row['upper'])}]" if row.get("lower") is not None else ""
         )
         rows.append((task, accuracy, failed, floors, changed, ", ".join(against) or "none"))
     columns = ("task", "accuracy", "items failed", "blind / chance / majority", "by training", "confirmatory claims not supported here")
@@ -694,7 +404,7 @@ def _appendix(model):
         for row in card["rows"]:
             estimate, lower, upper = interval_numbers(row)
             measured = ("–", "not measured") if row["estimate"] is None else (estimate, f"[{lower}, {upper}]")
-            rows.append((row["where"], *measured, p_value(row["p_holm"]), _verdict(row["verdict"]) + _outcome(row)))
+            rows.append((row["where"], *measured, p_value(row["p_holm"]), verdict_words(row["verdict"]) + _outcome(row)))
     heading = Heading("Appendix: all confirmatory claims")
     if not rows:
         return [heading, Missing("Table A", "a confirmatory claim")]

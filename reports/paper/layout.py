@@ -1,6 +1,6 @@
 """The paper: a run's evidence as a PDF of a few pages; ``python -m reports paper RUN``.
 
-``write(folder)`` writes ``folder/paper.pdf`` and returns its path. What it says is ``reports.paper_content``; what it looks like is
+``write(folder)`` writes ``folder/paper.pdf`` and returns its path. What it says is ``reports.paper.content``; what it looks like is
 here. It needs reportlab and svglib, which the extra ``paper`` installs.
 """
 
@@ -15,7 +15,8 @@ import re
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from reports import figures, heads, paper_content, paper_forest, recipes, record, summary
+from reports import figures, heads, recipes, record, summary
+from reports.paper import blocks, content, forest
 
 TARGET = "paper.pdf"
 COMPLETE_PAGES = (6, 8)  # of a complete run: every hypothesis, no evidence lost
@@ -97,9 +98,9 @@ def pdf(identity, records, described=None, recipe=None):
     looks = _looks()
     story = [_paragraph(title, looks["title"]), _paragraph(model["subject_line"] or "family and size unknown", looks["subject"])]
     story.append(_paragraph(f"{identity['name']} · {str(identity['started'])[:10]}", looks["subject"]))
-    blocks = paper_content.content(identity, records, described, recipe)
-    for block, following in itertools.pairwise([*blocks, None]):
-        if isinstance(block, paper_content.Heading) and isinstance(following, paper_content.Rows) and following.abreast > 1:
+    said = content.content(identity, records, described, recipe)
+    for block, following in itertools.pairwise([*said, None]):
+        if isinstance(block, blocks.Heading) and isinstance(following, blocks.Rows) and following.abreast > 1:
             # A table that goes on over pages would take its heading to where it fits as a whole.
             story += [CondPageBreak(_LEAST), _paragraph(block.text, looks["h1"].clone("above-table", keepWithNext=0))]
         else:
@@ -312,8 +313,8 @@ def _vector(figure):
     """A record's figure, drawn by the page's own drawing code, as reportlab's vector drawing."""
     from svglib.svglib import svg2rlg
 
-    if figure["kind"] == paper_content.FOREST:
-        svg = figures.drawn(paper_forest.claims, figure["data"])["svg"]
+    if figure["kind"] == blocks.FOREST:
+        svg = figures.drawn(forest.claims, figure["data"])["svg"]
     else:
         svg = figures.draw(figure["kind"], figure["data"])["svg"]
     # svglib knows opacities of fills and lines, not of shapes, and one family of a list of fonts.
@@ -332,12 +333,12 @@ def _picture(image, side):
 
 
 _LAID_OUT = {
-    paper_content.Heading: _heading,
-    paper_content.Words: _words,
-    paper_content.Items: _items,
-    paper_content.Rows: _rows,
-    paper_content.Drawn: _drawn,
-    paper_content.Missing: _missing,
+    blocks.Heading: _heading,
+    blocks.Words: _words,
+    blocks.Items: _items,
+    blocks.Rows: _rows,
+    blocks.Drawn: _drawn,
+    blocks.Missing: _missing,
 }
 
 
