@@ -164,6 +164,17 @@ def test_a_recorded_teacher_teaches_the_same(declared, models, tmp_path):
     assert "teacher" not in set(pd.read_csv(out / "student-metrics.csv")["stage"])
 
 
+def test_answers_that_the_student_has_no_words_for_are_not_taught(declared, tmp_path):
+    asked = distill(DistillConfig.from_dict(declared()))
+    lines = [json.loads(line) for line in (asked / "teacher-answers.jsonl").read_text().splitlines()]
+    lines[0]["answers"] = ["rhombicuboctahedron"]
+    said = tmp_path / "said.jsonl"
+    said.write_text("\n".join(map(json.dumps, lines)))
+    out = distill(DistillConfig.from_dict(declared(teacher={"recorded": str(said)}, out=str(tmp_path / "unknown"))))
+    assert "1 of" in (told := (out / "log.txt").read_text()) and "dropped: words that the student does not know" in told
+    assert "rhombicuboctahedron" not in (out / "data-card.md").read_text()
+
+
 def test_answers_that_most_samples_give(declared):
     answers = {"kind": "self-consistent", "samples": 4, "max_new_tokens": 2}
     out = distill(DistillConfig.from_dict(declared(answers=answers, filters={"agreement": 0.5}, stages=ONE_STEP)))
