@@ -9,20 +9,18 @@
 ``collect``       the controller's side: gather, gate, write the run directory
 ``provenance``    commit, versions, machine, memory; by what two runs are of the same subject, data and platform
 ``effects``       the effects per item behind a verdict, kept by content
-``lanes``         the two nightly lanes of a session: ``baselines`` (the same again, item by item) and ``history`` (fresh scenes, evidence added up)
-``ledger``        append-only JSON lines, whole or not at all
+``nights``        the two nightly lanes of a session, what they keep, and the page of a history
 ``terminal``      live progress and the verdict table
-``exhibits``      from measured tables to the tables and figures that tests leave; ``exhibits_...`` those of one subject each
-``figures``       the figure kinds and their data, rendered from JSON as SVG (``drawings``, ``drawings_students``) or as words (a template)
+``exhibits``      from measured tables to the tables and figures that tests leave
+``figures``       the figure kinds and their data, rendered from JSON as SVG (``drawings``) or as words (a template)
 ``pictures``      small pictures as text
 ``wording``       numbers and lists as a reader wants them
 ``summary``       what the page says, derived from the JSON
 ``scale``         the axis that a claim's instances share
-``sparkline``     a claim's nights beside its verdict
 ``literature``    the works whose claims are tested, and what of each
 ``paper``         a paper of a few pages
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
-``compare``       two runs beside each other; ``trend`` a history night by night; ``index`` the runs of a directory; ``markdown`` a run for a job
+``compare``       two runs beside each other; ``index`` the runs of a directory; ``markdown`` a run for a job
 
 Nothing here measures: verdicts come from ``vlm_core.stats``, numbers from the tests.
 """

@@ -14,7 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from reports import compare, index, markdown, page, paper, record, trend
+from reports import compare, index, markdown, page, paper, record
+from reports.nights import trend
 
 
 def main(arguments=None):

@@ -116,7 +116,7 @@ class Run:
         self.problems.pop()
 
     def follow(self, lanes, *, complete):
-        """Have the nightly lanes (`reports.lanes.Lanes`) compare the records and add to what they keep."""
+        """Have the nightly lanes (`reports.nights.lanes.Lanes`) compare the records and add to what they keep."""
         if self.folder is None:
             self._open()
         records = self.records
@@ -301,7 +301,7 @@ def exit_code(base, *, records, lost, failures, hopeless, inconclusive, regressi
         Whether there was no subject to measure, or nowhere to keep evidence.
     inconclusive : {"fail", "warn"}
     regressions : int
-        Claims that are worse than their baseline (`reports.baselines`).
+        Claims that are worse than their baseline (`reports.nights.baselines`).
 
     Returns
     -------

@@ -11,7 +11,8 @@ from collections import Counter
 
 import numpy as np
 
-from reports import baselines, page, provenance, record, wording
+from reports import page, provenance, record, wording
+from reports.nights import baselines
 from reports.scale import Scale
 from vlm_core import stats
 

@@ -1,6 +1,6 @@
 """Figure kinds: each takes JSON data and gives SVG that follows the page's colours.
 
-A kind is a function in one of the modules of drawings, or a macro of ``templates/exhibits.html.j2`` for what is words rather than a drawing, plus
+A kind is a function in one of the modules of ``reports.drawings``, or a macro of ``templates/exhibits.html.j2`` for what is words rather than a drawing, plus
 the keys its data must have; ``KINDS`` is the whole list.
 
 ``check``   refuse unknown kinds and incomplete data, where the figure is made
@@ -45,13 +45,13 @@ COLOURS = {
 
 
 class Kind(NamedTuple):
-    """What a figure kind needs: keys of its data, keys of each entry of its list; and the module that draws it, None for a macro."""
+    """What a figure kind needs: keys of its data, keys of each entry of its list; and the module of ``reports.drawings`` that draws it, None for a macro."""
 
     draw: str
     keys: tuple
     entries: str | None = None
     entry_keys: tuple = ()
-    module: str | None = "drawings"
+    module: str | None = "claims"
 
 
 KINDS = {
@@ -62,18 +62,18 @@ KINDS = {
     "attention_overlay": Kind("attention_overlay", ("image", "values", "prompt", "answer")),
     "overlay_sheet": Kind("overlay_sheet", ("image",)),
     "null_histogram": Kind("null_histogram", ("draws", "observed")),
-    "slope": Kind("slope", ("panels", "stages"), "panels", ("title", "arms"), "drawings_students"),
-    "forest": Kind("forest", ("rows",), "rows", ("label", "value", "lower", "upper"), "drawings_students"),
+    "slope": Kind("slope", ("panels", "stages"), "panels", ("title", "arms"), "students"),
+    "forest": Kind("forest", ("rows",), "rows", ("label", "value", "lower", "upper"), "students"),
     "quality_per_flop": Kind(
-        "quality_per_flop", ("points",), "points", ("label", "reduced", "training", "inference", "value", "lower", "upper"), "drawings_students"
+        "quality_per_flop", ("points",), "points", ("label", "reduced", "training", "inference", "value", "lower", "upper"), "students"
     ),
-    "gained_lost": Kind("gained_lost", ("rows",), "rows", ("label", "gained", "lost", "items"), "drawings_students"),
+    "gained_lost": Kind("gained_lost", ("rows",), "rows", ("label", "gained", "lost", "items"), "students"),
     "table": Kind("table", ("columns", "rows"), "rows", ("label", "cells"), None),
     "cases": Kind("cases", ("groups",), "groups", ("name", "cases"), None),
     "kept_tokens": Kind("kept_tokens", ("shares", "examples"), "examples", ("prompt", "answer", "image", "width", "height", "box", "steps"), None),
     "scatter": Kind("scatter", ("points",), "points", ("x", "y", "group")),
     "trend_line": Kind("trend_line", ("points",), "points", ("x", "y")),
-    "nights": Kind("nights", ("nights",), "nights", ("night", "date", "verdict"), "drawings_nights"),
+    "nights": Kind("nights", ("nights",), "nights", ("night", "date", "verdict"), "nights"),
     "pareto_front": Kind("pareto_front", ("points", "x_label", "y_label"), "points", ("x", "y", "name", "front", "chosen")),
 }
 
@@ -121,7 +121,7 @@ def draw(kind, data):
     """
     check(kind, data)
     rule = KINDS[kind]
-    return {} if rule.module is None else drawn(getattr(importlib.import_module(f"reports.{rule.module}"), rule.draw), data)
+    return {} if rule.module is None else drawn(getattr(importlib.import_module(f"reports.drawings.{rule.module}"), rule.draw), data)
 
 
 def drawn(function, data):

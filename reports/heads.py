@@ -217,7 +217,7 @@ def _heat(values):
 
 def _path(example):
     """The asked object's outline as an SVG path on the picture, empty without one."""
-    from reports.drawings import outline_edges
+    from reports.drawings.claims import outline_edges
 
     if not example["mask"] or not any(map(any, example["mask"])):
         return ""

@@ -10,7 +10,8 @@ import re
 
 import markupsafe
 
-from reports import figures, heads, recipes, record, sparkline, summary, wording
+from reports import figures, heads, recipes, record, summary, wording
+from reports.nights import sparkline
 
 
 def render(folder, drawings=None):
@@ -35,7 +36,7 @@ def render(folder, drawings=None):
 
 
 def text(identity, records, described=None, recipe=None, drawings=None, history=None):
-    """The page as text; ``described``: the head report, ``recipe``: the token recipe, ``history``: the claims' nights (``reports.sparkline``), where there
+    """The page as text; ``described``: the head report, ``recipe``: the token recipe, ``history``: the claims' nights (``reports.nights.sparkline``), where there
     are any; ``drawings``: see ``render``."""
     history = history or {}
     nights = {record.instance_key(entry["claim_id"], entry["params"]): entry for entry in records}

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from reports import claims, controller, expectations, lanes, options, provenance, record, terminal
+from reports import claims, controller, expectations, options, provenance, record, terminal
 from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
+from reports.nights import lanes
 
 _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
 _ONLY_LOOKING = ("collectonly", "claims_list", "help", "markers", "showfixtures", "show_fixtures_per_test")

@@ -83,7 +83,7 @@ def page(identity, records, histories=None):
     records : list of dict
         ``evidence.json``.
     histories : dict, optional
-        Claim instance (``reports.record.instance_key``) → its nights as ``reports.sparkline.section`` draws them.
+        Claim instance (``reports.record.instance_key``) → its nights as ``reports.nights.sparkline.section`` draws them.
 
     Returns
     -------

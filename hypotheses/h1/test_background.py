@@ -8,7 +8,7 @@ scene's image may also mislead, and then any background beats it: that the own o
 import pytest
 
 from hypotheses.h1.controls import pooled_baseline, pooled_grounding, worth_something
-from reports import exhibits_tracing
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Superiority, estimate_mean, interval
 from vlm_core.tracing.background import CONDITIONS
 
@@ -26,7 +26,7 @@ LITERATURE = {"published": "image information is in background tokens too", "whe
 
 @pytest.mark.claim(BACKGROUND)
 def test_the_background_tells_something_too(floors, without_object, evidence):
-    exhibits_tracing.background(evidence, without_object, CONDITIONS)
+    exhibits.tracing.background(evidence, without_object, CONDITIONS)
     items, clusters, correct = without_object.correct.index, without_object.clusters, without_object.correct
     evidence.decide(
         BACKGROUND,

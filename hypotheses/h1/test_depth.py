@@ -8,7 +8,7 @@ import pytest
 
 from hypotheses.h1.controls import grounded_overall, prediction_of_unseen_masks, usable_in_most_tasks
 from probes import GROUNDING_TASKS
-from reports import exhibits_ablation as exhibits
+from reports import exhibits
 from vlm_core.heads.agreement import attention_agreement, attribution_depth
 from vlm_core.stats import Claim, Equivalence, Superiority
 
@@ -35,7 +35,7 @@ ATTENTION = Claim(
 @pytest.mark.claim(DEPTH)
 def test_attribution_lies_deep(floors, usable, seed, evidence):
     found = attribution_depth(usable(), smallest_alpha=evidence.alpha, rng=seed)
-    exhibits.depth_profile(evidence, usable())
+    exhibits.ablation.depth_profile(evidence, usable())
     evidence.decide(
         DEPTH,
         found.estimate,
@@ -49,7 +49,7 @@ def test_attribution_lies_deep(floors, usable, seed, evidence):
 def test_attention_is_no_attribution(task, floors, attribution, attention_masses, seed, evidence):
     ranked, masses = attribution(task), attention_masses(task)
     found = attention_agreement(ranked, masses, seed=seed)
-    exhibits.attention_against_attribution(evidence, {task: ranked}, {task: masses})
+    exhibits.ablation.attention_against_attribution(evidence, {task: ranked}, {task: masses})
     evidence.decide(
         ATTENTION,
         found.estimate,

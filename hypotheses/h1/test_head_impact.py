@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hypotheses.h1.controls import pooled_grounding, worth_something
-from reports import exhibits_masks
+from reports import exhibits
 from vlm_core import attention_heatmap, layer_ranking
 from vlm_core.heads.impact import THRESHOLDS, between_minus_within, layer_test, least_layer_p, threshold_agreement
 from vlm_core.stats import Claim, Control, Superiority, holm, jackknife_statistic
@@ -52,7 +52,7 @@ def test_overlap_differs_between_layers_and_not_within(subject, probes, objects,
         said = f"{n_layers} layers of {n_heads} heads: Kruskal-Wallis between layers cannot come below p = {least:.2g}, and {LEAST_P:g} is asked for"
         return evidence.decide(LAYERS, None, missing=said)
     found, ranking = layer_test(measured.at(), measured.clusters), layer_ranking(measured.scores, seed=seed)
-    exhibits_masks.head_impact(evidence, measured, ranking, agreements(measured))
+    exhibits.masks.head_impact(evidence, measured, ranking, agreements(measured))
     show_overlays(evidence, subject, probes, objects, measured)
     evidence.decide(
         LAYERS,
@@ -103,7 +103,7 @@ def show_overlays(evidence, subject, probes, objects, measured) -> None:
     for item in items:
         mask = objects(item)
         shown.append({"item": item, "heat": attention_heatmap(subject, item, [best], mask.shape), "mask": mask, "iou": float(overlap[item["id"]])})
-    exhibits_masks.overlays(evidence, f"Where head {best[0]}.{best[1]} looks, the one with the highest Head Impact", shown)
+    exhibits.masks.overlays(evidence, f"Where head {best[0]}.{best[1]} looks, the one with the highest Head Impact", shown)
 
 
 def controls(measured, floors):

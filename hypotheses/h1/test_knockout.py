@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hypotheses.h1.controls import pooled_baseline, pooled_grounding
-from reports import exhibits_tracing
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Superiority, interval
 
 KNOCKOUT = Claim(
@@ -31,7 +31,7 @@ def test_one_window_of_edges_hurts_most(floors, windows, evidence):
     found = windows("discovery")
     edge, window = found.worst()
     losses = windows("confirmation")
-    exhibits_tracing.window_map(evidence, losses, (edge, window))
+    exhibits.tracing.window_map(evidence, losses, (edge, window))
     baseline = pooled_baseline(floors, losses.items)
     try:
         second = found.runner_up(edge, window)

@@ -7,7 +7,7 @@ objects. A lead grows too where the word sinks in its own tokens and sinks deepe
 import pytest
 
 from hypotheses.h1.controls import pooled_grounding
-from reports import exhibits_masks
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Superiority, Trend, estimate_mean, linear_contrast, page_p
 from vlm_core.tracing.lens_tracks import entropy_stages
 
@@ -35,7 +35,7 @@ def test_the_word_climbs_where_its_object_is(subject, words_in_the_lens, floors,
     lead, clusters = words_in_the_lens.lead(), words_in_the_lens.clusters
     if lead.shape[1] < 3:
         pytest.skip(f"a trend needs three depths and the subject has {lead.shape[1]}")
-    exhibits_masks.words_in_the_lens(evidence, words_in_the_lens)
+    exhibits.masks.words_in_the_lens(evidence, words_in_the_lens)
     evidence.decide(
         WORD,
         linear_contrast(lead),

@@ -7,7 +7,7 @@ The effect is an overlap, not an accuracy: whether the subject has accuracy to l
 import pytest
 
 from hypotheses.h1.controls import pooled_grounding, worth_something
-from reports import exhibits, exhibits_masks
+from reports import exhibits
 from vlm_core import attention_heatmap
 from vlm_core.heads.draws import layer_free, layer_matched
 from vlm_core.heads.localisation import set_scores
@@ -41,10 +41,10 @@ def test_three_heads_say_where_the_object_is(subject, probes, profile, seed, loc
     (targeted,) = set_scores(overlap, [heads])
     (elsewhere,) = set_scores(measured.elsewhere[..., measured.thresholds.index("mean")], [heads])
     p_value = monte_carlo_p(targeted.mean(), matched.mean(1))
-    exhibits_masks.localisation(evidence, heads, float(targeted.mean()), matched.mean(1), p_value, len(measured.items))
+    exhibits.masks.localisation(evidence, heads, float(targeted.mean()), matched.mean(1), p_value, len(measured.items))
     for item in [one for one in probes.spread("confirmation", 1) if one["id"] in set(measured.items)][:3]:
         mask = objects(item)
-        exhibits.attention_overlay(
+        exhibits.heads.attention_overlay(
             evidence, item, attention_heatmap(subject, item, heads, mask.shape), mask, f"{item['task']}: where the localisation heads look"
         )
     aware = localisation(sinks=True).heads

@@ -24,7 +24,7 @@ import pytest
 from fixtures.measurements import TOP_HEADS
 from hypotheses.h1.controls import prediction_of_unseen_masks, too_few_heads, worth_something
 from probes import GROUNDING_TASKS, target_mask
-from reports import exhibits, exhibits_ablation
+from reports import exhibits
 from vlm_core import attention_heatmap
 from vlm_core.heads.draws import assign_shared, draw_losses, draw_means, draw_p, layer_free, layer_matched, matching_sets
 from vlm_core.stats import Claim, Control, Superiority, interval
@@ -67,8 +67,8 @@ def test_few_heads_carry_the_image(task, subject, probes, floors, attribution, r
         "every head loses the image": ("floor", measured["every"]),
         "another scene's image": ("floor", blind),
     }
-    exhibits.head_ablation(evidence, task, conditions, measured["cluster"], heads, baseline.chance)
-    exhibits.head_map(evidence, task, ranked.coefficients, heads, ranked.r2)
+    exhibits.ablation.head_ablation(evidence, task, conditions, measured["cluster"], heads, baseline.chance)
+    exhibits.heads.head_map(evidence, task, ranked.coefficients, heads, ranked.r2)
     show_attention(evidence, task, subject, probes.confirmation[task], floors, heads)
     evidence.jsonl("baseline-outputs.jsonl", floors.seeing[floors.seeing["task"] == task])
     evidence.decide(
@@ -93,7 +93,7 @@ def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blind
         return evidence.decide(SPECIFICITY, None, missing=reason)
     ranked, items, measured = attribution(task), probes.confirmation[task], removal(task)
     heads = ranked.top(TOP_HEADS)
-    exhibits_ablation.ablation_grid(evidence, ablations(task), task, floors.chance[task])
+    exhibits.ablation.ablation_grid(evidence, ablations(task), task, floors.chance[task])
     try:
         matched = layer_matched(heads, subject, profile.random_draws, seed)
     except ValueError as reason:
@@ -112,7 +112,7 @@ def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blind
     random, lost, p_value = (nulls["matched"][name] for name in ("each item", "lost", "p"))
     targeted = float((measured["full"] - measured["targeted"]).loc[common["matched"]].mean())
     evidence.table("random-heads.csv", pd.DataFrame([{"task": task, "heads": group, **null["row"]} for group, null in nulls.items()]))
-    exhibits.null_draws(evidence, task, lost, targeted, p_value)
+    exhibits.heads.null_draws(evidence, task, lost, targeted, p_value)
     as_much = placebo(task, "margin")
     evidence.decide(
         SPECIFICITY,
@@ -187,4 +187,4 @@ def show_attention(evidence, task, subject, items, floors, heads) -> None:
     mask = target_mask(item)
     if not subject.layout(item["image"], item["prompt"]).reason:
         heat = attention_heatmap(subject, item, heads, mask.shape)
-        exhibits.attention_overlay(evidence, item, heat, mask, f"{task}: where the targeted heads look")
+        exhibits.heads.attention_overlay(evidence, item, heat, mask, f"{task}: where the targeted heads look")

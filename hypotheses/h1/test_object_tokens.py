@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from hypotheses.h1.controls import worth_something
-from reports import exhibits_masks
+from reports import exhibits
 from vlm_core.stats import Baseline, Claim, Control, Superiority
 from vlm_core.tracing.object_tokens import smallest_ring
 from vlm_core.tracing.shares import estimate_share
@@ -50,7 +50,7 @@ def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, se
         return
     baseline = identification_floors.of("identification")
     splits = {split: object_tokens(split) for split in ("discovery", "confirmation")}
-    exhibits_masks.object_tokens(evidence, splits, ring, baseline.chance)
+    exhibits.masks.object_tokens(evidence, splits, ring, baseline.chance)
     evidence.table("baseline-metrics.csv", pd.DataFrame(identification_floors.rows()))
     options = {"limits": (-1.0, 1.0), "smallest_alpha": evidence.alpha, "rng": seed}
     evidence.decide(

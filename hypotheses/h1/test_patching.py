@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hypotheses.h1.controls import pooled_grounding, worth_something
-from reports import exhibits_tracing
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Superiority, estimate_statistic
 from vlm_core.tracing.patching import DIRECTIONS
 
@@ -51,8 +51,8 @@ def test_the_image_holds_the_answer_at_first(corruption, direction, floors, patc
 
     def show():
         meaning = {direction: MEANING[direction]}
-        exhibits_tracing.patching_curves(evidence, corruption, layers, meaning)
-        exhibits_tracing.patching_heads(evidence, corruption, patching(corruption, heads=True), meaning)
+        exhibits.tracing.patching_curves(evidence, corruption, layers, meaning)
+        exhibits.tracing.patching_heads(evidence, corruption, patching(corruption, heads=True), meaning)
 
     decide(EARLY, layers, ("image", "last"), direction, "first", floors, evidence, show)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from probes import GROUNDING_TASKS
-from reports import exhibits_ablation as exhibits
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Superiority, interval
 
 TOLERANCE = 0.05  # of the untouched logit
@@ -28,7 +28,7 @@ LITERATURE = {"published": "80 % of single-head ablations change the logit by le
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
 def test_most_single_heads_change_little(task, floors, single_heads, evidence):
     measured = single_heads(task, "confirmation", "logit")
-    exhibits.single_head_costs(evidence, task, measured, TOLERANCE)
+    exhibits.ablation.single_head_costs(evidence, task, measured, TOLERANCE)
     evidence.decide(
         REDUNDANCY,
         measured.unchanged(TOLERANCE),

@@ -11,7 +11,7 @@ import pytest
 
 from hypotheses.h1.controls import grounded_overall, prediction_of_unseen_masks
 from probes import GROUNDING_TASKS
-from reports import exhibits_h1
+from reports import exhibits
 from vlm_core import HeadAttribution
 from vlm_core.heads.semantics import appearance, appearance_within, compare_labels, flat_map, usage
 from vlm_core.stats import Claim, Superiority
@@ -46,10 +46,10 @@ def test_items_that_mean_alike_use_the_same_heads(about, probes, profile, seed, 
     if about == "asked":
         found = compare_labels(used, tasks, appearance(images, len(set(tasks)), seed), clusters, seed=seed)
         named = {"task" if name == "semantic" else name: value for name, value in found.agreement.items()}
-        exhibits_h1.usage_map(evidence, flat_map(used, seed), tasks, [item["id"] for item in items], named, found.p_value)
+        exhibits.heads.usage_map(evidence, flat_map(used, seed), tasks, [item["id"] for item in items], named, found.p_value)
     else:
         found = compare_labels(used, answers, appearance_within(images, answers, tasks, seed), clusters, within=tasks, seed=seed)
-        exhibits_h1.shuffled_answers(evidence, found, Counter(tasks))
+        exhibits.heads.shuffled_answers(evidence, found, Counter(tasks))
     evidence.decide(
         SEMANTICS,
         found.gain,

@@ -3,7 +3,7 @@
 import pytest
 
 from hypotheses.h1.controls import pooled_grounding, worth_something
-from reports import exhibits_tracing
+from reports import exhibits
 from vlm_core.stats import Claim, Superiority, estimate_statistic
 
 SEQUENCE = Claim(
@@ -21,7 +21,7 @@ LITERATURE = {"published": "text reaches role tokens and the last token before t
 
 @pytest.mark.claim(SEQUENCE)
 def test_text_arrives_before_the_image(floors, arrivals, evidence):
-    exhibits_tracing.arrival_curves(evidence, arrivals)
+    exhibits.tracing.arrival_curves(evidence, arrivals)
     alpha = evidence.alpha
     whole = {route: arrivals.lost[route][:, 0] for route in arrivals.lost}
     others = {
@@ -37,8 +37,8 @@ def test_text_arrives_before_the_image(floors, arrivals, evidence):
             worth_something("the image is needed by the text", "positive", whole["image"], arrivals.clusters),
         ],
         details={
-            "depth": {route: exhibits_tracing.share_with_interval(arrivals.depth(route), arrivals.clusters) for route in arrivals.lost},
-            "depth_difference": {name: exhibits_tracing.share_with_interval(lag, arrivals.clusters) for name, lag in others.items()},
+            "depth": {route: exhibits.tracing.share_with_interval(arrivals.depth(route), arrivals.clusters) for route in arrivals.lost},
+            "depth_difference": {name: exhibits.tracing.share_with_interval(lag, arrivals.clusters) for name, lag in others.items()},
             "literature": LITERATURE,
         },
     )

@@ -14,7 +14,7 @@ import pytest
 from fixtures.h1_rankings import MOST_HEADS, SUFFICIENT
 from hypotheses.h1.controls import prediction_of_unseen_masks, too_few_heads
 from probes import GROUNDING_TASKS
-from reports import exhibits_ablation as exhibits
+from reports import exhibits
 from vlm_core.heads.curves import curves, share_of_effect
 from vlm_core.stats import Claim, Control, Superiority
 
@@ -43,7 +43,7 @@ COMPLETENESS = Claim(
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
 def test_few_heads_are_enough(task, subject, floors, attribution, sufficient, carried, evidence):
     if fits(attribution(task)) and not too_few_heads(subject, MOST_HEADS):
-        exhibits.faithfulness_curves(evidence, task, carried(task), len(subject.image_heads))
+        exhibits.ablation.faithfulness_curves(evidence, task, carried(task), len(subject.image_heads))
     decide(SUFFICIENCY, "faithfulness", task, subject, floors, attribution, sufficient, evidence)
 
 

@@ -10,7 +10,7 @@ import pytest
 from fixtures.measurements import TOP_HEADS
 from hypotheses.h1.controls import grounded_overall, prediction_of_unseen_masks
 from probes import GROUNDING_TASKS
-from reports import exhibits_h1
+from reports import exhibits
 from vlm_core.heads.features import FEATURES
 from vlm_core.heads.probing import tell_categories, tell_grounded
 from vlm_core.heads.taxonomy import category_agreement, cluster_heads
@@ -47,10 +47,10 @@ def test_features_tell_categories_apart(
     clusters = cluster_heads(seen.matrix(), seed=seed)
     same = category_agreement(taxonomy.effects, least=taxonomy.least, seed=seed)
     stability = {"scenes": (same, seen.agreement(seed), {}), "wordings": other_words()}
-    exhibits_h1.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least, stability)
-    exhibits_h1.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
+    exhibits.heads.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least, stability)
+    exhibits.heads.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
     told, heads, missing = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
-    exhibits_h1.probe(
+    exhibits.heads.probe(
         evidence, "the category of a head", told, "Heads of layers that the probe was not fitted to, features of confirmation items; labels are "
         "shuffled within layers",
     )  # fmt: skip
@@ -77,7 +77,7 @@ def test_features_tell_categories_apart(
 def test_features_tell_whether_an_answer_is_grounded(floors, seed, grounded_answers, evidence):
     learnt, asked = grounded_answers("discovery"), grounded_answers("confirmation")
     told = tell_grounded(learnt, asked, seed=seed)
-    exhibits_h1.probe(evidence, "groundedness of an answer", told, "Confirmation answers, the probe fitted to discovery answers")
+    exhibits.heads.probe(evidence, "groundedness of an answer", told, "Confirmation answers, the probe fitted to discovery answers")
     evidence.decide(
         GROUNDEDNESS,
         told.gain,

@@ -6,7 +6,7 @@ To which side is chosen on discovery items. Half of the tokens go at the early l
 import pytest
 
 from hypotheses.h1.controls import grounded_overall
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Equivalence, Superiority
 
 SMALL = 0.1  # Cohen's w that counts as a small effect (Cohen 1988)
@@ -34,7 +34,7 @@ EVEN = Claim(
 def test_attention_leans_to_one_side(floors, rows_kept, evidence):
     side = 1.0 if rows_kept("discovery", "fastv").bias().mean() >= 0 else -1.0
     found = rows_kept("confirmation", "fastv")
-    exhibits_tokens.kept_rows(evidence, found, "fastv")
+    exhibits.tokens.kept_rows(evidence, found, "fastv")
     fit = found.fit()
     evidence.decide(
         LEANS,
@@ -52,7 +52,7 @@ def test_without_rotary_positions_it_does_not(floors, rows_kept, policies, evide
         evidence.decide(EVEN, None, missing=policies.missing.get("debiased", "no layer's attention takes rotary positions"))
         return
     found = rows_kept("confirmation", "debiased")
-    exhibits_tokens.kept_rows(evidence, found, "debiased")
+    exhibits.tokens.kept_rows(evidence, found, "debiased")
     fit = found.fit()
     evidence.decide(
         EVEN,

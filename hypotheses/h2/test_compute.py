@@ -10,7 +10,7 @@ import pytest
 from fixtures.token_measurements import BATCH
 from hypotheses.h1.controls import grounded_overall
 from hypotheses.h2.controls import LITERATURE, nothing_saves_nothing
-from reports import exhibits_tokens, recipes
+from reports import exhibits, recipes
 from vlm_core.reduction.costs import saved_flops
 from vlm_core.stats import Claim, Control, Superiority
 
@@ -61,7 +61,7 @@ def test_the_recipe_saves_time(subject, floors, recipe, timings, curves, costs, 
     if found is None:
         evidence.decide(LATENCY, None, missing=NONE)
         return
-    exhibits_tokens.saved_against_lost(evidence, costs(), f"{found.policy}, {found.keep:g} from layer {found.layer}")
+    exhibits.tokens.saved_against_lost(evidence, costs(), f"{found.policy}, {found.keep:g} from layer {found.layer}")
     pairs = timings(found.reduction)
     evidence.decide(
         LATENCY,

@@ -5,7 +5,7 @@ import pytest
 
 from fixtures.measurements import TOP_HEADS
 from hypotheses.h1.controls import grounded_overall, too_few_heads, usable_in_most_tasks
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.stats import Claim, Superiority
 
 SOURCE = "after Kim et al. 2025, arXiv:2509.17588"
@@ -41,7 +41,7 @@ def test_grounding_heads_look_at_few_tokens(subject, floors, usable, pooled_attr
         evidence.decide(FEW, None, missing=few)
         return
     compared = token_masses().compare(pooled_attribution.top(TOP_HEADS))
-    exhibits_tokens.head_shares(evidence, token_masses(), pooled_attribution.top(TOP_HEADS))
+    exhibits.tokens.head_shares(evidence, token_masses(), pooled_attribution.top(TOP_HEADS))
     evidence.decide(
         FEW, compared["heads"], clusters=compared["cluster"], bounds=(0.0, 1.0), controls=[grounded_overall(floors), usable_in_most_tasks(usable())]
     )

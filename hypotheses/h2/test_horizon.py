@@ -9,7 +9,7 @@ import pytest
 
 from hypotheses.h2.controls import tokens_matter
 from probes import GROUNDING_TASKS
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.reduction.curves import Cell, losses, three_quarters
 from vlm_core.reduction.horizon import information_horizon
 from vlm_core.stats import Claim, NonInferiority
@@ -30,7 +30,7 @@ def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, curves, emp
     table = curves()[(curves()["task"] == task) & ((curves()["policy"] == "stride") | (curves()["keep"] == 1))]
     latest = three_quarters(subject)
     first = information_horizon(table, HORIZON.test.margin).horizons.loc[task, "estimated"]
-    exhibits_tokens.horizon(evidence, task, table, HORIZON.test.margin, latest)
+    exhibits.tokens.horizon(evidence, task, table, HORIZON.test.margin, latest)
     cell = Cell(latest, 0.0, "stride")
     lost = losses(emptied(task), cell)
     evidence.decide(

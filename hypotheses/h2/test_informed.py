@@ -8,7 +8,7 @@ import pytest
 
 from hypotheses.h1.controls import grounded_overall
 from hypotheses.h2.controls import left_by
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.reduction.curves import REFERENCES, Cell, choose_drop, early, losses
 from vlm_core.stats import Claim, Superiority
 
@@ -39,7 +39,7 @@ def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, 
     reference = Cell(layer, KEPT, against)
     both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]
     gain = both[0]["loss"] - both[1].loc[both[0].index, "loss"]
-    exhibits_tokens.kept_tokens(evidence, *kept_examples(chosen.policy, layer), chosen.policy, layer)
+    exhibits.tokens.kept_tokens(evidence, *kept_examples(chosen.policy, layer), chosen.policy, layer)
     evidence.decide(
         INFORMED,
         gain,

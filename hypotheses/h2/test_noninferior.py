@@ -9,7 +9,7 @@ import pytest
 
 from hypotheses.h2.controls import LITERATURE, tokens_matter
 from probes import GROUNDING_TASKS
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.reduction.curves import choose_drop, early, losses, mid_depth, spread
 from vlm_core.stats import Claim, NonInferiority
 
@@ -28,9 +28,9 @@ def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves,
     candidates = curves()[curves()["layer"].isin(mid_depth(subject)) & curves()["policy"].isin(policies.exact)]
     chosen, table = choose_drop(candidates, 0.5, task), curves()[curves()["task"] == task]
     lost = losses(confirmed(chosen, task), chosen)
-    exhibits_tokens.drop_curves(evidence, table, task, early(subject))
+    exhibits.tokens.drop_curves(evidence, table, task, early(subject))
     sensitivity = table[(table["policy"] == "stride") | (table["keep"] == 1)]
-    exhibits_tokens.layer_sensitivity(evidence, sensitivity[sensitivity["layer"].isin(spread(subject))], task, "stride", NONINFERIOR.test.margin)
+    exhibits.tokens.layer_sensitivity(evidence, sensitivity[sensitivity["layer"].isin(spread(subject))], task, "stride", NONINFERIOR.test.margin)
     evidence.decide(
         NONINFERIOR,
         lost["loss"],

@@ -3,7 +3,7 @@
 import pytest
 
 from hypotheses.h1.controls import grounded_overall
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.stats import Claim, Trend, linear_contrast, page_p
 
 SOURCE = "Chen et al. 2024, arXiv:2403.06764"
@@ -42,7 +42,7 @@ def decide(claim, floors, token_redundancy, evidence):
     values = found.of(measure)
     if values.shape[1] < 3:
         pytest.skip("a trend needs three places in the depth, and the subject has two")
-    exhibits_tokens.redundancy(evidence, found, measure)
+    exhibits.tokens.redundancy(evidence, found, measure)
     evidence.decide(
         claim,
         linear_contrast(values, falling=falling),

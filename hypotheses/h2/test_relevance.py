@@ -8,7 +8,7 @@ import pytest
 
 from hypotheses.h1.controls import grounded_overall
 from hypotheses.h2.controls import as_many_tokens, better_than, left_by
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.reduction.curves import Cell, asked_by, losses
 from vlm_core.stats import Claim, Superiority
 
@@ -29,7 +29,7 @@ def test_a_budget_that_follows_the_question_pays(subject, floors, budgets, budge
     layer = asked_by(subject)
     measured = budgets(layer, KEPT)
     ours, even, shuffled = (losses(measured, Cell(layer, KEPT, name)).set_index("item") for name in ("relevance", "even", "another question"))
-    exhibits_tokens.relevance(evidence, *budget_maps(layer, KEPT))
+    exhibits.tokens.relevance(evidence, *budget_maps(layer, KEPT))
     evidence.decide(
         RELEVANCE,
         even["loss"] - ours["loss"],

@@ -3,7 +3,7 @@
 import pytest
 
 from probes import GROUNDING_TASKS
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.reduction.curves import spread
 from vlm_core.stats import Claim, Trend, linear_contrast, page_p
 
@@ -27,7 +27,7 @@ def test_tokens_matter_less_the_later_they_go(task, subject, floors, emptied, ev
     accuracy = measured.pivot(index="item", columns="layer", values="correct")[list(layers)]
     clusters = measured.drop_duplicates("item").set_index("item")["cluster"].loc[accuracy.index]
     baseline = floors.of(task)
-    exhibits_tokens.layer_trend(evidence, task, accuracy, clusters, baseline.accuracy)
+    exhibits.tokens.layer_trend(evidence, task, accuracy, clusters, baseline.accuracy)
     evidence.decide(
         TREND,
         linear_contrast(accuracy),

@@ -6,7 +6,7 @@ Image tokens leave the sequence one at a time, a random two dozen of each image,
 import pytest
 
 from hypotheses.h1.controls import grounded_overall
-from reports import exhibits_tokens
+from reports import exhibits
 from vlm_core.stats import Claim, Control, Superiority, interval
 
 UTILITY = Claim(
@@ -22,7 +22,7 @@ UTILITY = Claim(
 @pytest.mark.claim(UTILITY)
 def test_hardly_any_token_is_needed_alone(floors, utilities, evidence):
     found = utilities()
-    exhibits_tokens.utility(evidence, found)
+    exhibits.tokens.utility(evidence, found)
     shares = found.inert()
     evidence.decide(
         UTILITY,

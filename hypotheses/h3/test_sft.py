@@ -11,7 +11,7 @@ import pytest
 from fixtures.students import crossed
 from hypotheses.h3.controls import HINTON, LITERATURE, LLAVA_KD, by_task, correct, gains, teacher_is_right, whole
 from probes import GROUNDING_TASKS
-from reports import exhibits_students
+from reports import exhibits
 from vlm_core.stats import Baseline, Claim, NonInferiority, Superiority
 
 SFT = Claim(
@@ -40,7 +40,7 @@ def test_the_teachers_answers_lift_the_student(reference, probes, floors, lesson
     before, runs = student_answers(None), runs_of("sft", "same_data")
     if reference == "before":
         images = {item["id"]: item["image"] for item in probes.some("confirmation")}
-        exhibits_students.errors(evidence, before, [student_answers("sft", run) for run in runs], images.get)
+        exhibits.students.errors(evidence, before, [student_answers("sft", run) for run in runs], images.get)
     against = [before if reference == "before" else student_answers("same_data", run) for run in runs]
     gain = crossed(gains([student_answers("sft", run) for run in runs], against), before)
     evidence.decide(

@@ -4,8 +4,8 @@ import pytest
 
 from fixtures.arms import ARMS
 from hypotheses.h2.controls import nothing_saves_nothing
-from reports import exhibits_students
-from reports.exhibits_students import Stage
+from reports import exhibits
+from reports.exhibits.students import Stage
 from vlm_core.stats import Claim, Superiority
 
 CHEAPER = Claim(
@@ -24,12 +24,12 @@ CHEAPER = Claim(
 def test_the_student_answers_sooner_than_its_teacher(results, spent, beside_the_teacher, evidence):
     found = results()
     stages = {name: Stage(arm.label, arm.reduced, ARMS[arm.after].label if arm.after else "before training") for name, arm in ARMS.items()}
-    exhibits_students.students(evidence, found.answers, {"before": Stage("before training", False, None), **stages})
+    exhibits.students.students(evidence, found.answers, {"before": Stage("before training", False, None), **stages})
     words = {name: arm.words for name, arm in ARMS.items()}
-    exhibits_students.ablations(evidence, found.contrasts().replace({"arm": words, "against": words}))
-    exhibits_students.costs(evidence, spent())
+    exhibits.students.ablations(evidence, found.contrasts().replace({"arm": words, "against": words}))
+    exhibits.students.costs(evidence, spent())
     costs, rounds = beside_the_teacher()
-    exhibits_students.student_against_teacher(evidence, costs)
+    exhibits.students.student_against_teacher(evidence, costs)
     times = rounds.pivot(index="round", columns="model", values="first_token")
     saved = {model: (1 - times[model] / times["teacher"]).rename("saved").reset_index() for model in ("student", "teacher again")}
     evidence.decide(

@@ -7,8 +7,9 @@ import functools
 
 import numpy as np
 
-from reports import effects, history, record
+from reports import effects, record
 from reports.claims import ClaimInstance
+from reports.nights import history
 from vlm_core import stats
 
 from . import sample_run

@@ -247,7 +247,7 @@ def overlay(rng, task):
 def sheet(rng):
     from matplotlib.figure import Figure
 
-    from reports.drawings import overlay_tile
+    from reports.drawings.claims import overlay_tile
 
     mask = np.zeros((40, 40), dtype=bool)
     mask[8:20, 20:34] = True
@@ -344,7 +344,7 @@ def of_students(rng):
     """What the exhibits of distillation leave, on answers drawn at random: six arms with all and with fewer tokens, their costs, contrasts, gained and lost items."""
     from PIL import Image
 
-    from reports import exhibits_students
+    from reports import exhibits
     from reports.evidence import Evidence
 
     evidence = Evidence(None)
@@ -360,7 +360,7 @@ def of_students(rng):
     for reduced in (False, True):
         for arm, label, start, accuracy, spent in arms:
             name, level = arm + "_reduced" * reduced, accuracy - 0.02 * reduced
-            stages[name] = exhibits_students.Stage(label, reduced, start)
+            stages[name] = exhibits.students.Stage(label, reduced, start)
             answers[name] = [students_answers(rng, level) for _ in range(3 if start else 1)]
             mean = float(np.mean([run["correct"].mean() for run in answers[name]]))
             costs.append(
@@ -368,18 +368,18 @@ def of_students(rng):
                  "supervised_tokens": 18_000 * spent, "training_flops": 4e12 * spent * (0.7 if reduced else 1), "seconds": 9.0 * spent, "accuracy": mean,
                  "lower": mean - 0.03, "upper": mean + 0.03, "inference_flops": 1.1e8 * (0.62 if reduced else 1)}
             )  # fmt: skip
-    exhibits_students.students(evidence, answers, stages)
+    exhibits.students.students(evidence, answers, stages)
     pairs = (("sft", "before", 0.19), ("preference", "more", 0.005), ("on_policy", "more", 0.02), ("lora on the top heads' layers", "lora on random layers", -0.012))
     contrasts = [
         {"arm": arm, "against": against, "task": task, "difference": found, "lower": found - 0.017, "upper": found + 0.016, "confidence": 0.95, "seeds": 3,
          "items": 420}
         for arm, against, found in pairs for task in ("all", "color")
     ]  # fmt: skip
-    exhibits_students.ablations(evidence, pd.DataFrame(contrasts))
-    exhibits_students.costs(evidence, pd.DataFrame(costs))
-    exhibits_students.student_against_teacher(evidence, pd.DataFrame(beside_the_teacher()))
+    exhibits.students.ablations(evidence, pd.DataFrame(contrasts))
+    exhibits.students.costs(evidence, pd.DataFrame(costs))
+    exhibits.students.student_against_teacher(evidence, pd.DataFrame(beside_the_teacher()))
     colours = {item: tuple(int(one) for one in rng.integers(40, 220, 3)) for item in answers["before"][0]["item"]}
-    exhibits_students.errors(evidence, answers["before"][0], answers["sft"], lambda item: Image.new("RGB", (72, 72), colours[item]))
+    exhibits.students.errors(evidence, answers["before"][0], answers["sft"], lambda item: Image.new("RGB", (72, 72), colours[item]))
     return evidence.payload()["figures"]
 
 

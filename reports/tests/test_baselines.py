@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from reports import baselines
+from reports.nights import baselines
 from vlm_core import stats
 
 from .sample_nights import DROP, IDENTITY, LOSS, entry

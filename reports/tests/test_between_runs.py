@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from reports import compare, index, markdown, page, record, trend
+from reports import compare, index, markdown, page, record
 from reports.__main__ import main
+from reports.nights import trend
 
 from . import sample_nights, sample_run
 from .sample_nights import DROP, IDENTITY, LOSS, RATIO

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from reports import compare, index, page, record, sparkline, trend
+from reports import compare, index, page, record
+from reports.nights import sparkline, trend
 
 from . import sample_nights, sample_run
 from .test_sparkline import nights

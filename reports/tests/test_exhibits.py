@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import drawings, exhibits, exhibits_ablation, exhibits_h1, exhibits_masks, exhibits_tokens, figures
+from reports import exhibits, figures
+from reports.drawings import claims
 from reports.evidence import Evidence
 from vlm_core import HeadId
 from vlm_core.heads.rankings import SingleHeads
@@ -44,11 +45,11 @@ def one_figure(evidence):
 
 
 def test_an_interval_of_an_accuracy_is_one():
-    found = exhibits.mean_with_interval(pd.Series([1, 0, 1, 1, 0, 1, 1, 1] * 5), np.repeat(np.arange(20), 2))
+    found = exhibits.shared.mean_with_interval(pd.Series([1, 0, 1, 1, 0, 1, 1, 1] * 5), np.repeat(np.arange(20), 2))
     expected = interval(np.array([1, 0, 1, 1, 0, 1, 1, 1] * 5, dtype=float), np.repeat(np.arange(20), 2), bounds=(0.0, 1.0))
     assert found == {"value": 0.75, "lower": expected.lower, "upper": expected.upper}
     for constant in (0.0, 1.0):
-        found = exhibits.mean_with_interval(np.full(5, constant), np.arange(5))
+        found = exhibits.shared.mean_with_interval(np.full(5, constant), np.arange(5))
         assert 0.0 <= found["lower"] <= found["value"] == constant <= found["upper"] <= 1.0
         assert found["lower"] < found["upper"]
 
@@ -59,7 +60,7 @@ def test_an_interval_of_an_accuracy_is_one():
 def test_head_ablation_rows_and_bars(evidence):
     full, cut, blind = (pd.Series(values, dtype=float) for values in ([1, 1, 1, 0] * 5, [1, 0, 0, 0] * 5, [0, 1, 0, 0] * 5))
     conditions = {"full": ("baseline", full), "top 2": ("targeted", cut), "other image": ("floor", blind)}
-    exhibits.head_ablation(evidence, "color", conditions, np.arange(20) // 2, [HeadId(1, 2), HeadId(0, 3)], 0.25)
+    exhibits.ablation.head_ablation(evidence, "color", conditions, np.arange(20) // 2, [HeadId(1, 2), HeadId(0, 3)], 0.25)
     tables, figure = one_figure(evidence)
     rows = tables["head-ablation.csv"]
     assert rows["task"].unique().tolist() == ["color"]
@@ -77,7 +78,7 @@ def test_head_ablation_rows_and_bars(evidence):
 
 def test_head_map_marks_the_targeted_heads(evidence):
     coefficients = np.array([[0.1, -0.2, 0.5], [0.0, 0.9, 0.3]])
-    exhibits.head_map(evidence, "count", coefficients, [HeadId(1, 1), HeadId(0, 2)], 0.834)
+    exhibits.heads.head_map(evidence, "count", coefficients, [HeadId(1, 1), HeadId(0, 2)], 0.834)
     _, figure = one_figure(evidence)
     assert figure["data"]["values"] == coefficients.tolist()
     assert [(mark["layer"], mark["head"]) for mark in figure["data"]["marks"]] == [(0, 2), (1, 1)]
@@ -87,31 +88,31 @@ def test_head_map_marks_the_targeted_heads(evidence):
 
 def test_head_maps_say_how_many_heads_see_the_image_where_not_all_do(evidence):
     coefficients = np.array([[np.nan] * 3, [0.0, 0.9, 0.3]])
-    exhibits.head_map(evidence, "count", coefficients, [HeadId(1, 1)], 0.834)
-    drop = {name: {"drop": 0.1} for name in exhibits_h1.LETTERS}
+    exhibits.heads.head_map(evidence, "count", coefficients, [HeadId(1, 1)], 0.834)
+    drop = {name: {"drop": 0.1} for name in exhibits.heads.LETTERS}
     heads = {
         f"{layer}.0": {"layer": layer, "head": 0, "category": "routing", "drops": drop | {"cross-modal grounding": {"drop": seen}}}
         for layer, seen in enumerate((None, None, 0.2))
     }
     clusters = SimpleNamespace(labels=[0, 1, 1], k=2, silhouette=0.5, by_k={2: 0.5}, permuted=np.zeros(2), p_value=0.1)
-    exhibits_h1.taxonomy(evidence, heads, clusters, 0.01, {"scenes": (SimpleNamespace(share=0.9, by_chance=0.4), {}, {})})
+    exhibits.heads.taxonomy(evidence, heads, clusters, 0.01, {"scenes": (SimpleNamespace(share=0.9, by_chance=0.4), {}, {})})
     one = SingleHeads(np.ones(2), np.zeros(2), np.full((2, 2, 2), [[np.nan] * 2, [0.5] * 2]), ("a", "b"), ("s", "t"), "logit")
-    exhibits_ablation.single_head_costs(evidence, "count", one, 0.05)
+    exhibits.ablation.single_head_costs(evidence, "count", one, 0.05)
     captions = [figure["caption"] for figure in left(evidence)[1]]
     said = [re.search(r"\d+ of \d+(?= heads see the image)", caption)[0] for caption in captions]
     assert said == ["3 of 6", "1 of 3", "2 of 4"]
 
 
 def test_the_taxonomy_says_how_far_it_agrees_between_scenes_and_between_wordings(evidence):
-    heads = {"0.0": {"layer": 0, "head": 0, "category": "routing", "drops": {name: {"drop": 0.1} for name in exhibits_h1.LETTERS}}}
+    heads = {"0.0": {"layer": 0, "head": 0, "category": "routing", "drops": {name: {"drop": 0.1} for name in exhibits.heads.LETTERS}}}
     clusters = SimpleNamespace(labels=[0], k=2, silhouette=0.5, by_k={2: 0.5}, permuted=np.zeros(2), p_value=0.1)
     stability = {
         "scenes": (SimpleNamespace(share=0.9, by_chance=0.4), {"entropy": 0.5, "distance": 0.7}, {}),
         "wordings": (SimpleNamespace(share=np.nan, by_chance=np.nan), {"entropy": 0.8, "distance": np.nan}, {"questions": {"features": 14}}),
     }
-    exhibits_h1.taxonomy(evidence, heads, clusters, 0.01, stability)
+    exhibits.heads.taxonomy(evidence, heads, clusters, 0.01, stability)
     _, figure = one_figure(evidence)
-    scenes, wordings = (f"Between {exhibits_h1.AGREEMENTS[name]}, " for name in ("scenes", "wordings"))
+    scenes, wordings = (f"Between {exhibits.heads.AGREEMENTS[name]}, " for name in ("scenes", "wordings"))
     assert f"{scenes}90 % of heads have the same category (40 % by chance), and features of heads correlate by 0.50 to 0.70" in figure["caption"]
     assert f"{wordings}an unknown share of heads" in figure["caption"] and "by 0.80 to 0.80" in figure["caption"]
     (left_behind,) = evidence.payload()["artifacts"]
@@ -122,7 +123,7 @@ def test_the_taxonomy_says_how_far_it_agrees_between_scenes_and_between_wordings
 
 
 def test_null_draws_keep_every_draw(evidence):
-    exhibits.null_draws(evidence, "shape", np.array([0.0, 0.05, -0.025, 0.1]), np.float64(0.3), 0.2)
+    exhibits.heads.null_draws(evidence, "shape", np.array([0.0, 0.05, -0.025, 0.1]), np.float64(0.3), 0.2)
     _, figure = one_figure(evidence)
     assert figure["data"] == {"draws": [0.0, 0.05, -0.025, 0.1], "observed": 0.3, "p_value": 0.2, "x_label": "accuracy lost"}
     assert "against 4 layer-matched" in figure["title"] and "lose 0.30" in figure["alt"]
@@ -133,7 +134,7 @@ def test_attention_and_mask_lie_on_the_image(evidence):
     mask = np.array([[True, False, False], [False, False, True]])
     heat = np.array([[0.0, 1.0, 2.0], [3.0, np.nan, 5.0]])
     item = {"image": image, "prompt": "what ?", "answer": "red"}
-    exhibits.attention_overlay(evidence, item, heat, mask, "where it looks")
+    exhibits.heads.attention_overlay(evidence, item, heat, mask, "where it looks")
     _, figure = one_figure(evidence)
     data = figure["data"]
     assert data["values"] == [[0.0, 1.0, 2.0], [3.0, None, 5.0]]
@@ -142,12 +143,12 @@ def test_attention_and_mask_lie_on_the_image(evidence):
     assert shown.size == (256, 256)
     assert shown.getpixel((0, 0)) == image.getpixel((0, 0)) and shown.getpixel((255, 255)) == image.getpixel((7, 7))
     with pytest.raises(ValueError, match=r"at most 256 pixels a side, got \(3, 257\)"):
-        exhibits.attention_overlay(evidence, item, np.zeros((3, 257)), mask, "where it looks")
+        exhibits.heads.attention_overlay(evidence, item, np.zeros((3, 257)), mask, "where it looks")
 
 
 def test_a_wide_image_stays_wide(evidence):
     item = {"image": Image.new("RGB", (90, 30)), "prompt": "what ?", "answer": "red"}
-    exhibits.attention_overlay(evidence, item, np.ones((30, 90)), np.zeros((30, 90)), "where it looks")
+    exhibits.heads.attention_overlay(evidence, item, np.ones((30, 90)), np.zeros((30, 90)), "where it looks")
     _, figure = one_figure(evidence)
     assert Image.open(io.BytesIO(base64.b64decode(figure["data"]["image"]))).size == (256, 85)
 
@@ -159,7 +160,7 @@ def test_heat_and_outline_are_drawn_over_the_whole_image_each_at_its_own_resolut
     data = {"image": base64.b64encode(out.getvalue()).decode(), "values": [[0.0, 1.0], [None, 2.0]], "prompt": "p", "answer": "a"}
     mask = np.zeros((4, 6), int)
     mask[2:, :3] = 1
-    figure, _ = drawings.attention_overlay({**data, "mask": mask.tolist()})
+    figure, _ = claims.attention_overlay({**data, "mask": mask.tolist()})
     plain, seen = figure.axes
     assert len(plain.images) == 1 and not plain.patches
     photo, heat = seen.images
@@ -171,7 +172,7 @@ def test_heat_and_outline_are_drawn_over_the_whole_image_each_at_its_own_resolut
     # Each side once: 3 columns of 10 wide and 2 rows of 5 high, top and bottom, left and right.
     ends = outline.get_path().vertices.reshape(-1, 2, 2)
     assert len(ends) == 2 * (3 + 2) and np.abs(ends[:, 1] - ends[:, 0]).sum() == 2 * (30 + 10)
-    assert not drawings.attention_overlay(data)[0].axes[1].patches
+    assert not claims.attention_overlay(data)[0].axes[1].patches
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def test_curves_are_means_of_the_layers_cells(evidence):
             (4, 0.5, "random"): 2, (4, 0.5, "attention"): 3,
         }
     )  # fmt: skip
-    exhibits_tokens.drop_curves(evidence, table, "color", 3)
+    exhibits.tokens.drop_curves(evidence, table, "color", 3)
     tables, figure = one_figure(evidence)
     lines = {series["name"]: series for series in figure["data"]["series"]}
     assert {name: [(p["x"], p["y"]) for p in line["points"]] for name, line in lines.items()} == {
@@ -233,7 +234,7 @@ def sensitivity(without, full=9):
     ],
 )
 def test_the_horizon_is_where_all_tokens_can_go_for_good(evidence, without, horizon):
-    exhibits_tokens.layer_sensitivity(evidence, sensitivity(without), "color", "stride", 0.1 - 1e-9)
+    exhibits.tokens.layer_sensitivity(evidence, sensitivity(without), "color", "stride", 0.1 - 1e-9)
     tables, figure = one_figure(evidence)
     data = figure["data"]
     assert data["horizon"] == horizon
@@ -257,7 +258,7 @@ def test_the_front_is_what_nothing_beats_in_both(evidence):
         spent("all tokens", 1.0, 0.99, 0.0), spent("stride", 0.5, 0.90, 0.2), spent("fastv", 0.5, 0.95, 0.2), spent("random", 0.25, 0.90, 0.3),
         spent("slow", 0.25, 0.98, -0.1), spent("same", 0.25, 0.90, 0.1),
     ]  # fmt: skip
-    exhibits_tokens.saved_against_lost(evidence, costs, "fastv, 0.5 from layer 1")
+    exhibits.tokens.saved_against_lost(evidence, costs, "fastv, 0.5 from layer 1")
     tables, figure = one_figure(evidence)
     points = {point["name"]: point for point in figure["data"]["points"]}
     assert {name.split(",")[0] for name, point in points.items() if point["front"]} == {"all tokens", "fastv", "random"}
@@ -267,7 +268,7 @@ def test_the_front_is_what_nothing_beats_in_both(evidence):
 
 def test_only_the_best_of_many_policies_are_drawn(evidence):
     cells = {(3, 0.5, name): right for name, right in (("random", 1), ("pooling", 2), ("a", 3), ("b", 9), ("c", 4), ("d", 8))}
-    exhibits_tokens.drop_curves(evidence, grid(cells | {(3, 1.0, "random"): 10}), "color", 3, shown=2)
+    exhibits.tokens.drop_curves(evidence, grid(cells | {(3, 1.0, "random"): 10}), "color", 3, shown=2)
     tables, figure = one_figure(evidence)
     assert [series["name"] for series in figure["data"]["series"]] == ["random", "pooling", "b", "d"]
     assert set(tables["token-drop-curves.csv"]["policy"]) == {"random", "pooling", "a", "b", "c", "d"}
@@ -277,7 +278,7 @@ def test_only_the_best_of_many_policies_are_drawn(evidence):
 
 def test_losing_every_token_is_drawn_against_the_margin(evidence):
     table = sensitivity((2, 5, 9, 9))
-    exhibits_tokens.horizon(evidence, "color", table, 0.05, 2)
+    exhibits.tokens.horizon(evidence, "color", table, 0.05, 2)
     _, figure = one_figure(evidence)
     assert [point["y"] for point in figure["data"]["points"]] == [0.2, 0.5, 0.9, 0.9]
     assert figure["data"]["reference"] == pytest.approx(0.85) and "layer 2 (3/4 of the depth) is put to the test" in figure["caption"]
@@ -285,7 +286,7 @@ def test_losing_every_token_is_drawn_against_the_margin(evidence):
 
 def test_a_cell_that_was_not_measured_is_shown_as_such(evidence):
     table = sensitivity((2, 5, 9))
-    exhibits_tokens.layer_sensitivity(evidence, table[~((table["layer"] == 1) & (table["keep"] == 0.5))], "color", "stride", 0.05)
+    exhibits.tokens.layer_sensitivity(evidence, table[~((table["layer"] == 1) & (table["keep"] == 0.5))], "color", "stride", 0.05)
     tables, figure = one_figure(evidence)
     assert figure["data"]["values"][1][1] is None
     assert len(tables["layer-sensitivity.csv"].dropna()) == 5
@@ -293,14 +294,14 @@ def test_a_cell_that_was_not_measured_is_shown_as_such(evidence):
 
 def test_without_a_column_for_no_tokens_there_is_no_horizon(evidence):
     table = sensitivity((9, 9))
-    exhibits_tokens.layer_sensitivity(evidence, table[table["keep"] > 0], "color", "stride", 0.05)
+    exhibits.tokens.layer_sensitivity(evidence, table[table["keep"] > 0], "color", "stride", 0.05)
     _, figure = one_figure(evidence)
     assert figure["data"]["horizon"] is None and figure["data"]["columns"] == [0.5]
 
 
 def test_trend_points_are_accuracies_by_layer(evidence):
     accuracies = pd.DataFrame({0: [0, 0, 0, 1.0] * 3, 2: [0, 1, 0, 1.0] * 3, 5: [1, 1, 0, 1.0] * 3})
-    exhibits_tokens.layer_trend(evidence, "color", accuracies, np.arange(12) // 2, 0.9)
+    exhibits.tokens.layer_trend(evidence, "color", accuracies, np.arange(12) // 2, 0.9)
     _, figure = one_figure(evidence)
     assert [(point["x"], point["y"]) for point in figure["data"]["points"]] == [(0, 0.25), (2, 0.5), (5, 0.75)]
     assert figure["data"]["reference"] == 0.9
@@ -319,7 +320,7 @@ def overlay(number, heat=((1.0, 0.0), (0.0, 0.0))):
 
 def test_overlays_are_small_pictures_with_heat_and_outline_row_by_row(evidence):
     blank = overlay(11, ((np.nan, 0.0), (0.0, 0.0)))
-    exhibits_masks.overlays(evidence, "where a head looks", [*(overlay(number) for number in range(11)), blank])
+    exhibits.masks.overlays(evidence, "where a head looks", [*(overlay(number) for number in range(11)), blank])
     written, figure = one_figure(evidence)
     assert written["head-impact-overlays.csv"]["item"].tolist() == [f"i{number}" for number in range(12)]
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure["data"]["image"]))))
@@ -332,17 +333,17 @@ def test_overlays_are_small_pictures_with_heat_and_outline_row_by_row(evidence):
 
 
 def test_every_kind_of_figure_has_an_exhibit(evidence):
-    exhibits.head_ablation(evidence, "t", {"full": ("baseline", pd.Series([1.0, 0.0]))}, [0, 1], [HeadId(0, 0)], 0.5)
-    exhibits.head_map(evidence, "t", [[0.1]], [HeadId(0, 0)], 0.5)
-    exhibits.null_draws(evidence, "t", [0.1, 0.2], 0.3, 0.5)
-    exhibits.attention_overlay(evidence, {"image": Image.new("RGB", (4, 4)), "prompt": "p", "answer": "a"}, [[1.0]], [[1]], "t")
-    exhibits_tokens.drop_curves(evidence, grid({(0, 0.5, "stride"): 4, (0, 1.0, "stride"): 5}), "color", 0)
-    exhibits_tokens.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
-    exhibits_tokens.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
-    exhibits_tokens.saved_against_lost(evidence, [spent("all tokens", 1.0, 0.9, 0.0)], None)
+    exhibits.ablation.head_ablation(evidence, "t", {"full": ("baseline", pd.Series([1.0, 0.0]))}, [0, 1], [HeadId(0, 0)], 0.5)
+    exhibits.heads.head_map(evidence, "t", [[0.1]], [HeadId(0, 0)], 0.5)
+    exhibits.heads.null_draws(evidence, "t", [0.1, 0.2], 0.3, 0.5)
+    exhibits.heads.attention_overlay(evidence, {"image": Image.new("RGB", (4, 4)), "prompt": "p", "answer": "a"}, [[1.0]], [[1]], "t")
+    exhibits.tokens.drop_curves(evidence, grid({(0, 0.5, "stride"): 4, (0, 1.0, "stride"): 5}), "color", 0)
+    exhibits.tokens.layer_sensitivity(evidence, sensitivity((1, 2)), "t", "stride", 0.05)
+    exhibits.tokens.layer_trend(evidence, "t", pd.DataFrame({0: [1.0, 0.0], 1: [1.0, 1.0]}), [0, 1], 1.0)
+    exhibits.tokens.saved_against_lost(evidence, [spent("all tokens", 1.0, 0.9, 0.0)], None)
     evidence._figures += sample_run.of_students(np.random.default_rng(0))
-    exhibits_masks.overlays(evidence, "t", [overlay(0)])
-    exhibits_h1.usage_map(evidence, [[0.0, 1.0]], ["count"], ["count-1"], {"task": 0.1, "colours": 0.0}, 0.5)
+    exhibits.masks.overlays(evidence, "t", [overlay(0)])
+    exhibits.heads.usage_map(evidence, [[0.0, 1.0]], ["count"], ["count-1"], {"task": 0.1, "colours": 0.0}, 0.5)
     _, drawn = left(evidence)
     # What a slider shows is tested where it is made (test_exhibits_tokens), nights are drawn from a history and left by no test.
     assert {figure["kind"] for figure in drawn} == figures.KINDS.keys() - {"kept_tokens", "nights"}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports import exhibits_ablation as exhibits
+from reports import exhibits
 from reports.evidence import Evidence
 from reports.tests.test_exhibits import left, one_figure
 from vlm_core.heads.curves import curves
@@ -33,7 +33,7 @@ def recovered(task, seed=0):
 
 def test_faithfulness_curves_are_lines_and_rows_of_a_task(evidence):
     table = recovered("color")
-    exhibits.faithfulness_curves(evidence, "color", table, 20)
+    exhibits.ablation.faithfulness_curves(evidence, "color", table, 20)
     written, (faithful, complete) = left(evidence)
     rows = written["faithfulness-curves.csv"]
     assert rows["task"].unique().tolist() == ["color"]
@@ -41,7 +41,7 @@ def test_faithfulness_curves_are_lines_and_rows_of_a_task(evidence):
     both = curves(table).set_index(["ranking", "share", "heads"])
     for figure, share in ((faithful, "faithfulness"), (complete, "completeness")):
         assert figure["data"]["y_label"] == share and figure["caption"].startswith("12 confirmation items") and "color" in figure["title"]
-        assert [one["name"] for one in figure["data"]["series"]] == list(exhibits.ORDER)
+        assert [one["name"] for one in figure["data"]["series"]] == list(exhibits.ablation.ORDER)
         for one in figure["data"]["series"]:
             assert (one["role"] == "random") == (one["name"] == "random")
             for point, heads in zip(one["points"], (2, 10), strict=True):
@@ -50,8 +50,8 @@ def test_faithfulness_curves_are_lines_and_rows_of_a_task(evidence):
 
 
 def test_without_any_usable_task_nothing_is_drawn(evidence):
-    exhibits.depth_profile(evidence, {})
-    exhibits.attention_against_attribution(evidence, {}, {})
+    exhibits.ablation.depth_profile(evidence, {})
+    exhibits.ablation.attention_against_attribution(evidence, {}, {})
     assert left(evidence) == ({}, [])
 
 
@@ -62,7 +62,7 @@ def test_the_grid_goes_to_table_1_and_bars_show_the_number_at_which_most_is_meas
         [(f"i{k}", f"s{k}", "t", mode, target, heads, float(k < 8 * right)) for mode, target, heads, right in cells for k in range(8)],
         columns=["item", "cluster", "task", "mode", "target", "heads", "correct"],
     )
-    exhibits.ablation_grid(evidence, rows, "t", 0.25)
+    exhibits.ablation.ablation_grid(evidence, rows, "t", 0.25)
     written, (figure, first, lines) = left(evidence)
     table = written["head-ablation.csv"].set_index("condition")
     assert len(table) == 8 and table.loc["image-KV, random 5", ["heads_removed", "accuracy", "drop", "items"]].tolist() == [5, 0.75, 0.25, 8]
@@ -81,14 +81,14 @@ def test_the_grid_goes_to_table_1_and_bars_show_the_number_at_which_most_is_meas
 def test_one_number_of_heads_makes_no_line(evidence):
     cells = [("none", "top", 0), ("zero", "top", 5), ("zero", "random", 5)]
     rows = [(f"i{k}", f"s{k}", "t", *cell, float(k % 2)) for cell in cells for k in range(8)]
-    exhibits.ablation_grid(evidence, pd.DataFrame(rows, columns=["item", "cluster", "task", "mode", "target", "heads", "correct"]), "t", 0.25)
+    exhibits.ablation.ablation_grid(evidence, pd.DataFrame(rows, columns=["item", "cluster", "task", "mode", "target", "heads", "correct"]), "t", 0.25)
     assert [figure["kind"] for figure in left(evidence)[1]] == ["accuracy_bars", "table"]
 
 
 def test_single_heads_are_rows_and_a_map_of_the_items_they_change(evidence):
     without = np.array([[[10.0, 8.0]], [[9.9, 10.0]]])
     one = SingleHeads(np.array([10.0, 10.0]), np.zeros(2), without, ("a", "b"), ("s", "t"), "logit")
-    exhibits.single_head_costs(evidence, "x", one, 0.05)
+    exhibits.ablation.single_head_costs(evidence, "x", one, 0.05)
     written, figure = one_figure(evidence)
     rows = written["single-heads.csv"].set_index(["task", "head"])
     assert rows.loc[("x", 1), ["logit_lost", "share_changed"]].tolist() == pytest.approx([1.0, 0.5])
@@ -100,9 +100,9 @@ def test_single_heads_are_rows_and_a_map_of_the_items_they_change(evidence):
 def test_depth_and_attention_are_those_of_the_mean_map(evidence):
     one = SimpleNamespace(coefficients=np.array([[3.0, -9.0], [0.5, 0.5]]))
     other = SimpleNamespace(coefficients=np.array([[-1.0, -1.0], [-1.0, -1.0]]))
-    exhibits.depth_profile(evidence, {"a": one, "b": other})
+    exhibits.ablation.depth_profile(evidence, {"a": one, "b": other})
     masses = {"a": np.arange(8.0).reshape(2, 2, 2)}
-    exhibits.attention_against_attribution(evidence, {"a": one}, masses)
+    exhibits.ablation.attention_against_attribution(evidence, {"a": one}, masses)
     written, figure = one_figure(evidence)
     assert written["attribution-by-layer.csv"]["share"].tolist() == [0.75, 0.25, 0.5, 0.5]
     assert [point["y"] for point in figure["data"]["points"]] == [0.625, 0.375] and figure["data"]["reference"] == 0.5

@@ -16,9 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from reports import drawings, drawings_students, exhibits_students, figures, page, wording
+from reports import exhibits, figures, page, wording
+from reports.drawings import claims as drawings
+from reports.drawings import students as drawings_students
 from reports.evidence import Evidence
-from reports.exhibits_students import Stage
+from reports.exhibits.students import Stage
 from vlm_core.stats import estimate_mean
 
 from . import sample_run
@@ -69,7 +71,7 @@ ARMS = {
 
 
 def test_metrics_are_by_arm_seed_and_task_and_over_all_tasks(evidence):
-    exhibits_students.students(evidence, {name: ARMS[name] for name in ("before", "minimal")}, STAGES)
+    exhibits.students.students(evidence, {name: ARMS[name] for name in ("before", "minimal")}, STAGES)
     rows = left(evidence)[0]["student-metrics.csv"]
     assert rows.columns.tolist() == ["arm", "label", "reduced", "seed", "task", "accuracy", "items"]
     assert list(rows.drop(columns="reduced").itertuples(index=False, name=None)) == [
@@ -81,7 +83,7 @@ def test_metrics_are_by_arm_seed_and_task_and_over_all_tasks(evidence):
 
 
 def test_table_2_has_a_row_a_label_and_a_column_for_all_and_for_reduced_tokens(evidence):
-    exhibits_students.students(evidence, ARMS, STAGES)
+    exhibits.students.students(evidence, ARMS, STAGES)
     tables, drawn = left(evidence)
     (table,) = drawn["table"]
     assert table["title"].startswith("Table 2")
@@ -94,13 +96,13 @@ def test_table_2_has_a_row_a_label_and_a_column_for_all_and_for_reduced_tokens(e
 
 
 def test_without_reduced_arms_table_2_has_no_column_for_them(evidence):
-    exhibits_students.students(evidence, {name: ARMS[name] for name in ("before", "sft")}, STAGES)
+    exhibits.students.students(evidence, {name: ARMS[name] for name in ("before", "sft")}, STAGES)
     (table,) = left(evidence)[1]["table"]
     assert table["data"]["columns"] == ["student", "all visual tokens"] and "Reduced" not in table["caption"]
 
 
 def test_intervals_of_table_2_are_over_seeds_and_scenes_together(evidence):
-    exhibits_students.students(evidence, ARMS, STAGES)
+    exhibits.students.students(evidence, ARMS, STAGES)
     rows = {row["label"]: row["cells"][0] for row in left(evidence)[1]["table"][0]["data"]["rows"]}
     frame = pd.concat([run.assign(seed=seed) for seed, run in enumerate(ARMS["sft"])])
     crossed = estimate_mean(frame["correct"], frame["cluster"], frame["seed"], bounds=(0.0, 1.0), smallest_alpha=0.025, fast=True)
@@ -111,7 +113,7 @@ def test_intervals_of_table_2_are_over_seeds_and_scenes_together(evidence):
 
 
 def test_lines_of_the_slope_chart_start_at_the_arm_that_training_went_on_from(evidence):
-    exhibits_students.students(evidence, ARMS, STAGES)
+    exhibits.students.students(evidence, ARMS, STAGES)
     (chart,) = left(evidence)[1]["slope"]
     whole, reduced = chart["data"]["panels"]
     assert chart["data"]["stages"] == ["before", "first training", "second training"]
@@ -123,13 +125,13 @@ def test_lines_of_the_slope_chart_start_at_the_arm_that_training_went_on_from(ev
 
 
 def test_an_arm_goes_on_from_one_with_its_own_tokens_where_there_is_one(evidence):
-    exhibits_students.students(evidence, {**ARMS, "before_short": [answers(3, 2)]}, STAGES)
+    exhibits.students.students(evidence, {**ARMS, "before_short": [answers(3, 2)]}, STAGES)
     reduced = left(evidence)[1]["slope"][0]["data"]["panels"][1]
     assert [(arm["label"], arm["start"], arm["values"][0]) for arm in reduced["arms"]] == [("SFT", 1, 0.55), ("baseline", None, 0.25)]
 
 
 def test_every_seed_has_a_line_of_its_own_and_the_mean_a_bold_one(evidence):
-    exhibits_students.students(evidence, {name: ARMS[name] for name in ("before", "sft", "dpo")}, STAGES)
+    exhibits.students.students(evidence, {name: ARMS[name] for name in ("before", "sft", "dpo")}, STAGES)
     figure, _ = drawings_students.slope(left(evidence)[1]["slope"][0]["data"])
     lines = [(line.get_linewidth(), [round(float(y), 3) for y in line.get_ydata()]) for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
     assert [ys for width, ys in lines if width < 1] == [[0.3, 0.6], [0.3, 0.4], [0.3, 0.65], [0.6, 0.65], [0.4, 0.5], [0.65, 0.7]]
@@ -150,7 +152,7 @@ def test_every_seed_has_a_line_of_its_own_and_the_mean_a_bold_one(evidence):
 )  # fmt: skip
 def test_arms_that_make_no_sense_are_named(evidence, arms, stages, message):
     with pytest.raises(ValueError, match=message):
-        exhibits_students.students(evidence, arms, stages)
+        exhibits.students.students(evidence, arms, stages)
     assert evidence.payload()["figures"] == [] or "itself" in message
 
 
@@ -166,7 +168,7 @@ def contrasts():
 
 
 def test_contrasts_over_all_tasks_are_drawn_against_zero_and_every_one_is_in_the_table(evidence):
-    exhibits_students.ablations(evidence, contrasts())
+    exhibits.students.ablations(evidence, contrasts())
     tables, drawn = left(evidence)
     pd.testing.assert_frame_equal(tables["distill-ablations.csv"], contrasts(), check_dtype=False)
     (forest,) = drawn["forest"]
@@ -178,7 +180,7 @@ def test_contrasts_over_all_tasks_are_drawn_against_zero_and_every_one_is_in_the
 
 
 def test_an_interval_that_holds_zero_is_hollow_and_ends_where_it_ends(evidence):
-    exhibits_students.ablations(evidence, contrasts())
+    exhibits.students.ablations(evidence, contrasts())
     figure, _ = drawings_students.forest(left(evidence)[1]["forest"][0]["data"])
     lines = figure.axes[0].lines
     assert [list(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2] == [[0.0, 0.0], [0.15, 0.25], [0.0, 0.0], [-0.03, 0.02]]
@@ -195,7 +197,7 @@ def test_an_interval_that_holds_zero_is_hollow_and_ends_where_it_ends(evidence):
 )
 def test_contrasts_that_lack_something_say_what(evidence, change, message):
     with pytest.raises(ValueError, match=message):
-        exhibits_students.ablations(evidence, change(contrasts()))
+        exhibits.students.ablations(evidence, change(contrasts()))
     assert evidence.payload()["tables"] == []
 
 
@@ -213,7 +215,7 @@ def spent():
 
 
 def test_costs_are_drawn_over_training_and_over_a_prompt(evidence):
-    exhibits_students.costs(evidence, spent())
+    exhibits.students.costs(evidence, spent())
     tables, drawn = left(evidence)
     assert tables["distill-costs.csv"]["training_flops"].tolist() == [0.0, 4e12, 3e12, 1.2e13]
     assert set(tables["distill-costs.csv"].columns) == set(spent().columns)
@@ -238,7 +240,7 @@ def test_costs_are_drawn_over_training_and_over_a_prompt(evidence):
 
 def test_costs_that_lack_a_column_say_which(evidence):
     with pytest.raises(ValueError, match="costs need a column 'seconds'"):
-        exhibits_students.costs(evidence, spent().drop(columns="seconds"))
+        exhibits.students.costs(evidence, spent().drop(columns="seconds"))
 
 
 def test_a_student_is_set_beside_its_teacher(evidence):
@@ -247,7 +249,7 @@ def test_a_student_is_set_beside_its_teacher(evidence):
         ("student", "parameters", "", 1_090_304, 0.5945, None, None), ("student", "first token", "s", 0.0095, 0.47, 0.45, 0.5),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["model", "quantity", "unit", "value", "of_reference", "lower", "upper"])
-    exhibits_students.student_against_teacher(evidence, table)
+    exhibits.students.student_against_teacher(evidence, table)
     tables, drawn = left(evidence)
     assert len(tables["student-against-teacher.csv"]) == 4
     (shown,) = drawn["table"]
@@ -257,7 +259,7 @@ def test_a_student_is_set_beside_its_teacher(evidence):
         "first token": [("20 ms", ""), ("9.5 ms", ""), ("0.47", "[0.45, 0.50]")],
     }
     with pytest.raises(ValueError, match="model costs need 'teacher' and a student beside it, got 'student'"):
-        exhibits_students.student_against_teacher(evidence, table[table["model"] == "student"])
+        exhibits.students.student_against_teacher(evidence, table[table["model"] == "student"])
 
 
 # -- gained and lost --------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def square(item):
 
 
 def test_items_are_gained_and_lost_by_what_most_seeds_say(evidence):
-    exhibits_students.errors(evidence, BEFORE, [run.sample(frac=1, random_state=1) for run in AFTER], square)
+    exhibits.students.errors(evidence, BEFORE, [run.sample(frac=1, random_state=1) for run in AFTER], square)
     tables, drawn = left(evidence)
     assert list(tables["distill-errors.csv"].itertuples(index=False, name=None)) == [("color", 1, 1, 0, 4), ("count", 1, 0, 1, 2), ("all", 2, 1, 1, 6)]
     assert tables["distill-errors.csv"].columns.tolist() == ["task", "gained", "lost", "net", "items"]
@@ -295,12 +297,12 @@ def test_items_are_gained_and_lost_by_what_most_seeds_say(evidence):
 
 
 def test_half_of_the_seeds_decide_nothing(evidence):
-    exhibits_students.errors(evidence, BEFORE, AFTER[:2], square)
+    exhibits.students.errors(evidence, BEFORE, AFTER[:2], square)
     assert list(left(evidence)[0]["distill-errors.csv"].itertuples(index=False, name=None))[-1] == ("all", 1, 1, 0, 6)  # i0, i2
 
 
 def test_pictures_of_gained_and_lost_items_with_what_was_said(evidence):
-    exhibits_students.errors(evidence, BEFORE, AFTER, square)
+    exhibits.students.errors(evidence, BEFORE, AFTER, square)
     (shown,) = left(evidence)[1]["cases"]
     color, count = shown["data"]["groups"]
     assert (color["name"], count["name"]) == ("color", "count")
@@ -316,7 +318,7 @@ def test_pictures_are_chosen_by_the_hash_of_the_item_and_are_small(evidence):
     n = 40
     before = pd.concat([told([0] * 6, "blue").assign(item=[f"i{place}-{turn}" for place in range(6)]) for turn in range(n)])
     after = before.assign(correct=True, output="red")
-    exhibits_students.errors(evidence, before, [after], lambda item: Image.new("RGB", (400, 200)), per_task=3)
+    exhibits.students.errors(evidence, before, [after], lambda item: Image.new("RGB", (400, 200)), per_task=3)
     color = left(evidence)[1]["cases"][0]["data"]["groups"][0]
     mine = before[before["task"] == "color"]["item"]
     assert [case["item"] for case in color["cases"]] == sorted(mine, key=lambda item: hashlib.sha256(item.encode()).hexdigest())[:3]
@@ -324,12 +326,12 @@ def test_pictures_are_chosen_by_the_hash_of_the_item_and_are_small(evidence):
 
 
 def test_nothing_gained_or_lost_leaves_no_pictures_and_other_items_are_refused(evidence):
-    exhibits_students.errors(evidence, BEFORE, [BEFORE], square)
+    exhibits.students.errors(evidence, BEFORE, [BEFORE], square)
     assert left(evidence)[1].keys() == {"gained_lost"}
     with pytest.raises(ValueError, match="the answers of seed 1 are not of the items answered before training"):
-        exhibits_students.errors(evidence, BEFORE, [BEFORE, BEFORE[1:]], square)
+        exhibits.students.errors(evidence, BEFORE, [BEFORE, BEFORE[1:]], square)
     with pytest.raises(ValueError, match="at least one frame of answers"):
-        exhibits_students.errors(evidence, BEFORE, [], square)
+        exhibits.students.errors(evidence, BEFORE, [], square)
 
 
 # -- on the page ------------------------------------------------------------------------------------------------------
@@ -337,8 +339,8 @@ def test_nothing_gained_or_lost_leaves_no_pictures_and_other_items_are_refused(e
 
 def test_tables_and_pictures_are_words_on_the_page(tmp_path, evidence):
     before = BEFORE.assign(prompt='<i>"what"</i> & why')
-    exhibits_students.errors(evidence, before, AFTER, square)
-    exhibits_students.students(evidence, ARMS, STAGES)
+    exhibits.students.errors(evidence, before, AFTER, square)
+    exhibits.students.students(evidence, ARMS, STAGES)
     entry = sample_run.make("H3.sft", "supported", 0.117, 0.041, figures=evidence.payload()["figures"])
     text = page.render(sample_run.write(tmp_path, [entry], heads=False)).read_text(encoding="utf-8")
     table = re.search(r'<table class="data exhibit">.*?</table>', text, re.DOTALL)[0]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reports import exhibits_tokens, figures
+from reports import exhibits, figures
 from vlm_core import DropTokens, HeadId
 from vlm_core.heads.token_mass import TokenMass
 from vlm_core.reduction.kept_rows import KeptRows
@@ -32,7 +32,7 @@ def alike():
 
 def test_redundancy_is_a_line_a_group(evidence):  # noqa: F811
     found = alike()
-    exhibits_tokens.redundancy(evidence, found, "nearest")
+    exhibits.tokens.redundancy(evidence, found, "nearest")
     tables, figure = one_figure(evidence)
     lines = {one["name"]: one["points"] for one in figure["data"]["series"]}
     assert list(lines) == ["all", "object"] and [point["x"] for point in lines["all"]] == [0, 1, 2]
@@ -52,7 +52,7 @@ def test_utility_puts_groups_beside_random_ones(evidence):  # noqa: F811
         ],
         ignore_index=True,
     )
-    exhibits_tokens.utility(evidence, SimpleNamespace(groups=groups, layer=1))
+    exhibits.tokens.utility(evidence, SimpleNamespace(groups=groups, layer=1))
     tables, figure = one_figure(evidence)
     bars = {bar["label"]: (bar["value"], bar["role"]) for bar in figure["data"]["bars"]}
     assert bars == {"all": (7.0, "targeted"), "object": (4.0, "targeted"), "object: as many random ones": (0.5, "random")}
@@ -61,7 +61,7 @@ def test_utility_puts_groups_beside_random_ones(evidence):  # noqa: F811
 
 def test_shares_of_heads_are_means_over_items_that_have_one(evidence):  # noqa: F811
     values = np.array([[[0.5, np.nan]], [[0.7, np.nan]], [[0.6, 0.9]], [[0.6, np.nan]]])
-    exhibits_tokens.head_shares(evidence, TokenMass(values, 0.25, tuple("abcd"), SCENES, TASKS), [HeadId(0, 1)])
+    exhibits.tokens.head_shares(evidence, TokenMass(values, 0.25, tuple("abcd"), SCENES, TASKS), [HeadId(0, 1)])
     _, figure = one_figure(evidence)
     np.testing.assert_allclose(figure["data"]["values"], [[0.6, 0.9]])
     assert figure["data"]["marks"] == [{"layer": 0, "head": 1}] and "25%" in figure["caption"]
@@ -72,7 +72,7 @@ def test_kept_rows_are_shares_from_the_top(evidence):  # noqa: F811
     candidates = np.full((4, 3), 4)
     position = np.array([0.7, 0.6, 0.65, 0.7])
     found = KeptRows(DropTokens(1, 1 / 3, "random"), counts, candidates, position, np.full(4, 0.5), tuple("abcd"), SCENES, TASKS)
-    exhibits_tokens.kept_rows(evidence, found, "fastv")
+    exhibits.tokens.kept_rows(evidence, found, "fastv")
     tables, figure = one_figure(evidence)
     np.testing.assert_allclose([bar["value"] for bar in figure["data"]["bars"]], [1 / 16, 4 / 16, 11 / 16])
     assert figure["data"]["chance"] == pytest.approx(1 / 3)
@@ -94,10 +94,10 @@ def test_two_questions_to_one_image_are_two_rows(evidence):  # noqa: F811
     items = [{"image": Image.new("RGB", (8, 8), (200, 200, 200)), "prompt": prompt} for prompt in ("which color?", "how many?")]
     named = ("participatory", "propositional", "perspectival", "propositional", "propositional")
     maps = [seen([True, True, False, False, False], named), seen([False, False, False, True, True], named)]
-    exhibits_tokens.relevance(evidence, items, maps)
+    exhibits.tokens.relevance(evidence, items, maps)
     _, figure = one_figure(evidence)
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure["data"]["image"]))))
-    side, step = exhibits_tokens.SHOWN_SIDE, exhibits_tokens.SHOWN_SIDE + exhibits_tokens.GAP
+    side, step = exhibits.tokens.SHOWN_SIDE, exhibits.tokens.SHOWN_SIDE + exhibits.tokens.GAP
     assert sheet.shape == (2 * step, 6 * step, 3)
 
     def tile(row, column):
@@ -109,7 +109,7 @@ def test_two_questions_to_one_image_are_two_rows(evidence):  # noqa: F811
     assert (plain == 200).all()
     changed = [(tile(0, column) != plain).any(-1).tolist() for column in (1, 2, 3)]
     assert changed == [[[False, False], [False, True]], [[False, False], [True, False]], [[True, False], [False, False]]]
-    colours = exhibits_tokens._DOMINANT
+    colours = exhibits.tokens._DOMINANT
     expected = [[colours["participatory"], colours["propositional"]], [colours["perspectival"], colours["propositional"]]]
     np.testing.assert_allclose(tile(0, 4), 0.5 * 200 + 0.5 * np.array(expected), atol=1)
     assert [(tile(row, 5) == 200).all(-1).tolist() for row in (0, 1)] == [[[True, False], [False, False]], [[False, False], [True, True]]]
@@ -129,14 +129,14 @@ def test_kept_tokens_are_covered_grids_with_answers(evidence):  # noqa: F811
         {"keep": 1.0, "left": [(layout, all_)], "outputs": ["red"], "correct": [True]},
         {"keep": 0.5, "left": [(layout, half)], "outputs": ["blue"], "correct": [False]},
     ]
-    exhibits_tokens.kept_tokens(evidence, items, steps, "fastv", 1)
+    exhibits.tokens.kept_tokens(evidence, items, steps, "fastv", 1)
     figure = evidence.payload()["figures"][0]
     (example,) = figure["data"]["examples"]
     assert (example["width"], example["height"]) == (96, 48) and example["box"] == pytest.approx([0.1, 0, 0.9, 1])
     assert [step["rows"] for step in example["steps"]] == [["11", "11"], ["01", "10"]]
     assert [(step["kept"], step["of"], step["output"], step["correct"]) for step in example["steps"]] == [(5, 5, "red", True), (3, 5, "blue", False)]
     assert "1: 1 of 1, 0.5: 0 of 1" in figure["caption"]
-    exhibits_tokens.kept_tokens(evidence, items, [], "fastv", 1)
+    exhibits.tokens.kept_tokens(evidence, items, [], "fastv", 1)
     assert len(evidence.payload()["figures"]) == 1
 
 

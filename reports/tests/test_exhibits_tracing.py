@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports import exhibits_tracing
+from reports import exhibits
 from reports.tests.test_exhibits import evidence, left  # noqa: F401
 from vlm_core.stats import interval
 from vlm_core.tracing.background import CONDITIONS, Background
@@ -28,7 +28,7 @@ def patching():
 
 
 def test_patching_curves_are_shares_with_intervals(evidence, patching):  # noqa: F811
-    exhibits_tracing.patching_curves(evidence, "paired image", patching, {"sufficient": "Said.", "necessary": "Said."})
+    exhibits.tracing.patching_curves(evidence, "paired image", patching, {"sufficient": "Said.", "necessary": "Said."})
     tables, figures = left(evidence)
     rows = tables["patching-curves.csv"]
     assert [figure["kind"] for figure in figures] == ["keep_curves"] * 2
@@ -43,7 +43,7 @@ def test_patching_curves_are_shares_with_intervals(evidence, patching):  # noqa:
 
 
 def test_head_maps_show_every_head_in_every_place_and_of_how_many_items(evidence, patching):  # noqa: F811
-    exhibits_tracing.patching_heads(evidence, "noise", patching, {"sufficient": "Said."})
+    exhibits.tracing.patching_heads(evidence, "noise", patching, {"sufficient": "Said."})
     tables, figures = left(evidence)
     shares = patching.share("sufficient", "heads")
     for k, (figure, where) in enumerate(zip(figures, ("the object's image tokens", "the last token"), strict=True)):
@@ -61,7 +61,7 @@ def test_the_window_map_has_costs_with_intervals(evidence):  # noqa: F811
     full = {"correct": np.ones(8), "margin": np.full(8, 2.0)}
     windows = {"early": (0,), "middle": (1, 2), "late": (3,)}
     losses = WindowLosses(*ABOUT, ("x → y", "y → z"), windows, 4, full, cut, full)
-    exhibits_tracing.window_map(evidence, losses, ("x → y", "late"))
+    exhibits.tracing.window_map(evidence, losses, ("x → y", "late"))
     tables, (figure,) = left(evidence)
     np.testing.assert_allclose(figure["data"]["values"], 1 - cut["correct"].mean(0))
     found = interval(1 - cut["correct"][:, 1, 2], ABOUT[1])
@@ -72,7 +72,7 @@ def test_the_window_map_has_costs_with_intervals(evidence):  # noqa: F811
 
 
 def test_a_cell_says_its_interval():
-    from reports import drawings
+    from reports.drawings import claims as drawings
 
     data = {"rows": ["a"], "columns": ["b"], "values": [[0.5]], "lower": [[0.25]], "upper": [[0.75]], "row_label": "edge"}
     _, tips = drawings.layer_heatmap(data)
@@ -82,7 +82,7 @@ def test_a_cell_says_its_interval():
 
 
 def test_lines_in_order_are_not_turned():
-    from reports import drawings
+    from reports.drawings import claims as drawings
 
     series = [{"name": str(k), "points": [{"x": x, "y": k * (1 - x)} for x in (0, 1)]} for k in (1, 2)]
     for in_order in (False, True):
@@ -95,7 +95,7 @@ def test_arrival_curves_fall_from_one(evidence):  # noqa: F811
     more = {"text": 0.0, "image": 0.1}
     lost = {route: size * [1.0, 7 * share, 0.0] + [[0.0, share, 0.0]] for route, share in more.items()}
     found = Arrivals(*ABOUT, 3, lost, lost)
-    exhibits_tracing.arrival_curves(evidence, found)
+    exhibits.tracing.arrival_curves(evidence, found)
     tables, (figure,) = left(evidence)
     rows = tables["arrival-curves.csv"].set_index(["route", "layer"])
     assert rows.loc[("text", 0), "share_not_arrived"] == rows.loc[("image", 0), "share_not_arrived"] == 1.0
@@ -109,7 +109,7 @@ def test_background_bars_are_accuracies(evidence):  # noqa: F811
     correct = pd.DataFrame({name: rng.integers(0, 2, 8).astype(float) for name in CONDITIONS}, index=list(IDS))
     correct.insert(0, "cluster", ABOUT[1])
     correct.insert(1, "task", ["t", "u"] * 4)
-    exhibits_tracing.background(evidence, Background(correct, {}), CONDITIONS)
+    exhibits.tracing.background(evidence, Background(correct, {}), CONDITIONS)
     tables, (figure,) = left(evidence)
     assert {bar["label"]: bar["value"] for bar in figure["data"]["bars"]} == pytest.approx(correct[list(CONDITIONS)].mean().to_dict())
     rows = tables["background.csv"].set_index(["task", "condition"])

@@ -9,7 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from reports import effects, history, ledger
+from reports import effects
+from reports.nights import history, ledger
 from vlm_core import stats
 
 from . import sample_nights

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reports import drawings, figures, page, record, summary, wording
+from reports import figures, page, record, summary, wording
 from reports.__main__ import main
+from reports.drawings import claims
 from reports.scale import Scale
 
 from . import sample_run
@@ -202,7 +203,7 @@ def test_text_in_cells_of_maps_can_be_read_on_every_strength_of_colour(scheme, h
     for share in np.linspace(0, 1, 101):
         strength = 0.05 + 0.85 * share
         cell = strength * _colour(f"fig-{hue}", scheme) + (1 - strength) * _colour("card", scheme)
-        assert _contrast(cell, _colour("fig-on-strong" if share > drawings.STRONG else "fig-on-weak", scheme)) >= 4.5, f"share {share:.2f}"
+        assert _contrast(cell, _colour("fig-on-strong" if share > claims.STRONG else "fig-on-weak", scheme)) >= 4.5, f"share {share:.2f}"
 
 
 def test_text_on_a_strong_cell_is_dark_and_on_a_weak_one_the_pages():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from reports import history, page, record, sparkline
+from reports import page, record
+from reports.nights import history, sparkline
 
 from . import sample_nights, sample_run
 

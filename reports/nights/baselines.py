@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reports import effects, ledger, provenance, record
+from reports import effects, provenance, record
+from reports.nights import ledger
 from reports.wording import number, title
 from vlm_core import stats
 

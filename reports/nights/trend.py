@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from reports import history, page, wording
+from reports import page, wording
+from reports.nights import history
 
 SHOWN_NIGHTS = 120  # the last ones, in a figure
 

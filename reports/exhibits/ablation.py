@@ -5,12 +5,49 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from reports.exhibits import heads_seeing
+from reports.exhibits.shared import heads_seeing, mean_with_interval
 from vlm_core.heads.curves import curves
 from vlm_core.heads.grid import grid_table
 
 ORDER = ("attribution", "single-head ablation", "gradient × gate", "attention mass", "random")
 _BAR_ROLES = {"none": "baseline", "top": "targeted", "layer-matched": "random", "random": "random"}
+
+
+def head_ablation(evidence, task: str, conditions: dict[str, tuple[str, pd.Series]], clusters, heads, chance: float) -> None:
+    """Table 1's rows and bars for one task.
+
+    Parameters
+    ----------
+    conditions : dict
+        Label → (role, correctness per item); roles as in the bar figure (``baseline``, ``targeted``, ``random``, ``floor``).
+    clusters : array, one per item
+    heads : sequence of heads
+        The targeted ones.
+    chance : float
+    """
+    bars = [{"label": label, "role": role, **mean_with_interval(values, clusters)} for label, (role, values) in conditions.items()]
+    full = bars[0]["value"]
+    evidence.table(
+        "head-ablation.csv",
+        pd.DataFrame(
+            {
+                "task": task,
+                "condition": [bar["label"] for bar in bars],
+                "heads_removed": [{"targeted": len(heads), "random": len(heads)}.get(bar["role"]) for bar in bars],
+                "accuracy": [bar["value"] for bar in bars],
+                "lower": [bar["lower"] for bar in bars],
+                "upper": [bar["upper"] for bar in bars],
+                "drop": [full - bar["value"] for bar in bars],
+            }
+        ),
+    )
+    evidence.figure(
+        "accuracy_bars",
+        {"bars": bars, "chance": chance},
+        title=f"{task}: accuracy when heads lose the image",
+        caption=f"Confirmation items, 95 % cluster intervals. The targeted heads are {', '.join(map(str, heads))} (layer.head).",
+        alt=f"Bars of accuracy on {task}: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
+    )
 
 
 def faithfulness_curves(evidence, task: str, recovered: pd.DataFrame, n_heads: int) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from reports.drawings import WIDTH, spread
+from reports.drawings.claims import WIDTH, spread
 from reports.figures import COLOURS
 from reports.wording import number, with_unit
 

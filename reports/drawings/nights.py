@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reports.drawings import WIDTH
+from reports.drawings.claims import WIDTH
 from reports.figures import COLOURS
 from reports.wording import number
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from reports.exhibits import mean_with_interval
+from reports.exhibits.shared import mean_with_interval
 from reports.pictures import png, thumbnail
 from reports.wording import decimals_of, listing, number, plural, with_unit
 

@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from reports import baselines, history, record, sparkline, wording
+from reports import record, wording
+from reports.nights import baselines, history, sparkline
 
 _SHOWN = {"regression": "red", "drift": "yellow", "voided": "yellow"}
 _STATES = ("identical", "within noise", "drift", "regression", "voided", "no baseline")

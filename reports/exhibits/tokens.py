@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from reports.drawings import overlay_tile
-from reports.exhibits import mean_with_interval
+from reports.drawings.claims import overlay_tile
+from reports.exhibits.shared import mean_with_interval
 from reports.pictures import png, thumbnail
 from vlm_core.stats import interval
 

@@ -1,20 +1,85 @@
-"""Exhibits of H1 beyond those that other hypotheses share: what heads look like, what they are for, and when they are used.
-
-As in `reports.exhibits`: one function an exhibit, nothing is measured here.
-"""
+"""Exhibits of heads: where they look, how much each carries, what they are for, and when they are used."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from reports.exhibits import heads_seeing
+from reports.exhibits.shared import heads_seeing
+from reports.pictures import png
 
 AGREEMENTS = {
     "scenes": "two halves of the scenes, mean over random ways to part them",
     "wordings": "two wordings of the same few questions about the same images (image tokens see neither, in a causal order)",
 }
 LETTERS = {"cross-modal grounding": "G", "vision summarisation": "V", "instruction following": "I", "routing": "R"}
+SHOWN_PIXELS = 256  # of a shown image's longer side
+
+
+def head_map(evidence, task: str, coefficients, heads, r2: float) -> None:
+    """The layers × heads map of attribution, targeted heads marked."""
+    coefficients = np.asarray(coefficients)
+    layers, width = coefficients.shape
+    chosen = {tuple(head) for head in heads}
+    evidence.figure(
+        "head_map",
+        {
+            "values": coefficients.tolist(),
+            "marks": [{"layer": layer, "head": head, "label": ""} for layer, head in sorted(chosen)],
+            "value_label": "attribution (logits)",
+        },
+        title=f"{task}: which heads carry the image",
+        caption=f"Attribution on discovery items: logits of the right answer gained when a head sees the image. R² on unseen masks {r2:.2f}."
+        + heads_seeing(coefficients),
+        alt=f"Map of {layers} layers by {width} heads; highest attribution at {', '.join(f'{a}.{b}' for a, b in sorted(chosen))}.",
+    )
+
+
+def null_draws(evidence, task: str, draws, observed: float, p_value: float) -> None:
+    """Histogram of the random head sets' mean drops with the targeted one's."""
+    evidence.figure(
+        "null_histogram",
+        {"draws": [float(x) for x in draws], "observed": float(observed), "p_value": p_value, "x_label": "accuracy lost"},
+        title=f"{task}: targeted heads against {len(draws)} layer-matched random sets",
+        caption="Each count is one random set of heads from the same layers in the same numbers; the line is the targeted set.",
+        alt=f"Histogram of accuracy lost by random heads; the targeted heads lose {observed:.2f}, Monte-Carlo p {p_value:.3g}.",
+    )
+
+
+def attention_overlay(evidence, item: dict, heat, mask, title: str) -> None:
+    """One image with attention over it and the asked object's outline.
+
+    Parameters
+    ----------
+    item : dict
+        With ``image``, ``prompt`` and ``answer``.
+    heat : float array ``[height, width]``
+        Attention over the image's pixels, at any resolution up to 256 a side; NaN where the subject saw nothing
+        (``vlm_core.heatmap`` draws it, whatever the subject cuts images into).
+    mask : bool array ``[height, width]``
+        The asked object's pixels, at any resolution.
+    title : str
+    """
+    heat, mask = np.asarray(heat, dtype=float), np.asarray(mask, dtype=bool)
+    if heat.ndim != 2 or max(heat.shape) > SHOWN_PIXELS:
+        raise ValueError(f"a heatmap is [height, width] of at most {SHOWN_PIXELS} pixels a side, got {heat.shape}: draw it smaller")
+    image = item["image"]
+    scale = SHOWN_PIXELS / max(image.size)
+    shown = image.resize(tuple(max(1, round(side * scale)) for side in image.size), 0)
+    values = [[float(f"{value:.4g}") for value in row] for row in heat.tolist()]
+    evidence.figure(
+        "attention_overlay",
+        {
+            "image": png(shown),
+            "values": values,
+            "mask": mask.astype(int).tolist(),
+            "prompt": item["prompt"],
+            "answer": item["answer"],
+        },
+        title=title,
+        caption="Attention from the last prompt token to the image, summed over the targeted heads. The outline marks the asked object.",
+        alt=f"An image with attention from the targeted heads, for the question: {item['prompt']} (answered {item['answer']}).",
+    )
 
 
 def head_features(evidence, tables: dict[str, pd.DataFrame], notes: dict[str, str]) -> None:

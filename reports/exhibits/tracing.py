@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from reports.exhibits import mean_with_interval
+from reports.exhibits.shared import mean_with_interval
 from vlm_core.stats import estimate_statistic, interval
 
 _DRAWS = 2000  # of an interval that only a figure shows

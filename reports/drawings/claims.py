@@ -1,8 +1,4 @@
-"""The drawings: one function a figure kind, data in, ``(figure, tips)`` out.
-
-``tips`` maps the id of a drawn group to the text a reader gets when pointing at it. Direct labels instead of
-legends; axis labels are words with units; colours only from ``reports.figures.COLOURS``.
-"""
+"""Drawings of what tests leave about heads, tokens and layers, and the pieces that other drawings are made of."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 import numpy as np
 from scipy.stats import t as student
 
-from reports import effects, ledger, provenance, record
+from reports import effects, provenance, record
+from reports.nights import ledger
 from reports.wording import number, plural, title
 from vlm_core import stats
 from vlm_core.stats.eprocess import unsuited

@@ -1,6 +1,6 @@
 """A claim's history beside its verdict: estimate and interval night by night.
 
-``leave``     the nights of a history (`reports.history.load`), in a run's folder
+``leave``     the nights of a history (`reports.nights.history.load`), in a run's folder
 ``load``      the nights of a run's claims, where ``history.json`` lies beside its evidence
 ``section``   one claim's nights as the page draws them
 
@@ -28,7 +28,7 @@ def leave(folder, nights):
     ----------
     folder : pathlib.Path
     nights : dict
-        Claim instance → its lines in the history (`reports.history.load`). Those of another declaration, subject or profile than the last are left out.
+        Claim instance → its lines in the history (`reports.nights.history.load`). Those of another declaration, subject or profile than the last are left out.
     """
     kept = {}
     for key, lines in nights.items():
