@@ -1,5 +1,6 @@
 """What a stored measurement depends on, as digests.
 
+``digest``          JSON, short
 ``image_digest``    what an image (or several) shows
 ``picture_digest``  the same of its pixels in RGB alone, whatever mode or file it came in
 ``item_digest``     what an item asks
@@ -12,16 +13,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 from vlm_core.images import as_rgb
 
-__all__ = ["code_digest", "image_digest", "item_digest", "library_digest", "picture_digest"]
+__all__ = ["code_digest", "digest", "image_digest", "item_digest", "library_digest", "picture_digest"]
 
 ITEM_FIELDS = ("id", "scene_id", "task", "prompt", "answer", "candidates")
+
+
+def digest(content: Any) -> str:
+    """Hash of JSON, short enough for a file's name."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def image_digest(image) -> str:

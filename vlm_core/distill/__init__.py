@@ -11,7 +11,7 @@ Practice: ``python -m vlm_core.distill --config FILE``, or ``running.distill(Dis
 from vlm_core.distill.card import data_card
 from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length, writable
 from vlm_core.distill.grounded import box_cell, by_asking, by_box, by_mask, grounded_answers, mask_cell
-from vlm_core.distill.instructions import Columns, instruction_set, items_from, prompt_set
+from vlm_core.distill.instructions import instruction_set, prompt_set
 from vlm_core.distill.leakage import leaks, require_disjoint
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.on_policy import on_policy
@@ -29,6 +29,7 @@ from vlm_core.distill.preference import preference
 from vlm_core.distill.sft import sft
 from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher, record_answers
 from vlm_core.distill.training import Budget, TrainingDiverged
+from vlm_core.sources import Columns, items_from
 
 __all__ = [
     "Budget",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import datasets
 import numpy as np
 
 from vlm_core.distill.teachers import Teacher
-from vlm_core.identity import picture_digest
+from vlm_core.files import write_whole
+from vlm_core.identity import digest, picture_digest
 from vlm_core.items import item_field, take
 
-__all__ = ["AskedOnce", "digest", "rows_digest", "write_whole"]
+__all__ = ["AskedOnce", "rows_digest"]
 
 PIECE = 64
 """Items in a piece: what a killed run asks again at most."""
@@ -97,11 +97,6 @@ class AskedOnce:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def digest(content: Any) -> str:
-    """Hash of JSON, short enough for a file's name."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
 def rows_digest(data: datasets.Dataset) -> str:
     """Hash of what a data set of images and texts holds, in its order."""
     found = hashlib.sha256()
@@ -110,11 +105,3 @@ def rows_digest(data: datasets.Dataset) -> str:
             for one in row[name]:
                 found.update(one["bytes"] if "bytes" in one else json.dumps([name, one], sort_keys=True).encode())
     return found.hexdigest()[:20]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import datasets
 
-from vlm_core.distill.asked_once import write_whole
 from vlm_core.distill.card import data_card
-from vlm_core.distill.config import DistillConfig, OnPolicy, Preference, named_function
+from vlm_core.distill.config import DistillConfig, OnPolicy, Preference
 from vlm_core.distill.filters import Kept, agreeing, deduplicated, self_consistent, within_length, writable
 from vlm_core.distill.grounded import by_asking, by_box, grounded_answers
 from vlm_core.distill.instructions import instruction_set, prompt_set
 from vlm_core.distill.leakage import leaks, require_disjoint
 from vlm_core.distill.pairs import Pair, preference_set, rubric, teacher_against_student, teacher_ranked
 from vlm_core.distill.teachers import Teacher, record_answers
+from vlm_core.files import write_whole
+from vlm_core.sources import named_function
 
 __all__ = ["Lessons"]
 

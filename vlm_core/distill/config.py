@@ -9,28 +9,24 @@ function ("module:function") that gives items, with its ``arguments``.
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from vlm_core.distill.grounded import TEMPLATE
-from vlm_core.distill.instructions import Columns
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.training import Budget
 from vlm_core.interventions.numeric import integer
 from vlm_core.settings import checked, declared, read_settings
+from vlm_core.sources import CheckpointAt, Items
 
 __all__ = [
     "Answers",
-    "CheckpointAt",
     "CostSettings",
     "DistillConfig",
     "Filters",
-    "Items",
     "OnPolicy",
     "Pairs",
     "Preference",
@@ -38,19 +34,7 @@ __all__ = [
     "Stage",
     "TeacherAt",
     "Where",
-    "named_function",
 ]
-
-
-@dataclass(frozen=True)
-class CheckpointAt:
-    """Where a checkpoint is: a directory or Hub id, and its revision."""
-
-    path: str
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        checked(self)
 
 
 @dataclass(frozen=True)
@@ -67,43 +51,6 @@ class TeacherAt:
             raise ValueError("it is either a checkpoint (path = a directory or Hub id) or recorded = a file of answers: name one of them")
         if self.recorded is not None and self.revision is not None:
             raise ValueError("recorded answers have no revision: leave it away")
-
-
-@dataclass(frozen=True)
-class Items:
-    """Where items come from: a function (``factory``, ``arguments``), or a set that ``datasets`` reads (``path`` and what follows it).
-
-    Parameters
-    ----------
-    factory : str, optional
-        ``"module:function"``; it gives items with ``id, scene_id, task, image, prompt, answer`` and, to be scored by them, ``candidates``.
-    path : str, optional
-        A Hub id, a folder, a file of JSON, CSV or Parquet, or what ``Dataset.save_to_disk`` wrote.
-    columns : Columns, optional
-        Which columns hold what; default: found by the names that public sets use.
-    limit : int, optional
-        Only so many items, the first ones.
-    """
-
-    factory: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    path: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    columns: Columns | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        checked(self)
-        if (self.factory is None) == (self.path is None):
-            raise ValueError('items come from factory = "module:function" or from path = a set that datasets reads: name one of them')
-        if self.limit is not None:
-            integer(self.limit, "limit", least=1)
-
-    def called(self) -> Callable:
-        """The function that ``factory`` names."""
-        return named_function(self.factory, "factory")
 
 
 @dataclass(frozen=True)
@@ -421,28 +368,6 @@ class DistillConfig:
         content = asdict(self)
         content["stages"] = [{"kind": stage.kind, **asdict(stage)} for stage in self.stages]
         return json.loads(json.dumps(content, default=list))
-
-
-def named_function(name: str, setting: str) -> Callable:
-    """The function that ``"module:function"`` names, also of a module in the working directory.
-
-    Raises
-    ------
-    ValueError
-        One sentence: not such a name, no such module or function in it.
-    """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f'{setting} is {name!r}: name a function as "module:function"')
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ValueError(f"{setting} is {name!r}, which cannot be imported ({error}): run from where it lies, or install it") from error
-    if not callable(found):
-        raise ValueError(f"{setting} is {name!r}: the module {module} has no function '{function}'")
-    return found
 
 
 def _positive(value: float, name: str) -> None:

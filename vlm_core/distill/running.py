@@ -37,11 +37,10 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from vlm_core.distill.asked_once import AskedOnce, digest, rows_digest, write_whole
+from vlm_core.distill.asked_once import AskedOnce, rows_digest
 from vlm_core.distill.building import Lessons
-from vlm_core.distill.config import CheckpointAt, DistillConfig, OnPolicy, Preference, Stage
+from vlm_core.distill.config import DistillConfig, OnPolicy, Preference, Stage
 from vlm_core.distill.costs import model_costs, quality_per_flop, training_costs
-from vlm_core.distill.items_of import items_of
 from vlm_core.distill.on_policy import on_policy
 from vlm_core.distill.preference import preference
 from vlm_core.distill.processes import Processes
@@ -50,11 +49,12 @@ from vlm_core.distill.teachers import RecordedTeacher, SubjectTeacher, Teacher
 from vlm_core.distill.training import newest_checkpoint
 from vlm_core.evaluation import accuracy_table, evaluate
 from vlm_core.families.processing import load_processor
-from vlm_core.identity import item_digest, library_digest
+from vlm_core.files import write_whole
+from vlm_core.identity import digest, item_digest, library_digest
 from vlm_core.interventions import Row
 from vlm_core.items import SCORED, require_items
 from vlm_core.reduction.recipe import Recipe
-from vlm_core.subjects.checkpoint import inspect_checkpoint
+from vlm_core.sources import checkpoint_digest, items_of, located
 from vlm_core.subjects.load import load_vlm
 from vlm_core.subjects.subject import Subject
 
@@ -176,11 +176,11 @@ class _Run:
         for stage in config.stages:
             if stage.recipe is not None:
                 Recipe.load(stage.recipe)
-        student, self._teacher_path = _located(config.student), None
-        self._students.append((_weights(student), student))
+        student, self._teacher_path = located(config.student.path, config.student.revision), None
+        self._students.append((checkpoint_digest(student), student))
         if config.teacher.path is not None:
-            self._teacher_path = _located(CheckpointAt(config.teacher.path, config.teacher.revision))
-            self.teacher: Teacher = self._asked_once(_weights(self._teacher_path), self._teacher_path)
+            self._teacher_path = located(config.teacher.path, config.teacher.revision)
+            self.teacher: Teacher = self._asked_once(checkpoint_digest(self._teacher_path), self._teacher_path)
         else:
             self.teacher = RecordedTeacher(config.teacher.recorded)
         self.evaluated = {name: items_of(source, f"evaluation.{name}", answered=True) for name, source in config.evaluation.items()}
@@ -214,7 +214,7 @@ class _Run:
         data = self.lessons.data(stage, student)
         taught = rows_digest(data)
         declared = {**asdict(stage), "kind": stage.kind}
-        teacher = _weights(self._teacher_path) if isinstance(stage, OnPolicy) else None
+        teacher = checkpoint_digest(self._teacher_path) if isinstance(stage, OnPolicy) else None
         recipe = None if stage.recipe is None else Recipe.load(stage.recipe).to_dict()["row"]
         accelerated = torch.cuda.is_available()
         own = digest([key, taught, declared, teacher, recipe, config.seed, self.processes, accelerated, _versions()])
@@ -284,7 +284,7 @@ class _Run:
     def report(self) -> None:
         """Tables and the link to the student."""
         if self._teacher_path is not None:
-            self._measure("teacher", (_weights(self._teacher_path), self._teacher_path), None)
+            self._measure("teacher", (checkpoint_digest(self._teacher_path), self._teacher_path), None)
         metrics = _metrics(self._frames)
         _write_table(metrics, self.out / "student-metrics.csv")
         stages = self.config.stages
@@ -317,24 +317,6 @@ class _Run:
         """Let others use the folder."""
         if self._lock is not None:
             self._lock.release()
-
-
-def _located(checkpoint: CheckpointAt) -> str:
-    """A directory that holds the checkpoint, downloaded where it is a Hub id."""
-    inspect_checkpoint(checkpoint.path, checkpoint.revision)
-    if Path(checkpoint.path).is_dir():
-        return checkpoint.path
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(checkpoint.path, revision=checkpoint.revision)
-
-
-def _weights(path: str) -> str:
-    """Hash of a checkpoint's weights and settings."""
-    checkpoint = inspect_checkpoint(path)
-    settings = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(path).iterdir()) if file.suffix in (".json", ".jinja")}
-    settings.pop("training.json", None)
-    return digest([checkpoint.sha256(), settings])
 
 
 @cache

@@ -25,9 +25,9 @@ from vlm_core.distill import RecordedTeacher, SubjectTeacher, instruction_set, s
 from vlm_core.distill.__main__ import main
 from vlm_core.distill.asked_once import PIECE, AskedOnce
 from vlm_core.distill.config import DistillConfig
-from vlm_core.distill.items_of import items_of
 from vlm_core.distill.processes import Processes
 from vlm_core.distill.running import distill
+from vlm_core.sources import Items, items_of
 from vlm_core.tests.distill_students import save_student, weights
 from vlm_core.tests.tiny import make_items
 
@@ -244,7 +244,6 @@ def test_items_that_cannot_be_had(source, message, tmp_path, monkeypatch):
 
 
 def declared_items(**source):
-    from vlm_core.distill.config import Items
     from vlm_core.settings import declared
 
     return declared(Items, source)

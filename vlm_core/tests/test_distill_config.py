@@ -7,8 +7,9 @@ import json
 import pytest
 import yaml
 
-from vlm_core.distill.config import SFT, CheckpointAt, DistillConfig, Items, OnPolicy, Pairs, Preference, Where
+from vlm_core.distill.config import SFT, DistillConfig, OnPolicy, Pairs, Preference, Where
 from vlm_core.distill.lora import Lora
+from vlm_core.sources import CheckpointAt, Items
 
 LEAST = {
     "teacher": {"path": "big"},
