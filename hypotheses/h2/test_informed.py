@@ -29,13 +29,13 @@ LITERATURE = {
 
 @pytest.mark.claim(INFORMED)
 @pytest.mark.parametrize("against", REFERENCES)
-def test_looking_at_the_tokens_pays(against, subject, floors, policies, curves, confirmed, kept_examples, evidence):
+def test_looking_at_the_tokens_pays(against, subject, floors, policies, early_curves, confirmed, kept_examples, evidence):
     if against in policies.missing:
         evidence.decide(INFORMED, None, missing=f"{against} is not possible here: {policies.missing[against]}")
         return
-    layer, table = early(subject), curves()
+    layer, table = early(subject), early_curves()
     informed = [name for name in policies.exact if name not in REFERENCES]
-    chosen = choose_drop(table[(table["layer"] == layer) & table["policy"].isin(informed)], keep=KEPT)
+    chosen = choose_drop(table[table["policy"].isin(informed)], keep=KEPT)
     reference = Cell(layer, KEPT, against)
     both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]
     gain = both[0]["loss"] - both[1].loc[both[0].index, "loss"]
