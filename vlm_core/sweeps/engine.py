@@ -249,6 +249,10 @@ class _Engine:
             self._touched[id(intervention)] = touches(intervention, self.anatomy.n_layers).layer
         return self._touched[id(intervention)]
 
+    def _shortened(self, intervention: Row) -> tuple[tuple[int, float], ...]:
+        """Where an intervention shortens its row, and to what share of the image tokens: rows alike in this stay of one length."""
+        return tuple(sorted((part.layer, part.keep) for part in parts(intervention) if isinstance(part, DropTokens | MergeTokens)))
+
     def deliver(self, numbers: Sequence[int], hidden: torch.Tensor) -> None:
         """Hand over what some rows read, each row once."""
         self.consume(numbers, hidden)
@@ -266,11 +270,8 @@ class _Engine:
         """Batches of rows of alike cost: the same drops, then alike length."""
         def cost(number: int) -> tuple:
             row = self.rows[number]
-            drops = tuple(
-                sorted((part.layer, part.keep) for part in parts(row.intervention) if isinstance(part, DropTokens | MergeTokens))
-            )
             length = len(self.prompts[row.prompt]) + len(row.prefix)
-            return drops, length, row.prompt, row.prefix, self._first_touched(row.intervention)
+            return self._shortened(row.intervention), length, row.prompt, row.prefix, self._first_touched(row.intervention)
 
         ordered = sorted(numbers, key=cost)
         longest = max((len(self.prompts[self.rows[number].prompt]) + len(self.rows[number].prefix) for number in ordered), default=1)
@@ -409,10 +410,23 @@ class _Engine:
             ordered = sorted(shared, key=lambda number: (entries[number], stem(number).trunk.number))
             self._batched("shared prefix", ordered, self.budget.batch(max(stem(number).n_suffix for number in shared)), shared_batch)
         if resumed:
-            # A batch cuts its last layer short where all its rows allow it.
-            spares = {number: spares_last_layer(self.rows[number].intervention, self.anatomy.n_layers) for number in resumed}
-            ordered = sorted(resumed, key=lambda number: (spares[number], starts[number], stem(number).trunk.number))
-            self._batched("resume", ordered, self.budget.batch(max(len(stem(number).sequence) for number in resumed)), resumed_batch)
+            # A batch cuts its last layer short where all its rows allow it, and carries no places that only some of its rows need.
+            alike: dict[tuple, list[int]] = {}
+            for number in resumed:
+                intervention = self.rows[number].intervention
+                spares = spares_last_layer(intervention, self.anatomy.n_layers)
+                alike.setdefault((spares, starts[number], self._shortened(intervention)), []).append(number)
+            for (_, _, shortened), numbers in sorted(alike.items()):
+                longest = max(self._left(stem(number).sequence, shortened) for number in numbers)
+                ordered = sorted(numbers, key=lambda number: stem(number).trunk.number)
+                self._batched("resume", ordered, self.budget.batch(longest), resumed_batch)
+
+    def _left(self, sequence: Encoded, shortened: tuple[tuple[int, float], ...]) -> int:
+        """Tokens that a row has left from where it is first shortened on."""
+        if not shortened:
+            return len(sequence)
+        n_image = int(sequence.image.sum())
+        return len(sequence) - n_image + round(n_image * shortened[0][1])
 
     def _trunk_of(self, prompt: int) -> tuple[str, int]:
         """What tells trunks apart: the prefix, or a prompt that shares none."""

@@ -390,6 +390,31 @@ def test_blocks_hold_so_many_rows_at_most(subject, monkeypatch):
     assert seen == [4, 8]
 
 
+def test_rows_that_keep_as_much_stand_together_and_as_many_as_their_length_allows(subject, monkeypatch):
+    """Shortened rows carry no place that another row needs, and a batch of them has more rows than one of whole prompts."""
+    call, passes = vlm_core.sweeps.resume.call_layer, []
+
+    def watched(layer, entering, kwargs):
+        left = call(layer, entering, kwargs)
+        passes.append(tuple(left.shape[:2]))
+        return left
+
+    monkeypatch.setattr(vlm_core.sweeps.resume, "call_layer", watched)
+    items = make_items(4)
+    for item in items:
+        item["prompt"] = items[0]["prompt"]
+    whole = len(subject.encode_items(items[:1]).valid[0])
+    n_image = int(subject.encode_items(items[:1]).image.sum())
+    monkeypatch.setattr(vlm_core.sweeps.budget.Budget, "of", classmethod(lambda cls, *args: cls(tokens=2 * whole, most=10**6, stored=10**9)))
+    keeps = (0.25, 0.5, 0.75)
+    sweep(subject, items, {f"{keep}/{number}": DropTokens(1, keep, "stride" if number else "random") for keep in keeps for number in range(2)})
+    lengths = {whole - n_image + round(keep * n_image) for keep in keeps}
+    ran = {length: sum(rows for rows, found in passes if found == length) for length in lengths}
+    assert len(set(ran.values())) == 1 and min(ran.values()) > 0, "as many rows of each length: none runs at the length of another"
+    assert all(rows <= 2 * whole // length for rows, length in passes if length in lengths)
+    assert max(rows for rows, length in passes if length == min(lengths)) > 2, "short rows fill the batch"
+
+
 def test_two_processes_share_a_sweep_and_one_killed_in_its_block_holds_up_nobody(tmp_path):
     """The first is killed, really, while it holds its second block and the other has nothing else to do."""
     processes = {
