@@ -11,12 +11,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from vlm_core.items import item_field
 from vlm_core.scoring.exact import EXACT
+from vlm_core.scoring.option import OPTION
 from vlm_core.scoring.scorer import Scorer
+from vlm_core.scoring.text import ANLS, CONTAINS, GQA, OCRBENCH, RELAXED
+from vlm_core.scoring.vqa import TEXTVQA, VQA
+from vlm_core.scoring.yes_no import POPE
 
 __all__ = ["SCORERS", "Scorer", "score_answer", "scorer_of"]
 
-SCORERS: Mapping[str, Scorer] = MappingProxyType({one.name: one for one in (EXACT,)})
+_ALL = (ANLS, CONTAINS, EXACT, GQA, OCRBENCH, OPTION, POPE, RELAXED, TEXTVQA, VQA)
+SCORERS: Mapping[str, Scorer] = MappingProxyType({one.name: one for one in _ALL})
 """Every scorer by the name that items give it."""
 
 
@@ -49,4 +55,8 @@ def score_answer(output: str, item: Any) -> float:
     ValueError
         Where no scorer has the item's name for one, or the item lacks what that scorer needs.
     """
-    return scorer_of(item).score(output, item)
+    scorer = scorer_of(item)
+    for field in scorer.needs:
+        if item_field(item, field) is None:
+            raise ValueError(f"item {item_field(item, 'id')!r} has no {field}, which the scorer '{scorer.name}' needs")
+    return scorer.score(output, item)

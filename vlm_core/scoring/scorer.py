@@ -30,14 +30,17 @@ class Scorer:
     score : callable
         ``score(output, item) -> float`` in [0, 1]: a generated text against one item.
     summary : callable, optional
-        ``summary(table) -> {measure: value}``, what a benchmark reports beside the mean score. The table has a row an item, with columns ``output``
-        and ``answer`` at least; text as the subject wrote it.
+        ``summary(table) -> {measure: value}``, what a benchmark reports beside the mean score. The table has a row an item: ``output``
+        (text as the subject wrote it), ``answer``, ``references`` (a list), ``task`` and ``score``.
+    needs : tuple of str
+        Fields beside ``answer`` that an item must have.
     """
 
     name: str
     source: str
     score: Callable[[str, Any], float]
     summary: Callable[[pd.DataFrame], dict[str, float]] | None = None
+    needs: tuple[str, ...] = ()
 
 
 def accepted(item: Any) -> list[str]:
