@@ -2,6 +2,7 @@
 
 ``python -m reports render RUN``     draw a run's page again, from its JSON
 ``python -m reports compare A B``    two runs: verdicts that changed, paired differences, versions
+``python -m reports models RUN ...``  many subjects on one page, the parts of one subject put together
 ``python -m reports trend HISTORY``  a history of nights as a page
 ``python -m reports index DIR``      a page that lists the runs of a directory
 ``python -m reports summary RUN``    a run's verdicts in Markdown
@@ -14,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reports import compare, index, markdown, page, paper, record
+from reports import compare, index, markdown, models, page, paper, record
 from reports.nights import trend
 
 
@@ -30,9 +31,16 @@ def main(arguments=None):
     one = commands.add_parser("paper", help="write RUN/paper.pdf: method, results with tables and figures, errors, limitations")
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("--out", type=Path, metavar="FILE", help="the PDF (default: paper.pdf in RUN)")
+    many = commands.add_parser("models", help="many subjects: a page across them, each with its own report beside it")
+    many.add_argument("runs", nargs="+", metavar="RUN", help="a run, or NAME=RUN; runs of one subject are parts of one")
+    many.add_argument("--out", type=Path, required=True, metavar="DIR", help="the page (index.html), models.json and a folder a subject")
+    many.add_argument("--scores", action="append", default=[], metavar="NAME=DIR", help="what python -m vlm_core.evaluate left of a subject")
+    many.add_argument("--missing", action="append", default=[], metavar="TEXT", help="what should have been run and was not: the page says so")
     given = parser.parse_args(arguments)
     if given.command == "compare":
         return _compare(given)
+    if given.command == "models":
+        return _models(given)
     if given.command == "paper":
         return _paper(given)
     make, what, _ = _OF_ONE[given.command]
@@ -68,7 +76,7 @@ _OF_ONE = {
 }
 
 
-COMMANDS = ("compare", "paper", *_OF_ONE)
+COMMANDS = ("compare", "models", "paper", *_OF_ONE)
 
 
 def _compare(given):
@@ -78,6 +86,20 @@ def _compare(given):
     except (OSError, ValueError, KeyError) as error:
         print(f"{given.first} and {given.second} cannot be compared: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _models(given):
+    try:
+        wholes = models.gather(given.runs)
+        scores = [(name, Path(folder)) for name, _, folder in (one.partition("=") for one in given.scores)]
+        print(models.render(wholes, given.out, scores, given.missing))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"no page can be made of these runs: {error}", file=sys.stderr)
+        return 1
+    problems = [f"{whole.name}: {problem}" for whole in wholes for problem in whole.identity["problems"]]
+    for problem in (*given.missing, *problems):
+        print(f"incomplete: {problem}", file=sys.stderr)
     return 0
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from reports import compare, index, page, record
+from reports import compare, index, models, page, record
 from reports.nights import sparkline, trend
 
-from . import sample_nights, sample_run
+from . import sample_models, sample_nights, sample_run
 from .test_sparkline import nights
 
 BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -55,11 +55,13 @@ def several(tmp_path_factory):
         sample_nights.write(folder / name, {sample_nights.DROP: [1.0, 0.0] * 20, sample_nights.LOSS: [0.0] * 39 + [lost]})
         for name, lost in (("a", 0.0), ("b", 1.0))
     ]
+    subjects = models.gather([f"{name}={run}" for name, run in sample_models.write(folder / "subjects").items()])
     nights_page = trend.render(sample_nights.nights(folder / "history", 6))
     return {
         "compare": compare.render(compare.between(*two), folder / "compare.html").as_uri(),
         "trend": nights_page.as_uri(),
         "index": index.render(folder).as_uri(),
+        "models": models.render(subjects, folder / "models", missing=["fourth h1: failed"]).as_uri(),
     }
 
 
@@ -276,7 +278,7 @@ def test_axe_finds_nothing(opened, viewport, scheme):
     assert violations(opened(viewport, scheme)) == []
 
 
-@pytest.mark.parametrize("name", ["compare", "trend", "index"])
+@pytest.mark.parametrize("name", ["compare", "trend", "index", "models"])
 def test_pages_about_several_runs_fit_a_phone_and_axe_finds_nothing(opened, several, name):
     one = opened(PHONE, "dark", at=several[name])
     assert one.evaluate("document.documentElement.scrollWidth") == PHONE["width"]

@@ -1,0 +1,74 @@
+"""Three subjects on two workers of a Ray cluster, one of them killed midway: the report is that of runs that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from reports import __main__ as command
+from reports.tests import sample_models
+from vlm_core.scale.backends import run_jobs
+from vlm_core.scale.config import ScaleConfig
+from vlm_core.scale.jobs import jobs_of
+from vlm_core.scale.running import claim_runs, state
+from vlm_core.tests.scale_jobs import StandIn, gone, subjects, write_config
+
+NAMES = ("first", "second", "third")
+
+
+def told(folder, monkeypatch):
+    """A stand-in that leaves prepared runs, and the configuration of three subjects."""
+    stand_in = StandIn(folder / "told", monkeypatch)
+    sample_models.write(stand_in.folder / "runs")
+    file = write_config(
+        folder / "config.yaml", out=str(folder / "out"), subjects=subjects(folder / "checkpoints", *NAMES), claims={"all": {"profile": "smoke"}},
+        resources={"cpus": 1}, retries=2,
+    )
+    return stand_in, ScaleConfig.from_file(file)
+
+
+def report(config, folder):
+    runs = [f"{job.subject}={run}" for job in jobs_of(config) for run in claim_runs(job)]
+    assert command.main(["models", *runs, "--out", str(folder)]) == 0
+    return json.loads((folder / "models.json").read_text())
+
+
+def parent(process):
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.fixture
+def disturbed(tmp_path, monkeypatch):
+    """What is told to a cluster of two workers, which learn of it as they start."""
+    ray = pytest.importorskip("ray")
+    found = told(tmp_path / "disturbed", monkeypatch)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield found
+    ray.shutdown()
+
+
+def test_a_killed_worker_changes_nothing_in_the_report(disturbed, tmp_path, monkeypatch):
+    stand_in, config = disturbed
+    stand_in.tell("hold", "second")
+    ended = []
+    thread = threading.Thread(target=lambda: ended.extend(run_jobs(jobs_of(config), config, "ray", say=lambda words: None)))
+    thread.start()
+    held = stand_in.held("second")
+    worker = parent(parent(held))  # the command's parent is its leash
+    os.kill(worker, signal.SIGKILL)
+    assert gone(held)
+    thread.join(120)
+    assert [outcome.state for outcome in ended] == ["done"] * 3
+    assert sorted(name for name, _ in stand_in.started) == ["first", "second", "second", "third"]
+    assert {state(job) for job in jobs_of(config)} == {"done"}
+    with monkeypatch.context() as alone:
+        _, undisturbed = told(tmp_path / "undisturbed", alone)
+        assert [outcome.state for outcome in run_jobs(jobs_of(undisturbed), undisturbed, "local", say=lambda words: None)] == ["done"] * 3
+    found = report(config, tmp_path / "page")
+    assert found == report(undisturbed, tmp_path / "other")
+    assert [one["name"] for one in found["subjects"]] == list(NAMES) and not found["band"]

@@ -1,0 +1,45 @@
+"""Runs a command that ends when whoever started it ends, however that was: ``python leash.py COMMAND...``.
+
+Its standard input is a pipe that nobody writes to: it closes with the process that holds the other end, also where that was killed. The
+exit status is the command's; 128 and the signal's number where one ended it, or told this process to end it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+
+def main() -> int:
+    """The command line."""
+    command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    told = []
+
+    def obey(number: int, _) -> None:
+        told.append(number)
+        end()
+
+    def end() -> None:
+        try:
+            os.killpg(command.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        end()
+
+    signal.signal(signal.SIGTERM, obey)
+    signal.signal(signal.SIGINT, obey)
+    threading.Thread(target=watch, daemon=True).start()
+    status = command.wait()
+    end()  # what the command itself has left behind
+    return 128 + told[0] if told else status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    # The watching thread holds the standard input: nothing is left to be closed in order.
+    os._exit(status)

@@ -1,0 +1,272 @@
+"""Many runs from one file: what it expands to, that a job is done once and whole whatever is killed, and the scripts of a SLURM array."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm_core.scale import merging
+from vlm_core.scale.__main__ import main
+from vlm_core.scale.backends import run_jobs
+from vlm_core.scale.config import ScaleConfig
+from vlm_core.scale.jobs import jobs_of
+from vlm_core.scale.merging import merge
+from vlm_core.scale.running import output_digests, result, state, take_up
+from vlm_core.scale.slurm import write_scripts
+from vlm_core.tests.scale_jobs import StandIn, gone, subjects, write_config
+
+EXAMPLE = Path(__file__).parents[1] / "scale" / "example.toml"
+CLAIMS = {"all": {"profile": "smoke"}}
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    return StandIn(tmp_path / "told", monkeypatch)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """``config(...)``: a configuration of two subjects and one selection of claims, or what is given in their places."""
+
+    def made(**changes):
+        name = f"config-{len(list(tmp_path.glob('config-*')))}.yaml"
+        given = changes.pop("subjects", None) or subjects(tmp_path / name.removesuffix(".yaml"), "a", "b")
+        content = {"out": str(tmp_path / "out"), "subjects": given, "claims": CLAIMS, **changes}
+        return write_config(tmp_path / name, **content)
+
+    return made
+
+
+def silent(words):
+    pass
+
+
+def run(file):
+    config = ScaleConfig.from_file(file)
+    return run_jobs(jobs_of(config), config, say=silent)
+
+
+def test_a_file_expands_to_subjects_times_selections(config):
+    sets = {"needle": {"factory": "probes:build", "arguments": {"split": "confirmation"}}}
+    file = config(
+        claims={"h1": {"tests": ["hypotheses/h1"], "keyword": "color", "alpha": 0.1, "processes": 2}, "h2": {"tests": ["hypotheses/h2"], "seed": 3}},
+        benchmarks={"vqa": {"sets": sets, "settings": {"mode": "greedy"}}},
+    )
+    jobs = jobs_of(ScaleConfig.from_file(file))
+    assert [(job.number, job.kind, job.title) for job in jobs] == [
+        (0, "claims", "a h1"), (1, "claims", "a h2"), (2, "benchmarks", "a vqa"),
+        (3, "claims", "b h1"), (4, "claims", "b h2"), (5, "benchmarks", "b vqa"),
+    ]  # fmt: skip
+    assert len({job.id for job in jobs}) == len({job.folder for job in jobs}) == 6
+    line = jobs[0].command_line(Path("/somewhere"))
+    assert line[:3] == [sys.executable, "-m", "pytest"] and line[-4:] == ["-k", "color", "-n", "2"]
+    assert {"hypotheses/h1", "--claims-out=/somewhere", "--claims-profile=default", "--claims-seed=0", "--claims-alpha=0.1"} <= set(line)
+    assert "--claims-seed=3" in jobs[1].command
+    assert jobs[2].command_line(Path("/x"))[1:] == ["-m", "vlm_core.evaluate", "--config", "/x/settings.yaml"]
+    own = {"name": "a", "path": yaml.safe_load(file.read_text())["subjects"][0]["path"]}
+    assert yaml.safe_load(jobs[2].settings) == {"mode": "greedy", "out": "{out}", "sets": sets, "subjects": [own]}
+
+
+def test_an_id_follows_what_is_done_and_to_whom_and_nothing_else(config, tmp_path):
+    own = subjects(tmp_path / "own", "a")
+    first = jobs_of(ScaleConfig.from_file(config(subjects=own)))[0]
+    elsewhere = jobs_of(ScaleConfig.from_file(config(subjects=own, out="elsewhere", workers=5, retries=0, resources={"cpus": 9})))[0]
+    nightly = jobs_of(ScaleConfig.from_file(config(subjects=own, claims={"all": {"profile": "nightly"}})))[0]
+    revision = jobs_of(ScaleConfig.from_file(config(subjects=[{"path": "org/name", "revision": "v1"}, {"path": "org/name", "name": "main"}])))
+    assert first.id == elsewhere.id != nightly.id
+    assert len({job.id for job in revision}) == 2
+
+
+def test_the_example_is_one():
+    config = ScaleConfig.from_file(EXAMPLE)
+    assert [job.title for job in jobs_of(config)][:4] == ["vlm h1", "vlm h2", "vlm h3", "vlm needle"]
+
+
+def test_weights_that_change_make_other_jobs(tmp_path):
+    (own,) = subjects(tmp_path, "a")
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.write_bytes(bytes(8 * 2**20))
+    config = ScaleConfig.from_file(write_config(tmp_path / "c.yaml", out="out", subjects=[own], claims=CLAIMS))
+    # A process reads a subject once: another one comes later.
+    ids = []
+    for place in (None, 0, 5 * 2**20, 8 * 2**20 - 1):
+        if place is not None:
+            with weights.open("r+b") as file:
+                file.seek(place)
+                file.write(bytes([1]) * (2**18 if place == 5 * 2**20 else 1))
+        jobs_of.__globals__["fingerprint"].cache_clear()
+        ids.append(jobs_of(config)[0].id)
+    assert len(set(ids)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subjects": []}, "subjects is empty"),
+        ({"claims": {}}, "there is nothing to run: write [claims.NAME] or [benchmarks.NAME]"),
+        ({"subjects": [{"path": "x/a"}, {"path": "y/a"}]}, "two subjects are called 'a': give each its own name"),
+        ({"claims": {"a b": {}}}, "'a b' cannot name a selection"),
+        ({"claims": {"all": {"profile": "huge"}}}, "profile must be one of smoke, default, nightly, got 'huge'"),
+        ({"claims": {"all": {"arguments": ["--claims-out=x"]}}}, "arguments hold --claims-out, which each job sets itself"),
+        ({"workers": 0}, "workers must be 1 or more, got 0"),
+        ({"resources": {"time": "4 hours"}}, "time is '4 hours': SLURM takes no spaces there"),
+        ({"benchmarks": {"all": {"sets": {"x": {}}}}}, "claims and benchmarks are both called 'all'"),
+        ({"cluster": {}}, "there is no setting 'cluster'"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(tmp_path, capsys, change, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"out": "out", "subjects": [{"path": "a"}], "claims": CLAIMS, **change}))
+    assert main(["plan", str(file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_done_is_not_run_again_and_what_is_changed_is(stand_in, config, capsys):
+    file = config()
+    assert [outcome.state for outcome in run(file)] == ["done", "done"]
+    assert main(["status", str(file)]) == 0 and "2 done" in capsys.readouterr().out
+    assert not any(outcome.ran for outcome in run(file))
+    assert [name for name, _ in sorted(stand_in.started)] == ["a", "b"]
+    job = jobs_of(ScaleConfig.from_file(file))[1]
+    (result(job) / "run-b" / "run.json").write_text("{}")
+    assert state(job) == "missing" and main(["status", str(file)]) == 1
+    assert [outcome.ran for outcome in run(file)] == [False, True]
+    assert json.loads((job.folder / "done.json").read_text())["files"] == output_digests(result(job))
+
+
+def test_outputs_without_a_marker_count_for_nothing(stand_in, config):
+    file = config()
+    run(file)
+    job = jobs_of(ScaleConfig.from_file(file))[0]
+    (job.folder / "done.json").unlink()
+    (job.folder / "attempt-left").mkdir()
+    assert state(job) == "missing"
+    assert [outcome.ran for outcome in run(file)] == [True, False]
+    assert state(job) == "done" and not list(job.folder.glob("attempt-*"))
+
+
+def test_a_killed_command_is_run_again(stand_in, config):
+    file = config(retries=1)
+    stand_in.tell("hold", "a")
+    ended = []
+    thread = threading.Thread(target=lambda: ended.extend(run(file)))
+    thread.start()
+    os.kill(stand_in.held("a"), signal.SIGKILL)
+    thread.join(60)
+    assert [outcome.state for outcome in ended] == ["done", "done"]
+    assert [name for name, _ in stand_in.started].count("a") == 2
+
+
+def test_a_command_killed_too_often_is_named(stand_in, config):
+    file = config(retries=0)
+    stand_in.tell("hold", "a")
+    ended = []
+    thread = threading.Thread(target=lambda: ended.extend(run(file)))
+    thread.start()
+    os.kill(stand_in.held("a"), signal.SIGKILL)
+    thread.join(60)
+    assert [outcome.state for outcome in ended] == ["failed", "done"]
+    assert "its command was killed by signal 9" in ended[0].reason
+    assert state(jobs_of(ScaleConfig.from_file(file))[0]) == "failed"
+
+
+@pytest.mark.parametrize("status", [2, 3, 4, 5])
+def test_a_command_that_ends_badly_is_not_run_again_at_once(stand_in, config, status):
+    file = config(subjects=subjects(stand_in.folder / "own", "a"), retries=3)
+    stand_in.tell("exit", "a", str(status))
+    (outcome,) = run(file)
+    assert outcome.state == "failed" and len(stand_in.started) == 1
+    assert f"ended with exit status {status} (the stand-in's last words); see " in outcome.reason
+    (stand_in.folder / "exit-a").unlink()
+    assert [outcome.state for outcome in run(file)] == ["done"]
+
+
+def test_the_death_of_a_worker_ends_its_command_and_opens_its_lock(stand_in, config):
+    file = config()
+    stand_in.tell("hold", "a")
+    worker = subprocess.Popen([sys.executable, "-m", "vlm_core.scale", "run", str(file), "--job", "0"])
+    command = stand_in.held("a")
+    job = jobs_of(ScaleConfig.from_file(file))[0]
+    assert state(job) == "running"
+    worker.kill()
+    worker.wait()
+    assert gone(command), "the command of a killed worker goes on without it"
+    assert state(job) == "missing"
+    assert take_up(job).state == "done"
+    assert take_up(job).ran is False
+
+
+def test_two_schedulers_do_not_run_one_job_twice(stand_in, config):
+    file = config()
+    stand_in.tell("wait", "a")
+    ended = {}
+    threads = [threading.Thread(target=lambda key=key: ended.update({key: run(file)})) for key in (0, 1)]
+    for thread in threads:
+        thread.start()
+    until = threading.Event()
+    while len(stand_in.started) < 2:
+        until.wait(0.02)
+    busy = take_up(jobs_of(ScaleConfig.from_file(file))[0])
+    (stand_in.folder / "wait-a").unlink()
+    for thread in threads:
+        thread.join(60)
+    assert busy.state == "busy"
+    assert [outcome.state for found in ended.values() for outcome in found] == ["done"] * 4
+    assert sorted(name for name, _ in stand_in.started) == ["a", "b"]
+
+
+def test_the_scripts_of_a_slurm_array_run_its_jobs(stand_in, config, tmp_path):
+    file = config(resources={"cpus": 3, "gpus": 1, "memory": "16G", "partition": "long", "at_once": 4, "options": ["--qos=high"]})
+    submit = write_scripts(ScaleConfig.from_file(file), file, Path(__file__).parents[2])
+    scripts = submit.parent
+    for script in ("jobs.sbatch", "merge.sbatch", "submit.sh"):
+        subprocess.run(["bash", "-n", scripts / script], check=True)
+    text = (scripts / "jobs.sbatch").read_text()
+    asked = ("--array=0-1%4", "--cpus-per-task=3", "--gres=gpu:1", "--mem=16G", "--partition=long", "--qos=high", "--requeue", "--time=04:00:00")
+    assert all(f"#SBATCH {option}\n" in text for option in asked)
+    assert "--gres" not in (scripts / "merge.sbatch").read_text() and "#SBATCH --cpus-per-task=1\n" in (scripts / "merge.sbatch").read_text()
+    file.write_text("edited meanwhile")
+    done = subprocess.run(["bash", scripts / "jobs.sbatch"], env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, check=False)
+    assert done.returncode == 0
+    first, second = jobs_of(ScaleConfig.from_file(scripts / "config.yaml"))
+    assert (state(first), state(second)) == ("missing", "done")
+    # What sbatch would be told.
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\necho "4711;cluster"\n')
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    subprocess.run(["bash", submit], env={**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}, check=True, capture_output=True)
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"--parsable {scripts}/jobs.sbatch", f"--dependency=afterany:4711 {scripts}/merge.sbatch",
+    ]  # fmt: skip
+
+
+def test_a_report_is_made_of_what_is_done_and_says_what_is_not(stand_in, config, monkeypatch, capsys):
+    file = config()
+    with pytest.raises(ValueError, match="is done: run them first"):
+        merge(ScaleConfig.from_file(file))
+    stand_in.tell("exit", "b", "3")
+    run(file)
+    asked = []
+    monkeypatch.setattr(merging.subprocess, "run", lambda command, check: asked.append(command) or subprocess.CompletedProcess(command, 0))
+    assert main(["merge", str(file)]) == 1
+    assert "not in the report: b all: failed" in capsys.readouterr().err
+    first = jobs_of(ScaleConfig.from_file(file))[0]
+    out = Path(ScaleConfig.from_file(file).out) / "report"
+    assert asked == [
+        [sys.executable, "-m", "reports", "models", f"a={result(first) / 'run-a'}", "--out", str(out), "--missing=b all: failed"]
+    ]
+
+
+def test_a_job_that_is_not_there_is_refused(config, capsys):
+    assert main(["run", str(config()), "--job", "2"]) == 2
+    assert "there is no job 2" in capsys.readouterr().err
