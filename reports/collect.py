@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 
 from reports import page, provenance, record, wording
 from vlm_core import stats
+from vlm_core.secrets import hidden_in
 
 REFUTED_OR_FAILED = 1
 EVIDENCE_LOST = 3
@@ -164,7 +165,7 @@ class Run:
     def _identity(self, *, exit_code, partial_families, files=()):
         about = self._about()
         memory, accelerator_memory = (max(peaks) for peaks in zip(provenance.peaks_mb(), *self._peaks.values(), strict=True))
-        return {
+        facts = {
             "schema_version": record.SCHEMA_VERSION,
             "name": self.name,
             "subject": {"name": self.options.subject_name, "source": self.options.subject, **about["subject"]},
@@ -192,6 +193,7 @@ class Run:
             "exit_code": exit_code,
             "files": list(files),
         }
+        return hidden_in(facts)
 
     def _about(self):
         merged = {"subject": {}, "data": {}}

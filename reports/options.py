@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 PROFILES = ("smoke", "default", "nightly")
 INCONCLUSIVE = ("fail", "warn")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+QUANTIZATIONS = ("4bit", "8bit")
+SPREAD = "auto"  # of --claims-device: over all devices that are there
 DEFAULT_SUBJECT = "fixtures/embedded/vlm"
 DEFAULT_OUT = "reports/runs"
 
@@ -31,6 +35,15 @@ class Options:
     update_baseline: str | None
     history: Path | None
     seed_given: bool
+    device: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+
+    @property
+    def loading(self):
+        """How the subject is loaded, as `vlm_core.load_vlm` takes it: path apart."""
+        placed = {"device_map": "auto"} if self.device == SPREAD else {"device": self.device or "auto"}
+        return {"revision": self.revision, "dtype": self.dtype, "quantization": self.quantization, **placed}
 
     @property
     def subject_name(self):
@@ -43,6 +56,12 @@ class Options:
             arguments += [f"--claims-subject={self.subject}"]
         if self.revision:
             arguments += [f"--claims-revision={self.revision}"]
+        if self.device:
+            arguments += [f"--claims-device={self.device}"]
+        if self.dtype != "auto":
+            arguments += [f"--claims-dtype={self.dtype}"]
+        if self.quantization:
+            arguments += [f"--claims-quantization={self.quantization}"]
         if self.profile != "default":
             arguments += [f"--claims-profile={self.profile}"]
         if self.seed:
@@ -57,7 +76,10 @@ def declare(parser):
     group = parser.getgroup("claims", "research claims about a vision-language model")
     add = group.addoption
     add("--claims-subject", metavar="PATH_OR_ID", default=DEFAULT_SUBJECT, help="model to test, written with = (default: %(default)s)")
-    add("--claims-revision", metavar="REV", default=None, help="revision of a hub model")
+    add("--claims-revision", metavar="REV", default=None, help="branch, tag or commit of a hub model")
+    add("--claims-device", metavar="cpu|cuda:0|auto", default=None, help="where the subject computes (default: a GPU where there is one); auto: spread over all of them and the host")
+    add("--claims-dtype", metavar="|".join(DTYPES), default="auto", help="what it computes in (default: the checkpoint's own, float32 on a CPU)")
+    add("--claims-quantization", metavar="|".join(QUANTIZATIONS), default=None, help="linear maps of fewer bits, by bitsandbytes")
     add("--claims-profile", metavar="|".join(PROFILES), default="default", help="how much to measure (default: default)")
     add("--claims-seed", metavar="INT", default=None, help="seed of data draws and resampling (default: 0; with a history, the night's own)")
     add("--claims-alpha", metavar="A", default=None, help="error rate of every family of claims, in place of the declared ones (records say so)")
@@ -87,6 +109,11 @@ def read(config):
     given = config.option
     _one_of("--claims-profile", given.claims_profile, PROFILES)
     _one_of("--claims-inconclusive", given.claims_inconclusive, INCONCLUSIVE)
+    _one_of("--claims-dtype", given.claims_dtype, DTYPES)
+    if given.claims_quantization is not None:
+        _one_of("--claims-quantization", given.claims_quantization, QUANTIZATIONS)
+    if given.claims_device is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", given.claims_device):
+        raise pytest.UsageError(f"--claims-device takes cpu, cuda, cuda:0, mps or auto (spread over all that are there), not {given.claims_device!r}")
     given.claims_seed = getattr(config, "workerinput", {}).get("claims_seed", given.claims_seed)  # a night's is known to the controller
     seed_given = given.claims_seed is not None
     try:
@@ -112,6 +139,9 @@ def read(config):
         update_baseline=given.claims_update_baseline,
         history=here / given.claims_history if given.claims_history else None,
         seed_given=seed_given,
+        device=given.claims_device,
+        dtype=given.claims_dtype,
+        quantization=given.claims_quantization,
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from reports import claims, controller, expectations, options, provenance, record, terminal
 from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
 from reports.nights import lanes
+from vlm_core.secrets import hidden, hidden_in
 
 _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
 _ONLY_LOOKING = ("collectonly", "claims_list", "help", "markers", "showfixtures", "show_fixtures_per_test")
@@ -60,10 +61,23 @@ def _precheck(chosen):
 
     try:
         precheck_subject(chosen.subject, chosen.revision)
+        if (chosen.device or "cpu", chosen.quantization) != ("cpu", None):
+            _require_loadable(chosen)
     except Exception as error:
         if not _is_subject_error(error):
             raise
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(hidden(str(error))) from None
+
+
+def _require_loadable(chosen):
+    """Refuse a device or a quantization that cannot be had here, which only torch knows."""
+    from vlm_core.subjects.load import require_loadable
+
+    wanted = {name: value for name, value in chosen.loading.items() if name in ("device", "dtype", "quantization")}
+    try:
+        require_loadable(**wanted)
+    except ValueError as error:
+        raise pytest.UsageError(f"--claims-device and --claims-quantization: {error}") from None
 
 
 def _is_subject_error(error):
@@ -195,15 +209,37 @@ def pytest_runtest_makereport(item, call):
         _note_control(item, report, error)
     if instance is not None:
         if error is not None and _is_subject_error(error) and call.when == "setup":
-            report.claims_stop = report.longrepr = str(error)
+            report.claims_stop = report.longrepr = hidden(str(error))
             item.session.shouldstop = "there is no subject to measure"
         _note_end(item, report, error)
+    _hide_secrets(report)
     if report.when == "teardown" and (instance is not None or _EVIDENCE in item.stash or _CONTROL in item.stash):
-        payload = _payload(item)
+        payload = hidden_in(_payload(item))
         report.claims_payload = record.dumps(payload)
         if payload["record"] is not None:
             report.user_properties += record.properties(payload["record"])
     return report
+
+
+def _hide_secrets(report):
+    """Tokens of the environment are in no traceback and no captured output."""
+    report.sections = [(name, hidden(content)) for name, content in report.sections]
+    said = "" if report.longrepr is None else str(report.longrepr)
+    if hidden(said) != said:
+        skipped = isinstance(report.longrepr, tuple)
+        report.longrepr = (*report.longrepr[:2], hidden(report.longrepr[2])) if skipped else hidden(said)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collectreport(report):
+    _hide_secrets(report)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message):
+    said = str(warning_message.message)
+    if hidden(said) != said:
+        warning_message.message = warning_message.category(hidden(said))
 
 
 def _note_control(item, report, error):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 _PACKAGES = (
-    "torch", "transformers", "tokenizers", "accelerate", "peft", "trl", "datasets", "safetensors", "pillow",
+    "torch", "transformers", "tokenizers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors", "pillow",
     "numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "pytest", "pytest-xdist", "matplotlib", "jinja2",
 )  # fmt: skip
 
@@ -75,11 +75,12 @@ def instructions():
 
 
 def subject_key(identity):
-    """What makes two runs' subjects the same: weights and number format; where no weights are known, its source and revision."""
+    """What makes two runs' subjects the same: weights, number format and quantization; where no weights are known, its source and revision."""
     subject = identity["subject"]
+    format = " ".join(str(subject[name]) for name in ("dtype", "quantization") if subject.get(name))
     if subject.get("weights"):
-        return f"{subject['weights'][:32]} {subject.get('dtype', '')}".rstrip()
-    return " ".join(str(part) for part in (subject["source"], subject.get("revision") or identity.get("revision")) if part)
+        return f"{subject['weights'][:32]} {format}".rstrip()
+    return " ".join(str(part) for part in (subject["source"], subject.get("revision") or identity.get("revision"), subject.get("quantization")) if part)
 
 
 def data_key(identity):

@@ -127,6 +127,10 @@ def subject_line(subject):
         parts.append(f"{subject['n_layers']} layers × {subject['n_heads']} heads")
     if subject.get("dtype"):
         parts.append(str(subject["dtype"]).removeprefix("torch."))
+    if subject.get("quantization"):
+        parts.append(f"{subject['quantization']} weights")
+    if subject.get("device"):
+        parts.append(str(subject["device"]))
     if subject.get("revision"):
         parts.append(f"revision {str(subject['revision'])[:12]}")
     return " · ".join(parts)

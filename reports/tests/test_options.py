@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+
+import vlm_core.quantization
+import vlm_core.subjects.load  # noqa: F401  (loaded here, or pytester would unload torch after a sample run)
+from reports import provenance
 
 from .suites import CRASHING, EXPLORATORY, INCONCLUSIVE, REFUTED, SUPPORTED
 
@@ -18,6 +24,10 @@ pytest_plugins = ["pytester"]
         ("--claims-alpha=0.7", "--claims-alpha takes a number between 0 and 0.5, not '0.7'"),
         ("--claims-alpha=nan", "--claims-alpha takes a number between 0 and 0.5, not 'nan'"),
         ("--claims-alpha=x", "--claims-alpha takes a number between 0 and 0.5, not 'x'"),
+        ("--claims-device=gpu", "--claims-device takes cpu, cuda, cuda:0, mps or auto (spread over all that are there), not 'gpu'"),
+        ("--claims-dtype=int8", "--claims-dtype takes one of auto, float32, bfloat16, float16, float64, not 'int8'"),
+        ("--claims-quantization=2bit", "--claims-quantization takes one of 4bit, 8bit, not '2bit'"),
+        ("--claims-device=cuda:99", "device 'cuda:99' is not there: use 'auto' or 'cpu'"),
         ("--claims-seed=-1", "--claims-seed takes a number from 0 on, not -1"),
         ("--claims-subject=", "--claims-subject takes a path or a model id, not an empty string"),
         ("--claims-expectations=gone.toml", "gone.toml was not found"),
@@ -130,3 +140,30 @@ def test_a_subject_of_the_checkout_is_found_from_any_folder(suite, monkeypatch):
     (suite.pytester.path / "fixtures" / "embedded" / "vlm").mkdir(parents=True)
     monkeypatch.chdir(suite.pytester.path / "hypotheses")
     assert suite.run("--rootdir", str(suite.pytester.path), "-c", str(suite.pytester.path / "tox.ini"), "test_claims.py").ret == 0
+
+
+LOADED = """
+import json
+@pytest.mark.claim(ONE)
+def test_loading(claims_options, evidence):
+    evidence.about(subject={"weights": "ab12", "dtype": "bfloat16", "quantization": claims_options.quantization, "device": "cpu"})
+    evidence.decide(ONE, effects(0.5), clusters=clusters(), details={"loading": json.dumps(claims_options.loading)})
+"""
+
+
+def test_how_a_subject_is_loaded_is_asked_for_recorded_and_repeated(suite, monkeypatch):
+    suite.write(LOADED)
+    monkeypatch.setattr(vlm_core.quantization, "find_spec", lambda name: None)
+    refused = suite.run("--claims-quantization=4bit")
+    assert refused.ret == 4 and "quantization '4bit' needs bitsandbytes, which is not installed" in refused.stderr.str()
+    monkeypatch.setattr(vlm_core.quantization, "find_spec", lambda name: name)
+    asked = ["--claims-device=auto", "--claims-dtype=bfloat16", "--claims-quantization=4bit"]
+    assert suite.run("--claims-revision=v1", *asked).ret == 0
+    run, (entry,) = suite.latest()
+    wanted = {"revision": "v1", "dtype": "bfloat16", "quantization": "4bit", "device_map": "auto"}
+    assert json.loads(entry["details"]["loading"]) == wanted and all(one in entry["reproduce"] for one in asked)
+    assert (run["subject"]["quantization"], run["subject"]["device"], run["revision"]) == ("4bit", "cpu", "v1")
+    assert "bfloat16 · 4bit weights · cpu" in (suite.runs / "latest" / "report.html").read_text(encoding="utf-8")
+    assert provenance.subject_key(run) == "ab12 bfloat16 4bit"
+    assert suite.run().ret == 0
+    assert json.loads(suite.latest()[1][0]["details"]["loading"]) == {"revision": None, "dtype": "auto", "quantization": None, "device": "auto"}

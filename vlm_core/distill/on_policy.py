@@ -27,6 +27,7 @@ from vlm_core.errors import NotMeasurable
 from vlm_core.families.processing import load_processor
 from vlm_core.interventions import Row
 from vlm_core.reduction.recipe import Recipe
+from vlm_core.subjects.checkpoint import SAFE
 from vlm_core.subjects.load import load_vlm
 
 __all__ = ["on_policy", "require_alike"]
@@ -262,7 +263,7 @@ def require_alike(student: str | Path, teacher: str | Path, data: datasets.Datas
     """
     processors = [load_processor(one) for one in (student, teacher)]
     words, known = (processor.tokenizer.get_vocab() for processor in processors)
-    sizes = [AutoConfig.from_pretrained(one).get_text_config().vocab_size for one in (student, teacher)]
+    sizes = [AutoConfig.from_pretrained(one, **SAFE).get_text_config().vocab_size for one in (student, teacher)]
     instead = "take a teacher of the student's family, or train on the teacher's answers with sft"
     if words != known or sizes[0] != sizes[1]:
         apart = sorted(word for word in words.keys() | known.keys() if words.get(word) != known.get(word))

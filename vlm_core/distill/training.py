@@ -48,6 +48,7 @@ from vlm_core.errors import SubjectError
 from vlm_core.interventions import Row, parts
 from vlm_core.reduction.keeping import KeptTokens, keep_tokens
 from vlm_core.reduction.recipe import Recipe
+from vlm_core.subjects.checkpoint import SAFE
 from vlm_core.subjects.load import load_vlm
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.features import vision_tower
@@ -255,7 +256,7 @@ def _restored(model: torch.nn.Module, checkpoint: str | None) -> str | None:
     passes over what it does not find: it would go on from the weights that the run began with.
     """
     if checkpoint is not None and any(Path(checkpoint).glob("model*.safetensors")):
-        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, **SAFE).state_dict())
     return checkpoint
 
 

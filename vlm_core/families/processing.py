@@ -41,12 +41,14 @@ def load_processor(source: str | Path, revision: str | None = None) -> Any:
     """
     from transformers import AutoProcessor
 
+    from vlm_core.subjects.checkpoint import SAFE
+
     if find_spec("torchvision") is None:
         name = _declared(str(source), revision)
         cls = processor_class(name) if name else None
         if cls is not None and (name == "PixtralProcessor" or "video_processor" in cls.get_attributes()):
-            return images_only(cls).from_pretrained(source, revision=revision)
-    return AutoProcessor.from_pretrained(source, revision=revision)
+            return images_only(cls).from_pretrained(source, revision=revision, **SAFE)
+    return AutoProcessor.from_pretrained(source, revision=revision, **SAFE)
 
 
 def _declared(source: str, revision: str | None) -> str | None:
@@ -54,6 +56,8 @@ def _declared(source: str, revision: str | None) -> str | None:
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     from transformers.utils import cached_file
+
+    from vlm_core.subjects.checkpoint import SAFE
 
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = cached_file(
@@ -67,7 +71,7 @@ def _declared(source: str, revision: str | None) -> str | None:
         name = json.loads(Path(path).read_text()).get("processor_class") if path else None
         if name:
             return name
-    return PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(source, revision=revision).model_type)
+    return PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(source, revision=revision, **SAFE).model_type)
 
 
 def processor_class(name: str) -> Any:

@@ -25,6 +25,7 @@ from vlm_core.items import item_field
 from vlm_core.observation.declaring import freeze, freeze_numbers, require_layers, require_positions
 from vlm_core.observation.outputs import positions_of
 from vlm_core.placement import home, present
+from vlm_core.quantization import as_matrix
 from vlm_core.seam.views import AttentionView, LayerView, Tokens
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits
@@ -337,7 +338,7 @@ def _matrix(projection: nn.Module, size: int, like: torch.Tensor) -> torch.Tenso
     if type(projection) is nn.Linear:
         return projection.weight.detach().double()
     unit = torch.eye(size, dtype=like.dtype, device=like.device)
-    return (projection.forward(unit) - projection.forward(torch.zeros_like(unit[:1]))).double().T
+    return as_matrix(projection, unit).double().T
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions import Row, parts
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_number, require_items
+from vlm_core.quantization import n_weights
 from vlm_core.subjects.batch import Batch
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows, read_logits
@@ -80,7 +81,7 @@ def prefill_flops(anatomy: Anatomy, lengths: Sequence[int], read: int = 1) -> in
         Tokens in each (`layer_lengths`).
     """
     width = anatomy.n_heads * anatomy.head_dim
-    weights = [sum(one.weight.numel() for one in layer.modules() if isinstance(one, nn.Linear)) for layer in anatomy.layers]
+    weights = [sum(n_weights(one) for one in layer.modules() if isinstance(one, nn.Linear)) for layer in anatomy.layers]
     layers = sum(2 * n * own + 4 * width * n * n for n, own in zip(lengths, weights, strict=True))
     return layers + 2 * read * anatomy.head.weight.numel()
 

@@ -19,7 +19,8 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions.declaration import require_kind
 from vlm_core.interventions.policy import Ranked, Seen
 from vlm_core.interventions.sources import GateWeights
-from vlm_core.placement import present
+from vlm_core.placement import home, present
+from vlm_core.quantization import as_matrix
 
 __all__ = ["LearnedGate", "gate_scores", "marks"]
 
@@ -107,5 +108,6 @@ def marks(anatomy: Anatomy) -> torch.Tensor:
         for layer in range(anatomy.n_layers):
             projection = anatomy.output_projection(layer)
             with present(projection):
-                found.append(projection.weight[:, 0].float().cpu())
+                first = torch.eye(1, anatomy.n_heads * anatomy.head_dim, dtype=weight.dtype, device=home(projection))
+                found.append(as_matrix(projection, first)[0].float().cpu())
         return torch.nn.functional.normalize(torch.stack(found), dim=1)

@@ -1,7 +1,10 @@
 """A checkpoint on disk or on the Hub, judged without loading its weights.
 
 ``precheck_subject(path_or_id)``    raise ``SubjectError`` for what can be known cheaply
-``inspect_checkpoint(...)``         the same, giving a ``Checkpoint`` with sizes, dtype and hash
+``inspect_checkpoint(...)``         the same, giving a ``Checkpoint`` with sizes, dtype, commit and hashes
+
+Nothing that a checkpoint brings is executed: weights are safetensors, model and processor are classes of transformers' own, and what
+asks for more (code of its own, a kernel to be downloaded, an adapter that names another base) is refused here in one sentence.
 """
 
 from __future__ import annotations
@@ -15,15 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from vlm_core.errors import SubjectError
-from vlm_core.memory import free_memory
 
 __all__ = ["Checkpoint", "inspect_checkpoint", "precheck_subject"]
 
+SAFE = {"trust_remote_code": False}
+"""What every ``from_pretrained`` is given: a checkpoint's own code is never run, nor asked about."""
+
+_SETTINGS = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json",
+    "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-@lru_cache(maxsize=16)
 def _hash_files(files: tuple[Path, ...]) -> str:
+    """SHA-256 of files, read once for as long as none was written to."""
+    return _read_whole(files, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=16)
+def _read_whole(files: tuple[Path, ...], state: tuple) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
@@ -41,9 +55,14 @@ class Checkpoint:
     ----------
     source : str
         Directory or Hub id.
+    revision : str or None
+        What was asked for: a branch, a tag or a commit of the Hub.
+    commit : str or None
+        The Hub's commit that it stands for; None for a directory.
     directory : Path or None
         Local files, where there are any.
     n_parameters : int or None
+        From the headers of the files, or what the Hub says of them; None where neither is known.
     """
 
     name: str
@@ -53,6 +72,7 @@ class Checkpoint:
     config: dict[str, Any]
     files: tuple[Path, ...]
     n_parameters: int | None
+    commit: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -65,23 +85,11 @@ class Checkpoint:
             return None
         return _hash_files(self.files)
 
-    def require_memory(self, device: str, dtype: Any) -> None:
-        """Raise ``SubjectError`` if the weights do not fit the free memory of ``device``."""
-        import torch
-
-        if self.n_parameters is None:
-            return
-        needed = int(self.n_parameters * torch.empty((), dtype=dtype).element_size() * 1.2)
-        if str(device).startswith("cuda"):
-            free = torch.cuda.mem_get_info(torch.device(device))[0]
-        else:
-            free = free_memory()
-        if needed > free:
-            raise SubjectError(
-                f"subject '{self.name}' needs about {needed / 2**30:.1f} GiB on {device} "
-                f"({self.n_parameters / 1e9:.2f} G parameters as {str(dtype).removeprefix('torch.')}), but only "
-                f"{free / 2**30:.1f} GiB are free: use a smaller checkpoint, a smaller dtype or another device."
-            )
+    def content(self) -> str | None:
+        """Hash of configuration, processor and tokenizer files, read whole: with ``sha256`` all that a local checkpoint is; None without files."""
+        if self.directory is None:
+            return None
+        return _hash_files(tuple(path for name in _SETTINGS if (path := self.directory / name).is_file()))
 
 
 def precheck_subject(path_or_id: str | Path, revision: str | None = None) -> None:
@@ -112,7 +120,7 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
     local = Path(source)
     if local.is_file():
         raise SubjectError(f"subject '{source}' is a file: point to the folder of a saved checkpoint, which has a config.json.")
-    name = local.name or source
+    name, commit, n_parameters = local.name or source, None, None
     if local.is_dir():
         directory: Path | None = local
         config_file = local / "config.json"
@@ -121,10 +129,8 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
                 f"subject '{source}' is a directory without config.json: point to the folder of a saved checkpoint."
             )
     else:
-        config_file, directory = _from_hub(source, revision), None
-        snapshot = config_file.parent
-        if any(snapshot.glob("*.safetensors")):
-            directory = snapshot
+        config_file, commit, n_parameters = _from_hub(source, revision)
+        directory = config_file.parent
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
@@ -138,11 +144,30 @@ def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> C
             f"vision-language model."
         )
     find_family(model_type, source, str((config.get("text_config") or {}).get("model_type", "")))
-    files, n_parameters = _weight_files(source, directory, complete=local.is_dir())
-    return Checkpoint(name, source, revision, directory, config, files, n_parameters)
+    _require_nothing_to_run(source, directory, config)
+    here = local.is_dir() or any(directory.glob("*.safetensors"))
+    files, counted = _weight_files(source, directory if here else None, complete=local.is_dir())
+    return Checkpoint(name, source, revision, directory, config, files, counted or n_parameters, commit)
 
 
-def _from_hub(source: str, revision: str | None) -> Path:
+def _require_nothing_to_run(source: str, directory: Path, config: dict[str, Any]) -> None:
+    """Refuse what transformers would follow out of the checkpoint: to another base model, or to a kernel on the Hub."""
+    if (directory / "adapter_config.json").is_file():
+        raise SubjectError(
+            f"subject '{source}' has an adapter (adapter_config.json), which names another checkpoint as its base: load that base with PEFT, "
+            f"merge_and_unload() the adapter into it and save the result with save_pretrained."
+        )
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    kernels = [str(part[key]) for part in parts for key in ("attn_implementation", "_attn_implementation") if "/" in str(part.get(key, ""))]
+    if kernels:
+        raise SubjectError(
+            f"subject '{source}' asks in its config.json for the attention kernel '{kernels[0]}' of the Hub, and no code of a checkpoint's "
+            f"choice is run: remove 'attn_implementation' from its config.json."
+        )
+
+
+def _from_hub(source: str, revision: str | None) -> tuple[Path, str | None, int | None]:
+    """The config file, the commit that it is of, and the number of parameters that the Hub tells, where it was asked."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import httpx
@@ -151,10 +176,11 @@ def _from_hub(source: str, revision: str | None) -> Path:
     try:
         cached = try_to_load_from_cache(source, "config.json", revision=revision)
         if isinstance(cached, str):
-            return Path(cached)
+            return Path(cached), _commit(Path(cached)), None
         # Asked first: where the Hub cannot be reached, a download would retry for half a minute.
-        HfApi().model_info(source, revision=revision, timeout=10)
-        return Path(hf_hub_download(source, "config.json", revision=revision))
+        known = HfApi().model_info(source, revision=revision, timeout=10)
+        config = Path(hf_hub_download(source, "config.json", revision=known.sha))
+        return config, known.sha, known.safetensors.total if known.safetensors else None
     except HFValidationError as error:
         raise SubjectError(f"{missing}no valid Hub id; check the path.") from error
     except (OSError, ValueError, httpx.HTTPError) as error:
@@ -163,6 +189,11 @@ def _from_hub(source: str, revision: str | None) -> Path:
             f"{missing}the Hugging Face Hub gave no config.json for it{at} ({type(error).__name__}); check the path "
             f"or id, and that the Hub can be reached."
         ) from error
+
+
+def _commit(file: Path) -> str | None:
+    """The commit in the path of a cached file, ``.../snapshots/<commit>/<file>``."""
+    return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
 def _weight_files(source: str, directory: Path | None, complete: bool) -> tuple[tuple[Path, ...], int | None]:

@@ -22,6 +22,7 @@ from vlm_core.interventions.numeric import integer
 from vlm_core.interventions.policy import Visual
 from vlm_core.items import item_field, item_number, require_items, take
 from vlm_core.placement import home
+from vlm_core.quantization import n_values, quantization_of
 from vlm_core.seam.nothing import Nothing
 from vlm_core.seam.plan import Program, require_possible
 from vlm_core.seam.run import Run
@@ -52,6 +53,8 @@ class Subject:
     ----------
     anatomy : Anatomy
         Where things are and how many.
+    batch_rows : int
+        Rows per forward pass where nothing else is asked for: what fits a CPU's cache, or keeps a GPU busy; fewer where memory is short.
     """
 
     def __init__(
@@ -68,13 +71,16 @@ class Subject:
         self.checkpoint = checkpoint
         self.anatomy = Anatomy.of(model, name)
         self.seam = install(model, self.anatomy, name)
+        self.batch_rows = 32 if self.device.type == "cpu" else 128
         self.known_prompts: KnownPrompts | None = None  # see ``vlm_core.subjects.remembering``
         self._wording: Wording | None = None
         self._fingerprint: tuple[tuple, tuple[str, str, str]] | None = None
         self._loaded_state = self.weights_state()
 
     def __deepcopy__(self, memo: dict) -> Subject:
-        return Subject(copy.deepcopy(self.model, memo), copy.deepcopy(self.processor, memo), self.name, self.checkpoint)
+        copied = Subject(copy.deepcopy(self.model, memo), copy.deepcopy(self.processor, memo), self.name, self.checkpoint)
+        copied.batch_rows = self.batch_rows
+        return copied
 
     def __repr__(self) -> str:
         anatomy = self.anatomy
@@ -101,11 +107,6 @@ class Subject:
         return home(self.anatomy.embedding)
 
     @property
-    def batch_rows(self) -> int:
-        """Rows per forward pass where nothing else is asked for: what fits a CPU's cache, or keeps a GPU busy."""
-        return 32 if self.device.type == "cpu" else 128
-
-    @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer; a ``SubjectError`` without a processor."""
         self._require_processor()
@@ -118,21 +119,28 @@ class Subject:
                 f"it with load_vlm."
             )
 
+    def _devices(self) -> list[str]:
+        """Where modules compute: one device, or those that a device map spreads them over."""
+        spread = getattr(self.model, "hf_device_map", None) or {"": self.device}
+        return sorted({str(torch.device("cuda", place) if isinstance(place, int) else place) for place in spread.values()})
+
     def identity(self) -> dict[str, Any]:
         """Facts that name the subject in a record, builtins only."""
         checkpoint, anatomy = self.checkpoint, self.anatomy
         return {
             "name": self.name,
             "path": str(checkpoint.source) if checkpoint else None,
-            "revision": checkpoint.revision if checkpoint else None,
+            "revision": checkpoint.commit if checkpoint else None,
+            "content": checkpoint.content() if checkpoint else None,
             "family": anatomy.family.model_type,
             "model_type": self.model.config.model_type,
-            "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "n_parameters": sum(map(n_values, self.model.parameters())),
             "n_layers": anatomy.n_layers,
             "n_heads": anatomy.n_heads,
             "n_kv_heads": anatomy.n_kv_heads,
             "dtype": str(anatomy.embedding.weight.dtype).removeprefix("torch."),
-            "device": str(self.device),
+            "quantization": quantization_of(self.model),
+            "device": ", ".join(self._devices()),
             "weights": checkpoint.sha256() if checkpoint else weights_digest(self.model),
         }
 

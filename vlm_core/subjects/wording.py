@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vlm_core.errors import SubjectError
 from vlm_core.families.family import Family
+from vlm_core.secrets import hidden
 
 __all__ = ["Wording", "require_texts"]
 
@@ -55,7 +58,13 @@ class Wording:
             turns = [{"role": "user", "content": content}]
             if answer is not None:
                 turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-            return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+            try:
+                return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+            except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+                raise SubjectError(
+                    f"subject '{self.name}' has a chat template that cannot be rendered ({hidden(str(error))}): it gets one user turn of images and "
+                    f"text, and an answer; templates run in transformers' sandbox."
+                ) from error
         placeholder = self.family.placeholder
         shown = placeholder.format(self.processor.image_token) * n_images if placeholder else ""
         return shown + prompt + ("" if answer is None else f" {answer}")

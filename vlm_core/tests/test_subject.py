@@ -188,7 +188,7 @@ def test_too_little_memory_is_told_before_loading(monkeypatch, saved):
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
-    with pytest.raises(SubjectError, match=r"needs about .* GiB on cpu .* only 0\.0 GiB are free"):
+    with pytest.raises(SubjectError, match=r"needs about .* MiB on cpu .* 0\.05 M parameters as float32.* only 0\.0 MiB are free"):
         load_vlm(saved, device="cpu")
 
 
