@@ -3,7 +3,7 @@
 ``layer_lengths(...)``    tokens in every layer under a reduction
 ``prefill_flops(...)``    operations of the language model on one prompt, by formula
 ``saved_flops(...)``      the share that a reduction saves
-``prefill_pairs(...)``    prefill time with and without, paired and interleaved
+``prefill_pairs(...)``    prefill time with and without, paired and interleaved; ``prefill_rounds(...)`` several reductions beside each other
 ``decode_pairs(...)``     the same for one generated token
 ``cache_bytes(...)``      keys and values that a prompt leaves
 ``generation_seconds(...)``  how long so many tokens after a batch of prompts take
@@ -14,8 +14,9 @@ Time and arithmetic are those of the language model: the vision tower sees every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,7 @@ __all__ = [
     "peak_pairs",
     "prefill_flops",
     "prefill_pairs",
+    "prefill_rounds",
     "prompt_lengths",
     "saved_flops",
 ]
@@ -121,12 +123,34 @@ def prefill_pairs(subject: Subject, items: Sequence, row: Row, *, batch: int = 8
     DataFrame
         ``round, whole, reduced, saved``: seconds, and ``1 - reduced / whole``.
     """
-    passes = _passes(subject, items, batch, row)
+    table = prefill_rounds(subject, items, {"whole": None, "reduced": row}, batch=batch, rounds=rounds, seed=seed)
+    return _saved(table)
 
-    def timed(turn: int, used: Row) -> float:
-        return seconds(lambda: _prefill(subject, *passes[turn % len(passes)], used), subject.device)
 
-    return _saving(timed, row, rounds, seed)
+def prefill_rounds(
+    subject: Subject, items: Sequence, rows: Mapping[str, Row], *, batch: int = 8, rounds: int = 40, seed: int = 0
+) -> pd.DataFrame:
+    """Seconds of the language model on prompts, under each of several reductions once a round, on the same prompts; see `prefill_pairs`.
+
+    Parameters
+    ----------
+    rows : mapping of name to Row
+        None is the prompt as it is.
+
+    Returns
+    -------
+    DataFrame
+        ``round`` and a column a name.
+    """
+    require_items(items)
+    encoded = encode_distinct(subject, items)
+    passes = {name: _passes(subject, items, encoded, batch, row) for name, row in rows.items()}
+
+    def timed(turn: int, name: str) -> float:
+        work = passes[name][turn % len(passes[name])]
+        return seconds(lambda: _prefill(subject, *work, rows[name]), subject.device)
+
+    return paired({name: partial(timed, name=name) for name in rows}, rounds, seed)
 
 
 def decode_pairs(
@@ -145,7 +169,7 @@ def decode_pairs(
         one = generation_seconds(subject, prepared, used)
         return (generation_seconds(subject, prepared, used, tokens + 1) - one) / tokens
 
-    return _saving(timed, row, rounds, seed)
+    return _saved(paired({"whole": lambda turn: timed(turn, None), "reduced": lambda turn: timed(turn, row)}, rounds, seed))
 
 
 def generation_seconds(subject: Subject, prepared: Batch, row: Row = None, tokens: int = 1) -> float:
@@ -170,7 +194,8 @@ def cache_bytes(subject: Subject, items: Sequence, row: Row = None) -> np.ndarra
 
 def peak_pairs(subject: Subject, items: Sequence, row: Row, batch: int = 8) -> tuple[int, int]:
     """Most bytes that a prefill of ``batch`` prompts holds at once beyond the weights, whole and reduced."""
-    (encoded, numbers, prepared), *_ = _passes(subject, items, batch, row)
+    require_items(items)
+    (encoded, numbers, prepared), *_ = _passes(subject, items, encode_distinct(subject, items), batch, row)
 
     def peak(used: Row) -> int:
         def work():
@@ -189,10 +214,11 @@ def cycled(items: Sequence, batch: int) -> list[list]:
     return [[items[(start + k) % n] for k in range(batch)] for start in range(0, n, batch)]
 
 
-def _passes(subject: Subject, items: Sequence, batch: int, row: Row) -> list[tuple[list[Encoded], list[int], Batch | None]]:
+def _passes(
+    subject: Subject, items: Sequence, encoded: Sequence[Encoded], batch: int, row: Row
+) -> list[tuple[list[Encoded], list[int], Batch | None]]:
     """Prompts of each pass, their items' numbers, and the model's own inputs where ``row`` reads anything outside the decoder."""
-    require_items(items)
-    encoded, reads = encode_distinct(subject, items), asked_outside([row])
+    reads = asked_outside([row])
     passes = []
     for some in cycled(list(zip(items, encoded, strict=True)), batch):
         own = [item for item, _ in some]
@@ -212,6 +238,5 @@ def _prefill(subject: Subject, encoded: list[Encoded], numbers: list[int], prepa
     return read_logits(subject, hidden)
 
 
-def _saving(timed: Callable[[int, Row], float], row: Row, rounds: int, seed: int) -> pd.DataFrame:
-    table = paired({"whole": lambda turn: timed(turn, None), "reduced": lambda turn: timed(turn, row)}, rounds, seed)
+def _saved(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(saved=1 - table["reduced"] / table["whole"])

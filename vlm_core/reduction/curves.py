@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,7 +311,7 @@ def harmless(table: pd.DataFrame, margin: float) -> list[Cell]:
 
 
 def choose_recipe(
-    cells: Sequence[Cell], operations: Callable[[Cell], float], seconds: Callable[[Cell], float], timed: int = 8
+    cells: Sequence[Cell], operations: Callable[[Cell], float], seconds: Callable[[Sequence[Cell]], Sequence[float]], timed: int = 8
 ) -> Cell | None:
     """Of the ``timed`` cells that save most operations, the one that saves most time.
 
@@ -321,8 +322,10 @@ def choose_recipe(
     ----------
     cells : sequence of Cell
         Those that qualify (`harmless`), better ones first.
-    operations, seconds : callable
-        Share of the prefill's operations, and of its measured time, that a cell saves.
+    operations : callable
+        Share of the prefill's operations that a cell saves.
+    seconds : callable
+        Shares of its measured time that cells save, measured side by side.
 
     Returns
     -------
@@ -330,4 +333,4 @@ def choose_recipe(
         None where no cell qualifies.
     """
     first = sorted(cells, key=lambda cell: -round(operations(cell), 9))[:timed]
-    return max(first, key=seconds) if first else None
+    return max(zip(first, seconds(first), strict=True), key=itemgetter(1))[0] if first else None

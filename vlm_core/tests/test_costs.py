@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import vlm_core.reduction.costs
 from vlm_core import DropTokens, MergeTokens
 from vlm_core.reduction import FastV
 from vlm_core.reduction.costs import (
@@ -16,6 +17,7 @@ from vlm_core.reduction.costs import (
     peak_pairs,
     prefill_flops,
     prefill_pairs,
+    prefill_rounds,
     saved_flops,
 )
 from vlm_core.subjects.embed import encode_items
@@ -92,6 +94,23 @@ def test_times_come_in_pairs(subject):
     np.testing.assert_allclose(table["saved"], 1 - table["reduced"] / table["whole"])
     slower = decode_pairs(subject, make_items(2), DropTokens(1, 0.25), batch=2, rounds=2, tokens=2)
     assert len(slower) == 2
+
+
+def test_several_reductions_run_on_the_same_prompts_in_every_round(subject, monkeypatch):
+    ran = []
+
+    def watched(subject, encoded, numbers, prepared, row):
+        ran.append((row, tuple(numbers)))
+
+    monkeypatch.setattr(vlm_core.reduction.costs, "_prefill", watched)
+    rows = {"whole": None, "half": DropTokens(1, 0.5), "few": DropTokens(1, 0.25, FastV())}
+    table = prefill_rounds(subject, make_items(4), rows, batch=2, rounds=3)
+    assert table.columns.tolist() == ["round", *rows] and len(table) == 3
+    first, *rounds = [ran[start : start + 3] for start in range(0, len(ran), 3)]
+    assert len(rounds) == 3 and len(first) == 3, "once before the first round, then once a round"
+    for one in rounds:
+        assert {row for row, _ in one} == set(rows.values()) and len({numbers for _, numbers in one}) == 1
+    assert rounds[0][0][1] != rounds[1][0][1] and rounds[0][0][1] == rounds[2][0][1], "the next prompts each round, then again from the first"
 
 
 def test_a_long_prompt_takes_less_time_with_few_tokens():
