@@ -2,12 +2,13 @@
 
 ``evaluate(subject, items)``    one row per item, by candidates or by greedy generation, sighted or blind
 ``accuracy_table(results)``     accuracy per task with its interval
-``greedy_answers(...)``         what a subject generates for each item
+``generated(...)``              what a subject generates for each item, and in how many tokens; ``greedy_answers(...)`` the texts alone
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from vlm_core.interventions.numeric import integer, real
 from vlm_core.items import SCORED, SHOWN, item_field, plain, require_item, require_items, take
 from vlm_core.stats import interval
 from vlm_core.subjects.subject import Subject, require_subject
+from vlm_core.sweeps.budget import Budget, in_batches
 from vlm_core.sweeps.features import KnownFeatures, recalling
 from vlm_core.sweeps.scoring import candidate_metric
 from vlm_core.sweeps.sweep import sweep
 
-__all__ = ["accuracy_table", "evaluate", "greedy_answers", "shown_items"]
+__all__ = ["Generated", "accuracy_table", "evaluate", "generated", "greedy_answers", "shown_items"]
 
 COLUMNS = ("item", "cluster", "task", "prompt", "image", "output", "answer", "correct", "score")
 
@@ -221,6 +223,22 @@ def _by_candidates(subject, items, images, plan, batch_rows, logits) -> tuple[li
     return outputs, values[:, 0] == 1.0, values[:, 1], scores
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a subject wrote.
+
+    Parameters
+    ----------
+    text : str
+        Without special tokens and surrounding spaces.
+    tokens : int
+        How many it took, the one that ends the answer among them.
+    """
+
+    text: str
+    tokens: int
+
+
 def greedy_answers(
     subject: Subject,
     items: Sequence,
@@ -229,6 +247,19 @@ def greedy_answers(
     batch_rows: int | None = None,
     max_new_tokens: int = 16,
 ) -> list[str]:
+    """The texts that `generated` gives."""
+    found = generated(subject, items, plan=plan, batch_rows=batch_rows, max_new_tokens=max_new_tokens)
+    return [one.text for one in found]
+
+
+def generated(
+    subject: Subject,
+    items: Sequence,
+    *,
+    plan: Intervention | tuple[Intervention, ...] | None = None,
+    batch_rows: int | None = None,
+    max_new_tokens: int = 16,
+) -> list[Generated]:
     """What the subject generates for each item, token by token the likeliest.
 
     Parameters
@@ -237,29 +268,52 @@ def greedy_answers(
         With ``id``, ``image`` and ``prompt``; no answer is needed.
     plan : optional
         An intervention (or a tuple of them) in force throughout.
+    batch_rows : int, optional
+        Prompts per batch. Default: what keeps the device busy, where its free memory holds their keys and values. A batch that runs out of
+        memory is halved.
+
+    Raises
+    ------
+    SubjectError
+        Where a single prompt does not fit into memory.
     """
     require_subject(subject)
     require_items(items, SHOWN)
     items = take(items, range(len(items)))
     for item in items:
         require_item(item, SHOWN)
-    outputs = [""] * len(items)
-    size = batch_rows or subject.batch_rows
-    known = KnownFeatures.of(subject)
-    # Prompts of alike length share a batch: less padding.
-    order = sorted(range(len(items)), key=lambda index: len(item_field(items[index], "prompt")))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+    outputs: list[Generated | None] = [None] * len(items)
+    known, budget = KnownFeatures.of(subject), Budget.of(subject, batch_rows, cached=True)
+
+    def answer(chosen: Sequence[int]) -> None:
         batch = subject.encode_items([items[index] for index in chosen])
         n_prompt = batch.image.shape[1]
+        fits = budget.whole(n_prompt + max_new_tokens, len(chosen))
+        if fits < len(chosen):
+            in_batches(chosen, fits, answer)
+            return
         with torch.inference_mode(), recalling(subject, known), subject.intervene(plan, batch):
             tokens = subject.model.generate(
                 **batch.inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                num_beams=1,
                 pad_token_id=subject.tokenizer.pad_token_id,
-            )
-        texts = subject.tokenizer.batch_decode(tokens[:, n_prompt:], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            outputs[index] = text.strip()
+            )[:, n_prompt:]
+        texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for index, text, length in zip(chosen, texts, _lengths(subject, tokens), strict=True):
+            outputs[index] = Generated(text.strip(), length)
+
+    # Prompts of alike length share a batch: less padding.
+    order = sorted(range(len(items)), key=lambda index: len(item_field(items[index], "prompt")))
+    in_batches(order, batch_rows or subject.batch_rows, answer)
     return outputs
+
+
+def _lengths(subject: Subject, tokens: torch.Tensor) -> list[int]:
+    """Tokens of each row of what ``generate`` gave up to the one that ends it; of one that was cut off, all."""
+    ends = subject.model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=tokens.device, dtype=tokens.dtype).reshape(-1)
+    ended = torch.isin(tokens, ends)
+    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
+    return first.tolist()

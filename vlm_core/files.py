@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all.
+"""Files and folders that things are written to.
 
-``write_whole(path, text)``   so that what a killed process leaves is a file of before, or the one it was writing, never a part of it
+``write_whole(path, text)``   so that what a killed process leaves is the file of before or the new one, never a part of it
+``as_folder(path, what)``     refuse a folder that cannot be one, before anything is computed
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["as_folder", "write_whole"]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -17,3 +18,22 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def as_folder(path: str | Path, what: str) -> Path:
+    """A path that is a folder, or can become one.
+
+    Parameters
+    ----------
+    what : str
+        What is written there, for messages: "a recording's directory".
+
+    Raises
+    ------
+    ValueError
+        Where it, or a folder above it, is a file.
+    """
+    for folder in (Path(path), *Path(path).parents):
+        if folder.is_file():
+            raise ValueError(f"{path} cannot be {what}: {folder} is a file, name another path")
+    return Path(path)

@@ -2,6 +2,7 @@
 
 ``Bounded``               what was computed, within so many bytes
 ``free_memory()``         bytes that are left to it: the machine's, or its container's where that has a limit
+``give_back_memory()``    let the device have what nothing in this process uses any more
 ``keep_freed_memory()``   keep freed memory in the process
 
 Every layer of a forward pass frees blocks of a few megabytes. By default glibc gives such blocks back to the system and faults them in again a
@@ -11,6 +12,7 @@ moment later, page by page, which costs a small model on a CPU 10 to 20 % of its
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
@@ -19,7 +21,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Bounded", "free_memory", "keep_freed_memory"]
+__all__ = ["Bounded", "free_memory", "give_back_memory", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _BLOCK = 2**30
@@ -117,6 +119,15 @@ def _left(group: Path, limit: str, used: str, reclaimable: str) -> int | None:
     except OSError:
         return None  # the top group of a machine has no such files, and a path of the host is not there
     return int(most) - taken + int(stat.get(reclaimable, 0))
+
+
+def give_back_memory() -> None:
+    """Let the device have what nothing in this process uses any more."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> bool:

@@ -40,6 +40,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vlm_core.errors import SubjectError
+from vlm_core.files import as_folder, write_whole
 from vlm_core.identity import code_digest, item_digest
 from vlm_core.images import as_rgb
 from vlm_core.interventions import Intervention, describe, parts, require_row
@@ -155,17 +156,14 @@ def _begin(subject, items, config, out, intervention, groups) -> dict[str, Any]:
             return dict(RecordingConfig.from_dict(known["prepared"]).observers)
     ready = dict(zip(config.observers, prepare(subject, items, list(config.observers.values())), strict=True))
     identity["prepared"] = replace(config, observers=ready).to_dict()
-    _write_json(identity, path)
+    write_whole(path, json.dumps(identity, indent=1))
     return ready
 
 
 def _folder(out: str | Path) -> Path:
     if not isinstance(out, str | Path) or not str(out):
         raise TypeError(f"a recording's directory must be a path, got {out!r:.60} ({type(out).__name__})")
-    for folder in (Path(out), *Path(out).parents):
-        if folder.is_file():
-            raise ValueError(f"{out} cannot be a recording's directory: {folder} is a file, name another path")
-    return Path(out)
+    return as_folder(out, "a recording's directory")
 
 
 def _read_json(path: Path) -> dict:
@@ -177,12 +175,6 @@ def _read_json(path: Path) -> dict:
 
 def _digest(items: Sequence) -> str:
     return hashlib.sha256("".join(item_digest(item, _CONTENT) for item in items).encode()).hexdigest()[:16]
-
-
-def _write_json(content: dict, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
 
 
 def _write_shard(shard: Path, subject, items, observers, config, intervention, groups) -> None:
@@ -220,7 +212,7 @@ def _write_shard(shard: Path, subject, items, observers, config, intervention, g
         pd.concat(pieces, ignore_index=True).to_parquet(partial / f"{name}.parquet", index=False)
     keys = sorted({key.split("/", 1)[1] for key in arrays if not key.startswith("moments/")})
     about = {"n_items": len(items), "layers": layers, "tables": list(tables), "arrays": keys, "moments": list(moments)}
-    _write_json(about, partial / "shard.json")
+    write_whole(partial / "shard.json", json.dumps(about, indent=1))
     os.replace(partial, shard)
 
 

@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from time import perf_counter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,26 +21,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of what comes out, in place of the one in the file")
     options = parser.parse_args(argv)
 
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
+    from vlm_core.command_line import one_line, quiet, timed_lines
     from vlm_core.distill.config import DistillConfig
     from vlm_core.distill.processes import Processes
     from vlm_core.distill.running import distill
     from vlm_core.distill.training import TrainingDiverged
     from vlm_core.errors import SubjectError
-    from vlm_core.memory import keep_freed_memory
 
-    start = perf_counter()
-    keep_freed_memory()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    say = timed_lines()
+    quiet()
     together = None
-
-    def say(words: str) -> None:
-        print(f"{perf_counter() - start:7.1f} s  {words}", file=sys.stderr, flush=True)
-
     try:
         together = Processes.joined()
         config = DistillConfig.from_file(options.config)
@@ -49,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = distill(config, together=together, say=say)
     except (SubjectError, ValueError, TrainingDiverged) as error:
         if together is None or together.is_first:
-            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, TrainingDiverged) else 2
     finally:
         if together is not None:

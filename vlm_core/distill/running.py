@@ -21,7 +21,6 @@ on from its newest checkpoint.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -53,6 +52,7 @@ from vlm_core.files import write_whole
 from vlm_core.identity import digest, item_digest, library_digest
 from vlm_core.interventions import Row
 from vlm_core.items import SCORED, require_items
+from vlm_core.memory import give_back_memory
 from vlm_core.reduction.recipe import Recipe
 from vlm_core.sources import checkpoint_digest, items_of, located
 from vlm_core.subjects.load import load_vlm
@@ -238,7 +238,7 @@ class _Run:
             for asked in (student, self.teacher):
                 if isinstance(asked, AskedOnce):
                     asked.close()
-            _give_back_memory()
+            give_back_memory()
         return task
 
     def told(self, done: int, steps: int) -> None:
@@ -279,7 +279,7 @@ class _Run:
                     write_whole(kept, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in frame.to_dict("records")))
                 self._frames[stage, path or "", name] = pd.DataFrame([json.loads(line) for line in kept.read_text().splitlines()])
         del subject
-        _give_back_memory()
+        give_back_memory()
 
     def report(self) -> None:
         """Tables and the link to the student."""
@@ -344,9 +344,3 @@ def _metrics(frames: Mapping[tuple[str, str, str], pd.DataFrame]) -> pd.DataFram
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
     write_whole(path, table.to_csv(index=False))
-
-
-def _give_back_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -48,12 +48,22 @@ class Budget:
     rows: int | None = None
 
     @classmethod
-    def of(cls, subject: Subject, rows: int | None = None) -> Budget:
-        """The budget of a subject where it is: a CPU's caches and memory, or what a GPU has left."""
+    def of(cls, subject: Subject, rows: int | None = None, cached: bool = False) -> Budget:
+        """The budget of a subject where it is: a CPU's caches and memory, or what a GPU has left.
+
+        Parameters
+        ----------
+        rows : int, optional
+            Rows per batch whatever their length.
+        cached : bool
+            Whether keys and values of every layer are kept with each token, as ``generate`` does.
+        """
         anatomy, text = subject.anatomy, subject.model.config.get_text_config()
         weight = anatomy.embedding.weight
         inner = getattr(text, "intermediate_size", None) or 4 * anatomy.hidden_size
         per_token = (12 * anatomy.hidden_size + 4 * inner) * weight.element_size()
+        if cached:
+            per_token += 2 * anatomy.n_layers * anatomy.n_kv_heads * anatomy.head_dim * weight.element_size()
         on_gpu = subject.device.type == "cuda"
         free = free_bytes(subject.device)
         most = max(_FEWEST_TOKENS, int(free * _SHARE_IN_FLIGHT / per_token))

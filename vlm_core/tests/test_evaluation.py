@@ -11,6 +11,7 @@ import torch
 from vlm_core import DropTokens, SubjectError, accuracy_table, evaluate, sweep
 from vlm_core.evaluation import _mean_image, _partners
 from vlm_core.items import plain
+from vlm_core.sweeps.budget import Budget
 from vlm_core.tests.tiny import make_items
 
 
@@ -128,3 +129,14 @@ def test_greedy_answers_need_no_candidates(blind, subject, items):
     assert evaluate(subject, open_ended, mode="greedy", blind=blind).equals(expected)
     with pytest.raises(ValueError, match="has no field 'candidates'"):
         evaluate(subject, open_ended, blind=blind)
+
+
+def test_a_batch_that_is_generated_from_leaves_room_for_keys_and_values(subject, monkeypatch):
+    monkeypatch.setattr("vlm_core.sweeps.budget.free_bytes", lambda device: 2**24)
+    plain_most, cached_most = (Budget.of(subject, cached=cached).most for cached in (False, True))
+    batch = subject.encode_items(make_items(2))
+    with torch.inference_mode():
+        cache = subject.model(**batch.inputs, use_cache=True).past_key_values
+    each = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / batch.inputs["input_ids"].numel()
+    share = 2**22  # a quarter
+    assert share / cached_most - share / plain_most == pytest.approx(each, rel=0.02)
