@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from reports import literature
 from vlm_core.stats import Claim, Superiority
+from vlm_core.tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "hypotheses" / "README.md"
@@ -16,9 +15,7 @@ README = ROOT / "hypotheses" / "README.md"
 
 def test_the_plan_is_what_is_declared():
     written = README.read_text(encoding="utf-8")
-    fresh = subprocess.run(
-        [sys.executable, "-c", "from hypotheses import plan; print(plan.text(), end='')"], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    fresh = warm.run(["-c", "from hypotheses import plan; print(plan.text(), end='')"])
     assert fresh.returncode == 0, fresh.stderr
     assert fresh.stdout == written, "hypotheses/README.md is not what is declared: run python -m hypotheses.plan"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -46,6 +44,7 @@ from vlm_core.seam.seam import current_run
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN
 from vlm_core.tests.oracles import decode_again, hooked, logits, members, read_site
 from vlm_core.tests.tiny import make_items, normal, tiny_subject
+from vlm_core.tests.warm import run
 
 
 @pytest.fixture(scope="module")
@@ -534,9 +533,7 @@ def test_hashes_are_the_same_in_another_process(subject, items, tmp_path):
         "    for part in row if isinstance(row, tuple) else (row,):\n"
         "        if part is not None: print(name, part.digest, hash(part))\n"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "plans.json")], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    output = run(["-c", program, tmp_path / "plans.json"]).stdout.splitlines()
     parts = [(name, part) for name, row in rows.items() for part in (row if isinstance(row, tuple) else (row,)) if part is not None]
     assert output == [f"{name} {part.digest} {hash(part)}" for name, part in parts]
 

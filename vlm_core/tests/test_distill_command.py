@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from vlm_core.distill.running import distill
 from vlm_core.sources import Items, items_of
 from vlm_core.tests.distill_students import save_student, weights
 from vlm_core.tests.tiny import make_items
+from vlm_core.tests.warm import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE = "vlm_core.tests.tiny:make_items"
@@ -372,11 +371,9 @@ def test_a_teacher_is_asked_once_also_after_a_kill(tmp_path):
     assert first.samples(items[:2], 2, temperature=0.5, seed=4) != first.samples(items[:2], 2, temperature=0.5, seed=3)
 
 
-def launch(arguments, tmp_path, **environment):
-    """The command in a process of its own, its output in files."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
-        return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=out, stderr=err)
+def launch(arguments, **environment):
+    """The command in a process of its own."""
+    return Warm(arguments, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment})
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(declared, tmp_path):
@@ -387,13 +384,13 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(declared, tmp_
     ]
     whole = distill(DistillConfig.from_dict(declared(stages=stages, out=str(tmp_path / "whole"))))
     config = written(declared(stages=stages, out=str(tmp_path / "killed")), tmp_path)
-    process = launch(["-m", "vlm_core.distill", "--config", config], tmp_path)
+    process = launch(["-m", "vlm_core.distill", "--config", config])
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed" / "stages").glob("2-second-*.checkpoints/checkpoint-*/whole")):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, process.said()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "student").exists(), "it was killed midway"
     said = []
     out = distill(DistillConfig.from_file(config), say=said.append)
@@ -415,11 +412,11 @@ def free_port():
         return held.getsockname()[1]
 
 
-def accelerated(config, tmp_path, processes=2):
+def accelerated(config, processes=2):
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
     port = ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    process = launch([*launcher, *port, "-m", "vlm_core.distill", "--config", config], tmp_path, ACCELERATE_USE_CPU="true")
-    return process.wait(timeout=300), (tmp_path / "stderr").read_text()
+    process = launch([*launcher, *port, "-m", "vlm_core.distill", "--config", config], ACCELERATE_USE_CPU="true")
+    return process.wait(timeout=300), process.said()[1]
 
 
 LOSSES_AGREE = 1e-4
@@ -441,7 +438,7 @@ def test_two_processes_are_one_with_twice_the_batch(declared, models, tmp_path):
         return [{"kind": "sft", "steps": STEPS, "batch_size": batch_size}]
 
     config = written(declared(stages=stage(2), out=str(tmp_path / "two")), tmp_path)
-    status, said = accelerated(config, tmp_path)
+    status, said = accelerated(config)
     assert status == 0, said
     assert said.count("the teacher answers 24 questions") == 1 and said.count("sft: measured") == 1, "the first alone builds and measures"
     one = {size: distill(DistillConfig.from_dict(declared(stages=stage(size), out=str(tmp_path / f"one-{size}")))) for size in (2, 4)}
@@ -453,12 +450,9 @@ def test_two_processes_are_one_with_twice_the_batch(declared, models, tmp_path):
     assert moved(models["student"], one[4] / "student", one[2] / "student") > 10 * WEIGHTS_AGREE
 
 
-# One process imports everything once; its children are told what launchers tell, and nobody stops the second after the first.
+# Two processes are told what launchers tell, and nobody stops the second after the first.
 LAUNCHED = """
 import os, signal, sys
-import torch
-torch.set_num_threads(1)
-import vlm_core.distill.running
 from vlm_core.distill.__main__ import main
 for rank in "01":
     if not os.fork():
@@ -471,9 +465,10 @@ print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
 
 def test_an_error_of_the_first_process_ends_all_of_them(declared, tmp_path):
     config = written(leaking(declared), tmp_path)
-    assert launch(["-c", LAUNCHED, str(free_port()), config], tmp_path, ACCELERATE_USE_CPU="true").wait(timeout=300) == 0
-    said = (tmp_path / "stderr").read_text()
-    assert (tmp_path / "stdout").read_text().split() == ["2", "2"], said
+    process = launch(["-c", LAUNCHED, str(free_port()), config], ACCELERATE_USE_CPU="true")
+    assert process.wait(timeout=300) == 0, process.said()
+    ended, said = process.said()
+    assert ended.split() == ["2", "2"], said
     assert said.count("show a picture that is evaluated on") == 1
     assert not (tmp_path / "out" / "stages").exists()
 

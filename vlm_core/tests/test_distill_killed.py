@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,15 @@ from vlm_core.distill import Budget, Lora, instruction_set, on_policy, preferenc
 from vlm_core.distill.training import _MarksWhole, newest_checkpoint
 from vlm_core.tests.distill_students import preferences, save_student, weights
 from vlm_core.tests.tiny import make_items
+from vlm_core.tests.warm import run
 
 BUDGET = Budget(steps=11, batch_size=3, learning_rate=1e-3)
 KILLED_AFTER = 7
 KINDS = ("sft", "preference", "on_policy", "adapters under a recipe", "while saving")
-# One process imports everything once; the runs that are killed are its children.
+# The runs that are killed are children of a process that imports once what is above.
 KILLING = """
 import os, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 from vlm_core.tests import test_distill_killed as here
 for kind in here.KINDS:
     child = os.fork()
@@ -81,7 +78,7 @@ def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     save_student(folder / "student")
     save_student(folder / "teacher", seed=7, layers=3)
-    done = subprocess.run([sys.executable, "-c", KILLING, str(folder)], capture_output=True, text=True, timeout=300)
+    done = run(["-c", KILLING, folder], timeout=300)
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(KINDS), done.stderr[-3000:]
     return folder
 

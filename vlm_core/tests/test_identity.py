@@ -15,6 +15,7 @@ from PIL import Image
 from vlm_core import Subject, sweep
 from vlm_core.identity import code_digest, image_digest, item_digest, library_digest
 from vlm_core.tests.tiny import make_items, tiny_llava, tiny_subject
+from vlm_core.tests.warm import run
 
 
 def noise(width=8, height=32, mode="RGB"):
@@ -73,7 +74,7 @@ def test_a_fingerprint_follows_weights_and_settings():
 
 def test_a_fingerprint_is_the_same_in_another_process():
     code = "from vlm_core.tests.tiny import tiny_subject; print(tiny_subject().fingerprint)"
-    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    seen = run(["-c", code]).stdout.strip()
     assert seen == str(tiny_subject().fingerprint)
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -43,6 +40,7 @@ from vlm_core.observation import observing
 from vlm_core.observation.recording_config import KINDS
 from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items, tiny_subject
+from vlm_core.tests.warm import run
 
 TOML = """
 dtype = "float16"
@@ -317,18 +315,13 @@ def record_and_count(folder: Path) -> None:
 
 def test_memory_does_not_grow_with_the_number_of_examples(tmp_path):
     # In a process of its own: what is counted is the whole process, other tests' threads and leftovers included.
-    root = Path(recording.__file__).parents[1]
     code = "import sys, pathlib; from vlm_core.tests.test_recording import record_and_count; record_and_count(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
-    )
+    done = run(["-c", code, tmp_path])
     assert done.returncode == 0, done.stderr
 
 
 KILLED = """
 import os, signal, sys
-import torch
-torch.set_num_threads(1)
 from vlm_core import AttentionMass, HiddenStates, RecordingConfig, record, recording
 from vlm_core.tests.tiny import make_items, tiny_subject
 save, shards = recording.save_file, []
@@ -344,10 +337,7 @@ record(tiny_subject(), make_items(18), config, sys.argv[1])
 
 
 def test_a_killed_run_goes_on_where_it_stopped(subject, tmp_path, monkeypatch):
-    root = Path(recording.__file__).parents[1]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path / "out"], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False
-    )
+    killed = run(["-c", KILLED, tmp_path / "out"])
     assert killed.returncode == -signal.SIGKILL
     finished = [path.name for path in (tmp_path / "out" / "shards").iterdir() if not path.name.startswith(".")]
     assert sorted(name[:5] for name in finished) == ["00000", "00001"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +10,7 @@ import pandas as pd
 import pytest
 
 from vlm_core.sweeps.shards import ShardStore
+from vlm_core.tests.warm import Warm
 
 WORKER = """
 import sys, time
@@ -38,8 +35,13 @@ print(sorted(values))
 
 
 def start(folder, log, pause=0.0, n_shards=6):
-    command = [sys.executable, "-c", WORKER, str(folder), str(log), str(pause), str(n_shards)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return Warm(["-c", WORKER, folder, log, pause, n_shards])
+
+
+def said(worker):
+    """What it printed, once it has ended as it should."""
+    assert worker.wait(timeout=60) == 0, worker.said()
+    return worker.said()[0].strip()
 
 
 def wait_for(done):
@@ -56,14 +58,14 @@ def lines(log, word):
 def test_two_processes_share_the_work(tmp_path):
     log = tmp_path / "log"
     workers = [start(tmp_path / "store", log, 0.15) for _ in range(2)]
-    assert [worker.communicate(timeout=30)[0].strip() for worker in workers] == ["[0, 1, 2, 3, 4, 5]"] * 2
+    assert [said(worker) for worker in workers] == ["[0, 1, 2, 3, 4, 5]"] * 2
     assert sorted(lines(log, "end")) == [f"end {n}" for n in range(6)]
 
 
 def test_three_processes_that_race_for_many_shards_compute_none_twice(tmp_path):
     log = tmp_path / "log"
     workers = [start(tmp_path / "store", log, 0.0, 60) for _ in range(3)]
-    assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == [str(list(range(60)))] * 3
+    assert [said(worker) for worker in workers] == [str(list(range(60)))] * 3
     assert sorted(lines(log, "start")) == sorted(f"start {n}" for n in range(60))
     assert not list((tmp_path / "store" / "locks").iterdir())
 
@@ -77,10 +79,8 @@ def test_who_waits_for_a_process_that_is_killed_goes_on_at_once(tmp_path):
     wait_for(lambda: len(lines(other_log, "end")) == 2)
     time.sleep(0.2)
     assert other.poll() is None and len(lines(other_log, "start")) == 2
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
-    victim.stdout.close()
-    assert other.communicate(timeout=30)[0].strip() == "[0, 1, 2]"
+    victim.kill()
+    assert said(other) == "[0, 1, 2]"
     assert lines(other_log, "end") == ["end 1", "end 2", "end 0"]
     assert not list((store / "locks").iterdir())
 
@@ -108,9 +108,8 @@ def test_a_killed_process_loses_nothing_and_its_claim_is_taken_over(tmp_path):
     victim = start(tmp_path / "store", log, 0.3)
     wait_for(lambda: len(lines(log, "start")) == 3)
     other = start(tmp_path / "store", log, 0.0)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert other.communicate(timeout=30)[0].strip() == "[0, 1, 2, 3, 4, 5]"
+    victim.kill()
+    assert said(other) == "[0, 1, 2, 3, 4, 5]"
     # What was finished is not computed again; the one that was under way is, once.
     finished = lines(log, "end")
     assert sorted(finished) == sorted(set(finished))

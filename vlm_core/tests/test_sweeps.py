@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import subprocess
-import sys
 import weakref
 from types import SimpleNamespace
 
@@ -32,6 +30,7 @@ from vlm_core import (
 )
 from vlm_core.items import item_number
 from vlm_core.tests.tiny import make_items, tiny_subject
+from vlm_core.tests.warm import Warm
 
 METRICS = ("correct", "logit", "logprob", "margin", "choice")
 
@@ -417,15 +416,9 @@ def test_rows_that_keep_as_much_stand_together_and_as_many_as_their_length_allow
 
 def test_two_processes_share_a_sweep_and_one_killed_in_its_block_holds_up_nobody(tmp_path):
     """The first is killed, really, while it holds its second block and the other has nothing else to do."""
-    processes = {
-        role: subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(tmp_path), role], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for role in ("victim", "other")
-    }
-    said = {role: process.communicate(timeout=120) for role, process in processes.items()}
-    assert processes["victim"].returncode == -signal.SIGKILL, said["victim"]
-    assert processes["other"].returncode == 0, said["other"]
+    processes = {role: Warm(["-c", SHARED, tmp_path, role]) for role in ("victim", "other")}
+    ended = {role: process.wait(timeout=120) for role, process in processes.items()}
+    assert ended == {"victim": -signal.SIGKILL, "other": 0}, [process.said() for process in processes.values()]
     log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert [block for role, word, block in log if role == "victim"] == ["item-0", "item-0", "item-2"]
     # Nothing that was finished is computed again, and what the dead one was at is, once.
