@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from vlm_core.errors import NotMeasurable, SubjectError
 from vlm_core.interventions import DropTokens, MergeTokens, Row, parts, require_row
@@ -51,6 +54,7 @@ class KeptTokens:
         self._reads = asked_outside([row])
         self._caches: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
         self._local = threading.local()
+        self._unwatch = _watch_features(subject.anatomy.base, self._shown) if self._reads else lambda: None
         # Trainers that compute their own loss call the model without its head.
         self._handles = [
             handle
@@ -66,6 +70,8 @@ class KeptTokens:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._unwatch()
+        self._unwatch = lambda: None
 
     @contextmanager
     def answering(self, answer: torch.Tensor) -> Iterator[None]:
@@ -154,16 +160,38 @@ class KeptTokens:
         answer = self._local.__dict__.get("answer") if labels is None else labels != -100
         return None if answer is None else {"answer": answer}
 
-    def _outside(self, inputs: Mapping[str, Any], image: torch.Tensor) -> list[Visual]:
+    def _shown(self, given: dict[str, Any], features: Any) -> None:
+        """The images of a pass that is to come: ``generate`` has their features made before it calls the model, without them."""
+        if not self._local.__dict__.get("contexts") and not self._local.__dict__.get("looking", False):  # else a pass has its images at hand
+            pooled = getattr(features, "pooler_output", features)
+            n_tokens = sum(len(one.flatten(0, -2)) for one in (pooled if isinstance(pooled, list | tuple) else [pooled]))
+            self._local.shown = given, features, n_tokens
+
+    def _with_images(self, inputs: dict[str, Any], image: torch.Tensor) -> tuple[dict[str, Any], int]:
+        """Inputs with the images that the features in them were made of; and how often in a row ``generate`` repeats each prompt (beams)."""
+        given, features, n_tokens = self._local.__dict__.pop("shown", (None, None, 0))
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        if inputs.get("pixel_values") is not None or given is None or encoded.get("image") is not features:
+            return inputs, 1  # its own images, or features of which no images are known
+        repeats, rest = divmod(int(image.sum()), max(1, n_tokens))
+        if rest or not repeats or len(image) % repeats:
+            return inputs, 1
+        rows = {name: one[::repeats] for name, one in inputs.items() if isinstance(one, torch.Tensor) and len(one) == len(image)}
+        return {**rows, **given}, repeats
+
+    def _outside(self, inputs: dict[str, Any], image: torch.Tensor) -> list[Visual]:
         """Places of image tokens, and what the tower saw, as far as the inputs tell."""
-        subject, named = self._subject, inputs.get("image_sizes")
+        subject = self._subject
+        inputs, repeats = self._with_images(inputs, image)
+        image, named = image[::repeats], inputs.get("image_sizes")
         told = named is not None and len(named) == len(image)
         sizes = [[(int(height), int(width))] for height, width in named] if told else [[(1, 1)]] * len(image)
         try:
             if not told and subject.anatomy.family.layout in _CUT_BY_SIZE:
                 raise SubjectError("how an image is cut depends on its size")
             self._local.looking = True
-            return visuals(subject, inputs, sizes, self._reads)
+            found = visuals(subject, inputs, sizes, self._reads)
+            return [one for one in found for _ in range(repeats)]
         except NotMeasurable:
             raise
         except (SubjectError, ValueError) as error:
@@ -174,6 +202,30 @@ class KeptTokens:
             ) from error
         finally:
             self._local.looking = False
+
+
+def _watch_features(base: nn.Module, seen: Callable[[dict[str, Any], Any], None]) -> Callable[[], None]:
+    """Tell ``seen`` of every call of a model's ``get_image_features``, with its arguments by name; what is given back ends that."""
+    original = getattr(base, "get_image_features", None)
+    if original is None:
+        return lambda: None
+    before, signature = vars(base).get("get_image_features"), inspect.signature(original)
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        features = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        seen({name: one for name, one in given.items() if isinstance(one, torch.Tensor)}, features)
+        return features
+
+    def end() -> None:
+        if vars(base).get("get_image_features") is watched:
+            del base.get_image_features
+            if before is not None:
+                base.get_image_features = before
+
+    base.get_image_features = watched
+    return end
 
 
 def keep_tokens(subject: Subject, recipe: Recipe | Row) -> KeptTokens:

@@ -173,8 +173,8 @@ def tower_layers(
     given = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if "pixel_values" not in given:
         raise NotMeasurable(
-            "what the vision tower attends to is not known without the images, which generate() sees before it calls the model: generate "
-            "inside subject.intervene(...), or choose a policy that does not read the tower"
+            "what the vision tower attends to is not known without the images: call the model, or generate, with pixel_values, or choose a "
+            "policy that does not read the tower"
         )
     recorded = _Recording(sizes)
     token = _RECORDING.set(recorded)

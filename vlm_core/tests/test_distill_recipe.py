@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 
-from vlm_core import DropTokens, MergeTokens, NotMeasurable, Recipe, keep_tokens, load_vlm
+from vlm_core import DropTokens, MergeTokens, Recipe, keep_tokens, load_vlm
 from vlm_core.distill import Budget, Lora, instruction_set, on_policy, preference, prompt_set, sft
 from vlm_core.distill.training import Student
 from vlm_core.reduction import FastV, VisionZip
@@ -176,16 +176,10 @@ def test_the_reference_is_the_student_under_the_recipe(student, teacher, tmp_pat
             assert any(found == pytest.approx(one, abs=1e-3) for one in expected)
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_that_reads_the_tower_trains(kind, student, teacher, tmp_path, watched):
     train(kind, student, teacher, tmp_path / "out", recipe=DropTokens(1, 0.3, VisionZip()))
     assert all(first > last for first, last, _ in watched if first > N_IMAGE)
-
-
-def test_a_policy_that_reads_the_tower_cannot_generate(student, teacher, tmp_path):
-    with pytest.raises(NotMeasurable, match="not known without the images, which generate.. sees before"):
-        train("on_policy", student, teacher, tmp_path / "out", recipe=DropTokens(1, 0.3, VisionZip()))
-    assert not (tmp_path / "out" / "training.json").exists()
 
 
 def test_a_recipe_that_does_not_fit_is_refused_before_training(student, teacher, tmp_path):

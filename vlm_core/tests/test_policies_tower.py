@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from vlm_core import DropTokens, NotMeasurable
+from vlm_core import DropTokens, NotMeasurable, Subject
 from vlm_core.interventions.policy import TowerLayer, Visual
 from vlm_core.reduction import HiPrune, PruMerge, VisionZip
 from vlm_core.reduction.keeping import keep_tokens
+from vlm_core.tests.family_processors import PROCESSORS
 from vlm_core.tests.policy_states import same_tokens, seen_of
 from vlm_core.tests.test_drop import N_IMAGE
 from vlm_core.tests.test_policies import kept
@@ -280,7 +281,7 @@ def test_they_rank_by_the_tower_of_the_prompt_s_own_image():
 
 
 def test_a_model_that_keeps_fewer_tokens_looks_at_its_tower_in_every_call():
-    """Called with labels, a cache and the like, as a trainer does. ``generate`` holds the images back, which is said."""
+    """Called with labels, a cache and the like, as a trainer does; features made elsewhere have no images to look at, which is said."""
     subject = tiny_subject()
     batch, row = subject.encode_items(make_items(3)), DropTokens(1, 0.3, VisionZip())
     with subject.intervene(row, batch), torch.inference_mode():
@@ -288,8 +289,33 @@ def test_a_model_that_keeps_fewer_tokens_looks_at_its_tower_in_every_call():
     with keep_tokens(subject, row), torch.inference_mode():
         found = subject.model(**batch.inputs, labels=batch.inputs["input_ids"], use_cache=True)
         torch.testing.assert_close(found.logits[:, -1], last)
-        with pytest.raises(NotMeasurable, match="not known without the images, .*: generate inside subject.intervene"):
-            subject.model.generate(**batch.inputs, max_new_tokens=2)
+    ready = {"image": subject.model.model.get_image_features(batch.inputs["pixel_values"], return_dict=True)}
+    inputs = {name: one for name, one in batch.inputs.items() if name != "pixel_values"}
+    with keep_tokens(subject, row), torch.inference_mode():
+        subject.model.model.get_image_features(batch.inputs["pixel_values"].flip(0), return_dict=True)  # of other images
+        with pytest.raises(NotMeasurable, match="not known without the images: call the model, or generate, with pixel_values"):
+            subject.model(**inputs, mm_encoder_outputs=ready)
+
+
+@pytest.mark.parametrize("policy", [VisionZip(), PruMerge(), HiPrune()], ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "paligemma"])
+def test_generate_makes_features_first_and_still_keeps_what_the_tower_saw(family, policy):
+    """``generate`` calls the model without the images; beams repeat every prompt."""
+    processor, model = PROCESSORS[family]()
+    subject = Subject(model, processor, name=family)
+    batch = subject.encode_items(make_items(2, size=48))
+    layer = max(1, subject.anatomy.n_deepstack)
+    row, options = DropTokens(layer, 0.3, policy), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with subject.intervene(row, batch) as run, torch.inference_mode():
+        expected = subject.model.generate(**batch.inputs, **options)
+        left = tuple((run.tokens.image & run.tokens.valid).sum(1).tolist())
+    features = subject.anatomy.base.get_image_features
+    with keep_tokens(subject, row) as found, torch.inference_mode():
+        assert torch.equal(subject.model.generate(**batch.inputs, **options), expected)
+        assert found.image_tokens == left
+        assert len(subject.model.generate(**batch.inputs, **options, num_beams=2)) == 2
+        assert found.image_tokens == tuple(n for n in left for _ in range(2))
+    assert subject.anatomy.base.get_image_features == features, "nothing is left behind"
 
 
 @pytest.mark.parametrize(
