@@ -3,23 +3,17 @@
 ``quiet()``             no progress bars and warnings of libraries, freed memory kept
 ``timed_lines()``       ``say(words)`` for the standard error, each line with the seconds since now
 ``one_line(error)``     an error as one sentence
-``without_secrets(x)``  texts (also within lists and tables) in which no token of the environment stands
 """
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import perf_counter
-from typing import Any
 
-__all__ = ["one_line", "quiet", "timed_lines", "without_secrets"]
+from vlm_core.secrets import hidden
 
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SHORTEST = 8
-"""Characters of a secret: "1" and "false" are none, and would be found everywhere."""
+__all__ = ["one_line", "quiet", "timed_lines"]
 
 
 def quiet() -> None:
@@ -40,23 +34,11 @@ def timed_lines() -> Callable[[str], None]:
     start = perf_counter()
 
     def say(words: str) -> None:
-        print(f"{perf_counter() - start:7.1f} s  {without_secrets(words)}", file=sys.stderr, flush=True)
+        print(f"{perf_counter() - start:7.1f} s  {hidden(words)}", file=sys.stderr, flush=True)
 
     return say
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message as one line, without secrets."""
-    return without_secrets(" ".join(str(error).split()))
-
-
-def without_secrets(content: Any) -> Any:
-    """Texts in which values of environment variables that hold secrets (a token, key, password by their name) are the variables' names."""
-    if isinstance(content, str):
-        for name, value in os.environ.items():
-            if len(value) >= _SHORTEST and _SECRET.search(name):
-                content = content.replace(value, f"${name}")
-        return content
-    if isinstance(content, Mapping):
-        return {without_secrets(key): without_secrets(value) for key, value in content.items()}
-    return [without_secrets(one) for one in content] if isinstance(content, list | tuple) else content
+    """An error's message as one line without secrets."""
+    return hidden(" ".join(str(error).split()))

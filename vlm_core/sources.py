@@ -53,6 +53,10 @@ class CheckpointAt:
 
 
 
+_NEVER_READ = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py")
+"""Files of a checkpoint that are neither loaded nor executed, and need not be downloaded."""
+
+
 def located(path: str, revision: str | None = None) -> str:
     """A directory that holds the checkpoint, downloaded where it is a Hub id.
 
@@ -61,12 +65,12 @@ def located(path: str, revision: str | None = None) -> str:
     SubjectError
         One sentence: not found, or no vision-language model that can be measured.
     """
-    inspect_checkpoint(path, revision)
+    checkpoint = inspect_checkpoint(path, revision)
     if Path(path).is_dir():
         return path
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(path, revision=revision)
+    return snapshot_download(path, revision=checkpoint.commit or revision, ignore_patterns=list(_NEVER_READ))
 
 
 def checkpoint_digest(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from vlm_core.harness.config import ItemSet
 from vlm_core.identity import digest, item_digest, picture_digest
 from vlm_core.items import SCORED, SHOWN, require_item
-from vlm_core.scoring import scorer_of
+from vlm_core.scoring import score_answer, scorer_of
 from vlm_core.sources import items_on_asking
 
 __all__ = ["ASKED_ALIKE", "AskedSet"]
@@ -69,6 +69,8 @@ class AskedSet:
                         f"have them"
                     )
                 require_item(item, SCORED if "candidates" in modes else _GREEDY)
+                if "greedy" in modes:
+                    score_answer("", item)  # says what the scorer misses
                 fact = _fact(item)
                 if fact["item"] in seen:
                     raise ValueError(f"two items have the id {fact['item']!r}: answers are told apart by them, give each its own")

@@ -20,6 +20,7 @@ from typing import Any
 __all__ = ["main"]
 
 _PROG = "python -m vlm_core.evaluate"
+_OF_SUBJECT = ("revision", "device", "dtype", "quantization")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def _evaluate_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", help="what to do: a .toml or .yaml file (vlm_core/harness/example.toml is one)")
     parser.add_argument("--out", help="folder of what comes out")
     parser.add_argument("--subject", action="append", metavar="PATH", help="a directory or Hub id; several times for several")
-    for name in ("revision", "device", "dtype"):
+    for name in _OF_SUBJECT:
         parser.add_argument(f"--{name}", help="of what --subject names")
     parser.add_argument("--set", action="append", metavar="NAME={...}", help='a set as in the file: \'a = { factory = "probes:build" }\'')
     parser.add_argument("--mode", choices=("candidates", "greedy", "both"))
@@ -63,8 +64,9 @@ def _evaluate_options(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.config is None and None in (options.out, options.subject, options.set):
         parser.error("name a file (--config), or say all of --subject, --set and --out")
-    if options.subject is None and not options.revision is options.device is options.dtype is None:
-        parser.error("--revision, --device and --dtype are of what --subject names: name it")
+    alone = [name for name in _OF_SUBJECT if options.subject is None and getattr(options, name) is not None]
+    if alone:
+        parser.error(f"--{alone[0]} is of what --subject names: name it")
     return options
 
 
@@ -80,7 +82,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
     }
     if options.subject is not None:
-        where = {name: getattr(options, name) for name in ("revision", "device", "dtype") if getattr(options, name) is not None}
+        where = {name: getattr(options, name) for name in _OF_SUBJECT if getattr(options, name) is not None}
         changes["subjects"] = [{"path": path, **where} for path in options.subject]
     if options.set is not None:
         changes["sets"] = _sets(options.set)

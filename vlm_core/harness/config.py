@@ -36,7 +36,7 @@ class SubjectAt:
     path : str
         A directory or Hub id.
     revision : str, optional
-    device, dtype : str
+    device, dtype, quantization : str
         As `vlm_core.load_vlm` takes them.
     name : str, optional
         Its folder in what comes out; default: the last part of its path.
@@ -46,6 +46,7 @@ class SubjectAt:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +54,11 @@ class SubjectAt:
         if self.name is None:
             object.__setattr__(self, "name", Path(self.path).resolve().name if Path(self.path).exists() else Path(self.path).name)
         _require_name(self.name, "a subject")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How `vlm_core.load_vlm` is to load it."""
+        return {"device": self.device, "dtype": self.dtype, "quantization": self.quantization}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,10 @@ def repeat(
     subject: Subject | None = None
     for name, folder in runs_in(path).items():
         about, known = folder.about(), folder.finished_answers()
-        asked, weights_at = _same_as_then(folder, about, name)
+        asked, then, weights_at = _same_as_then(folder, about, name)
         notes += [f"{name}: {word}" for word in _other_versions(about)]
         if subject is None:
-            subject = load_vlm(weights_at, dtype=about["subject"]["dtype"], device=about["subject"]["device"])
+            subject = load_vlm(weights_at, **then.loading)
         dtype = subject.identity()["dtype"]
         allowed = TOLERANCES[dtype] if tolerance is None else tolerance
         n = len(asked.items) if items is None else min(len(asked.items), -(-items // WINDOW) * WINDOW)
@@ -128,9 +128,9 @@ def repeat(
     return Repetition(pd.DataFrame(rows), firsts[0] if firsts else None, tuple(notes))
 
 
-def _same_as_then(folder: RunFolder, about: dict[str, Any], name: str) -> tuple[AskedSet, str]:
-    """The set and the checkpoint's folder, if both are what they were."""
-    then = SubjectAt(**{key: about["subject"][key] for key in ("path", "revision", "device", "dtype", "name")})
+def _same_as_then(folder: RunFolder, about: dict[str, Any], name: str) -> tuple[AskedSet, SubjectAt, str]:
+    """The set, the subject and its checkpoint's folder, if all are what they were."""
+    then = SubjectAt(**{one.name: about["subject"][one.name] for one in fields(SubjectAt)})
     weights_at = located(then.path, then.revision)
     if checkpoint_digest(weights_at) != about["subject"]["weights"]:
         raise ValueError(f"the checkpoint {then.path} is not the one that {folder.path} was answered by: its weights or settings are others")
@@ -138,7 +138,7 @@ def _same_as_then(folder: RunFolder, about: dict[str, Any], name: str) -> tuple[
     asked = AskedSet.read(name, source, tuple(about["asked"]["modes"]))
     if asked.digest != about["data"]["digest"]:
         raise ValueError(f"the items of {folder.path} are not those that were answered: what the set gives has changed")
-    return asked, weights_at
+    return asked, then, weights_at
 
 
 def _other_versions(about: dict[str, Any]) -> list[str]:

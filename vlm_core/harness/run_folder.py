@@ -30,7 +30,7 @@ __all__ = ["WINDOW", "RunFolder", "differing"]
 WINDOW = 64
 """Items that are answered and written together: what a killed run does again at most."""
 _FOLLOWS_FROM = {
-    "subject": ("weights", "device", "dtype"),
+    "subject": ("weights", "device", "dtype", "quantization"),
     "data": ("digest",),
     "asked": ("modes", "max_new_tokens", "logits", "seed"),
     "versions": None,

@@ -22,10 +22,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
-from vlm_core.command_line import without_secrets
 from vlm_core.files import as_folder, write_whole
 from vlm_core.harness.answering import answer
 from vlm_core.harness.asked import AskedSet
@@ -35,8 +33,10 @@ from vlm_core.harness.tables import metrics_table, summary_table
 from vlm_core.identity import library_digest
 from vlm_core.items import take
 from vlm_core.memory import give_back_memory
+from vlm_core.secrets import hidden, hidden_in
 from vlm_core.sources import checkpoint_digest, located
-from vlm_core.subjects.load import load_vlm
+from vlm_core.subjects.checkpoint import inspect_checkpoint
+from vlm_core.subjects.load import load_vlm, require_loadable
 from vlm_core.subjects.subject import Subject
 
 __all__ = ["described", "run_evaluation", "versions"]
@@ -85,9 +85,10 @@ def described(subject: SubjectAt, weights: str, asked: AskedSet, config: Evaluat
     weights : str
         Hash of the checkpoint.
     """
-    device = subject.device if subject.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device, _ = require_loadable(subject.device, subject.dtype, subject.quantization)
+    commit = inspect_checkpoint(subject.path, subject.revision).commit
     about = {
-        "subject": {**asdict(subject), "weights": weights, "device": device.split(":")[0]},
+        "subject": {**asdict(subject), "commit": commit, "weights": weights, "device": device.type},
         "data": {"set": asked.name, "items": len(asked.items), "digest": asked.digest, "source": asdict(config.sets[asked.name])},
         "asked": {
             "modes": list(asked.modes),
@@ -98,7 +99,7 @@ def described(subject: SubjectAt, weights: str, asked: AskedSet, config: Evaluat
         },
         "versions": versions(),
     }
-    return without_secrets(about)
+    return hidden_in(about)
 
 
 @dataclass
@@ -117,7 +118,8 @@ class _SubjectRun:
         return Path(self.config.out) / self.at.name
 
     def locate(self) -> None:
-        """Find the checkpoint; what its files have wrong shows here."""
+        """Find the checkpoint; what its files have wrong shows here, and what this machine lacks."""
+        require_loadable(self.at.device, self.at.dtype, self.at.quantization)
         self.path = located(self.at.path, self.at.revision)
         self.weights = checkpoint_digest(self.path)
 
@@ -128,7 +130,7 @@ class _SubjectRun:
 
     def say(self, words: str) -> None:
         """Tell whoever listens, and the log."""
-        words = without_secrets(f"{self.at.name}: {words}")
+        words = hidden(f"{self.at.name}: {words}")
         self.tell(words)
         with (self.out / "log.txt").open("a", encoding="utf-8") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')}  {words}\n")
@@ -177,7 +179,7 @@ class _SubjectRun:
     def _loaded(self) -> Subject:
         if self.subject is None:
             self.say("loads")
-            self.subject = load_vlm(self.path, dtype=self.at.dtype, device=self.at.device)
+            self.subject = load_vlm(self.path, **self.at.loading)
             self.subject.name = self.at.name
         return self.subject
 

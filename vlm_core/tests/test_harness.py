@@ -420,12 +420,16 @@ def test_numbers_that_are_not_finite_are_one_sentence(declared, monkeypatch, tmp
         ({"sets": {"a": {"factory": OPEN, "arguments": {"n": 2}}}}, "item 'item-0' has no candidates to choose from"),
         ({"sets": {"a": {"factory": f"{__name__}:twice"}}}, "sets.a: two items have the id 'item-0'"),
         ({"sets": {"a": {"factory": f"{__name__}:unheard_of"}}}, "there is no scorer 'unheard of'"),
+        ({"sets": {"a": {"factory": f"{__name__}:unscorable"}}}, "item 'item-0' has no references, which the scorer 'vqa' needs"),
+        ({"subjects": [{"path": "ONE", "device": "cuda:99"}]}, "device 'cuda:99' is not there"),
+        ({"subjects": [{"path": "ONE", "dtype": "int8"}]}, "dtype 'int8' is none that a model computes in"),
         ({"out": __file__}, "is a file"),
     ],
 )
-def test_what_cannot_be_meant_is_one_sentence(changes, message, declared, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_meant_is_one_sentence(changes, message, declared, models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(running, "load_vlm", lambda *args, **options: pytest.fail("loaded before everything was looked at"))
+    changes = json.loads(json.dumps(changes).replace("ONE", models[0]))
     assert main(["--config", written(declared(**changes), tmp_path)]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
@@ -440,12 +444,16 @@ def unheard_of():
     return [{**item, "scorer": "unheard of"} for item in make_items(2)]
 
 
+def unscorable():
+    return [{**item, "scorer": "vqa", "references": None} for item in make_items(2)]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ([], "name a file (--config), or say all of --subject, --set and --out"),
         (["--subject", "a", "--out", "b"], "name a file"),
-        (["--config", "a.toml", "--dtype", "bfloat16"], "are of what --subject names"),
+        (["--config", "a.toml", "--dtype", "bfloat16"], "--dtype is of what --subject names"),
     ],
 )
 def test_options_that_say_too_little(options, words, capsys):
@@ -468,10 +476,10 @@ def test_no_secret_of_the_environment_is_written(declared, tmp_path, capsys, mon
     sets["patches"]["arguments"]["fails"] = True
     assert main(["--config", written(declared(sets=sets, out=str(tmp_path / "next")), tmp_path)]) == 2
     wrong = capsys.readouterr().err
-    assert "refused for $HF_TOKEN" in wrong
+    assert "refused for <HF_TOKEN>" in wrong
     found = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
     assert not found and SECRET not in said.out + said.err + wrong
-    assert "$HF_TOKEN" in (tmp_path / "out" / "one" / "patches" / "run.json").read_text()
+    assert "<HF_TOKEN>" in (tmp_path / "out" / "one" / "patches" / "run.json").read_text()
 
 
 def private(token, fails=False):
