@@ -25,6 +25,7 @@ PATH = Path(__file__).with_name("README.md")
 SIZES = {
     "discovery_items": "discovery items a task, on which things are chosen",
     "confirmation_items": "confirmation items a task, on which claims are decided",
+    "spoken_items": "of these, answered in the subject's own words too",
     "attribution_masks": "random sets of heads a discovery item",
     "random_draws": "random sets of heads that the targeted ones are compared with, of each kind",
     "curve_items": "discovery items a task on which policies that keep fewer tokens are compared",
@@ -86,7 +87,7 @@ Procedural scenes whose every answer is known ([data card](../probes/CARD.md)). 
 {sizes}
 
 ## Metrics and ablations
-* **Accuracy**: candidates are scored by log-probability; the blind floor (another scene's image), chance and the majority answer stand beside it. **Answer logit** and normalised logit difference where accuracy is too coarse.
+* **Accuracy**: candidates are scored by log-probability, and decide; beside them, on some of the items, what the subject writes of its own accord is right where it names the answer and no other candidate. The blind floor (another scene's image), chance and the majority answer stand beside. A subject at its floor in a task, or in all of them together, makes the claims about it invalid; in H3 that is the teacher. **Answer logit** and normalised logit difference where accuracy is too coarse.
 * **Heads**: attribution by a linear model over random sets of heads, held to its prediction of sets it has not seen; faithfulness, completeness, Kendall's W and τ. Heads are ablated by replacing image keys and values by their
   mean, against random heads of the same layers and number, of any layers, and against disturbing the same heads as much.
 * **Tokens**: accuracy by layer and share kept, effective rank, nearest-neighbour similarity, operations and time of the prefill. Policies that look at the tokens are compared with random, evenly spaced and pooled ones at equal numbers of tokens; object tokens

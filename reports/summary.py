@@ -48,7 +48,8 @@ READING = (
 
 BASELINE = (
     "Accuracy per task, on the confirmation split, beside what is reached without the right image (blind), by chance, and by always giving the majority answer. "
-    "A task that does not rise above the highest of these floors is no evidence for grounding."
+    "Accuracy is that of the likeliest candidate; in words, that of what the subject writes of its own accord on some of the items, right where it names the answer "
+    "and nothing else. A task that does not rise above the highest of these floors is no evidence for grounding."
 )
 
 PUBLISHED = "Published figures were obtained on other models and data. They say where a claim comes from, not what was asked of this subject."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fixtures.students import crossed
-from vlm_core.items import plain
+from vlm_core.scoring import SCORERS
 from vlm_core.stats import Baseline, Control, estimate_mean
 
 HINTON = "Hinton et al. 2015, arXiv:1503.02531"
@@ -32,9 +32,10 @@ def whole(answers, blind, floors) -> Baseline:
 def teacher_is_right(lessons, before, threshold) -> Control:
     """Condition: the very answers that are taught must be right more often than the student already is, or a gain is not theirs.
 
-    Their text is compared with the answer; the student's accuracy is that of its choice among candidates, which is easier.
+    Right is what names the answer and no other candidate (`vlm_core.scoring`, "spoken"); the student's accuracy is that of its choice among
+    candidates, which is easier.
     """
-    right = float(np.mean([plain(said) == plain(item["answer"]) for item, said in zip(lessons.items, lessons.answers, strict=True)]))
+    right = float(np.mean([SCORERS["spoken"].score(said, item) for item, said in zip(lessons.items, lessons.answers, strict=True)]))
     floor = float(before["correct"].mean()) + threshold
     return Control("taught answers that are right", "condition", right > floor, right, f"more than {floor:.2f}")
 

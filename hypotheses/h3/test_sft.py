@@ -68,5 +68,6 @@ def test_no_task_is_lost(task, student_answers, runs_of, profile, floors, eviden
         clusters=rows["cluster"],
         seeds=rows["seed"],
         baseline=Baseline(accuracy, floor, floors.chance[task]),
+        controls=[floors.grounded(task, RETENTION.test.margin)],
         details={"steps": profile.sft_steps, "runs": len(runs)},
     )

@@ -434,6 +434,10 @@ def identity(**changes):
                     "blind": 0.27 if task != "position" else 0.35,
                     "chance": 0.25,
                     "majority": 0.28,
+                    "spoken": a - 0.02,
+                    "spoken_lower": a - 0.09,
+                    "spoken_upper": min(1, a + 0.04),
+                    "spoken_n": 40,
                     "n": 420,
                 }
                 for task, a in zip(TASKS, accuracy, strict=True)

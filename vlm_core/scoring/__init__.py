@@ -15,13 +15,14 @@ from vlm_core.items import item_field
 from vlm_core.scoring.exact import EXACT
 from vlm_core.scoring.option import OPTION
 from vlm_core.scoring.scorer import Scorer
+from vlm_core.scoring.spoken import SPOKEN
 from vlm_core.scoring.text import ANLS, CONTAINS, GQA, OCRBENCH, RELAXED
 from vlm_core.scoring.vqa import TEXTVQA, VQA
 from vlm_core.scoring.yes_no import POPE
 
 __all__ = ["SCORERS", "Scorer", "score_answer", "scorer_of"]
 
-_ALL = (ANLS, CONTAINS, EXACT, GQA, OCRBENCH, OPTION, POPE, RELAXED, TEXTVQA, VQA)
+_ALL = (ANLS, CONTAINS, EXACT, GQA, OCRBENCH, OPTION, POPE, RELAXED, SPOKEN, TEXTVQA, VQA)
 SCORERS: Mapping[str, Scorer] = MappingProxyType({one.name: one for one in _ALL})
 """Every scorer by the name that items give it."""
 
