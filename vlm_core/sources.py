@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from vlm_core.identity import digest, picture_digest
-from vlm_core.images import require_image
+from vlm_core.images import stored_image
 from vlm_core.interventions.numeric import integer
 from vlm_core.items import item_field, require_distinct, require_items
 from vlm_core.settings import checked
 from vlm_core.subjects.checkpoint import inspect_checkpoint
 
-__all__ = ["CheckpointAt", "Columns", "Items", "checkpoint_digest", "items_from", "items_of", "items_on_asking", "located", "named_function"]
+__all__ = [
+    "CheckpointAt",
+    "Columns",
+    "Items",
+    "checkpoint_digest",
+    "items_from",
+    "items_of",
+    "items_on_asking",
+    "located",
+    "named_function",
+]
 
 _USUAL = {
     "image": ("image", "images", "picture"),
@@ -157,7 +166,12 @@ class Items:
         return named_function(self.factory, "factory")
 
 
-def items_from(dataset: datasets.Dataset, columns: Columns | None = None, limit: int | None = None) -> list[dict]:
+def items_from(
+    dataset: datasets.Dataset,
+    columns: Columns | None = None,
+    limit: int | None = None,
+    folder: str | Path | Sequence[str | Path] | None = None,
+) -> list[dict]:
     """Items from any data set with pictures, prompts and answers.
 
     Parameters
@@ -167,6 +181,8 @@ def items_from(dataset: datasets.Dataset, columns: Columns | None = None, limit:
         Default: ``Columns.of(dataset)``.
     limit : int, optional
         Only the first so many rows.
+    folder : path or several, optional
+        Where pictures lie that the data gives as paths, which cannot leave it; without it every picture must be in the data.
 
     Returns
     -------
@@ -177,12 +193,13 @@ def items_from(dataset: datasets.Dataset, columns: Columns | None = None, limit:
     Raises
     ------
     ValueError
-        A column that is not there, a row without a picture, a prompt or answer that is no text.
+        A column that is not there, a row without a picture, a picture that cannot be decoded, is too large or lies elsewhere, a prompt or
+        answer that is no text.
     """
-    return list(_rows(dataset, columns, limit))
+    return list(_rows(dataset, columns, limit, folder))
 
 
-def _rows(dataset: datasets.Dataset, columns: Columns | None, limit: int | None) -> Sequence[dict]:
+def _rows(dataset: datasets.Dataset, columns: Columns | None, limit: int | None, folder: Any) -> Sequence[dict]:
     if not isinstance(dataset, datasets.Dataset):
         remedy = "make it one with datasets.Dataset.from_list"
         if isinstance(dataset, dict):
@@ -198,10 +215,16 @@ def _rows(dataset: datasets.Dataset, columns: Columns | None, limit: int | None)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be a whole number of at least 1, got {limit!r}")
     read = dataset.select_columns(list(dict.fromkeys(name for name in named.values() if name is not None)))
+    feature = dataset.features[columns.image]
+    # As stored: pictures are decoded here, within limits.
+    if isinstance(feature, datasets.Image):
+        read = read.cast_column(columns.image, datasets.Image(decode=False))
+    elif isinstance(getattr(feature, "feature", None), datasets.Image):
+        read = read.cast_column(columns.image, datasets.List(datasets.Image(decode=False)))
 
     def item(number: int) -> dict:
         row = read[number]
-        image = _picture(row[columns.image], number)
+        image = stored_image(row[columns.image], f"the image of row {number}", folder)
         return {
             "id": str(number if columns.id is None else row[columns.id]),
             "scene_id": picture_digest(image) if columns.scene is None else str(row[columns.scene]),
@@ -251,8 +274,9 @@ def items_of(source: Items, name: str, answered: bool = False) -> list[dict]:
     ValueError
         One sentence: what cannot be found, read or used as items.
     """
-    items = list(items_on_asking(source, name))
+    asked = items_on_asking(source, name)
     try:
+        items = list(asked)
         require_items(items, (*_NEEDED, "answer") if answered else _NEEDED)
         require_distinct(items)
     except ValueError as error:
@@ -269,7 +293,7 @@ def items_on_asking(source: Items, name: str) -> Sequence[dict]:
         One sentence: what cannot be found or read, or holds no items.
     """
     try:
-        items = _called(source) if source.factory is not None else _rows(_read(source), source.columns, source.limit)
+        items = _called(source) if source.factory is not None else _rows(_read(source), source.columns, source.limit, _folder(source))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if not len(items):
@@ -291,6 +315,14 @@ def _called(source: Items) -> Sequence[dict]:
         return one if isinstance(one, dict) else {name: item_field(one, name) for name in names or vars(one)}
 
     return _OnAsking(len(made) if source.limit is None else min(source.limit, len(made)), item)
+
+
+def _folder(source: Items) -> tuple[Path, ...]:
+    """Where pictures may lie that a set names by paths: beside it, or where what comes from the Hub is kept."""
+    path = Path(source.path)
+    if path.exists():
+        return (path.parent if path.is_file() else path,)
+    return Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def _read(source: Items) -> datasets.Dataset:
@@ -331,17 +363,6 @@ def named_function(name: str, setting: str) -> Callable:
     if not callable(found):
         raise ValueError(f"{setting} is {name!r}: the module {module} has no function '{function}'")
     return found
-
-
-def _picture(value: Any, number: int) -> Any:
-    if isinstance(value, list | tuple):
-        return [_picture(one, number) for one in value]
-    if isinstance(value, dict) and {"bytes", "path"} & set(value):
-        value = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
-    elif isinstance(value, str):
-        value = Image.open(value)
-    require_image(value, f"the image of row {number}")
-    return value
 
 
 def _text(value: Any, feature: Any, what: str, number: int) -> str:

@@ -237,6 +237,7 @@ READINGS = [
     ("Yes, there is a dog.", "yes", None, "yes"),
     ("", "no", None, "yes"),
     ("no.", "no", None, "no"),
+    ("It is not there", "no", None, "no"),
 ]
 
 
