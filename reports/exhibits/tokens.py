@@ -184,12 +184,38 @@ def redundancy(evidence, found, measure: str) -> None:
     )
 
 
-def utility(evidence, found) -> None:
-    """``token-utility.csv`` and what the answer's margin loses without each group of image tokens, beside as many random ones.
+def utility(evidence, found, by_layer, inert: float = 0.05) -> None:
+    """What the answer's margin loses without each group of image tokens, beside as many random ones; and by layer, who can go alone.
 
-    ``found``: `vlm_core.reduction.utility.MarginalUtility`.
+    Leaves ``token-utility.csv`` (groups, by layer and item) and ``token-inert.csv`` (share of tokens without each of which the margin changes by
+    less than ``inert``, by layer and task, with intervals).
+
+    Parameters
+    ----------
+    found : vlm_core.reduction.utility.MarginalUtility
+        At the layer that bars are drawn of.
+    by_layer : mapping of layer to MarginalUtility
     """
-    evidence.table("token-utility.csv", found.groups.assign(layer=found.layer))
+    evidence.table("token-utility.csv", pd.concat([one.groups.assign(layer=layer) for layer, one in by_layer.items()], ignore_index=True))
+    shares = [_inert_shares(one.inert(inert)).assign(layer=layer) for layer, one in by_layer.items()]
+    evidence.table("token-inert.csv", pd.concat(shares, ignore_index=True)[["layer", "task", "items", "share", "lower", "upper"]])
+    tasks = shares[0]["task"].tolist()
+    ends = {
+        name: [[_number_or_none(one.set_index("task")[name].get(task)) for one in shares] for task in tasks] for name in ("share", "lower", "upper")
+    }
+    evidence.figure(
+        "layer_heatmap",
+        {
+            "rows": tasks, "columns": [int(layer) for layer in by_layer], "values": ends["share"], "lower": ends["lower"], "upper": ends["upper"],
+            "row_label": "task", "column_label": "layer", "value_label": "share of tokens",
+        },
+        title="How many image tokens can go one at a time, by layer",
+        caption=f"Share of image tokens without which, alone, the margin changes by less than {inert:.0%}; a token is gone from the layer on. "
+        f"{found.groups['item'].nunique()} confirmation items, a few random tokens of each, two dozen at layer {found.layer}; 95 % cluster intervals at the cells.",
+        alt="Heat map of the share of image tokens that can go alone, by layer and task: over all tasks "
+        + "; ".join(f"layer {layer} {'not known' if one is None else f'{one:.2f}'}" for layer, one in zip(by_layer, ends["share"][0], strict=True))
+        + ".",
+    )  # fmt: skip
     bars = []
     for group, rows in found.groups.groupby("group", sort=False):
         for name, column, role in ((group, "loss", "targeted"), (f"{group}: as many random ones", "random", "random")):
@@ -205,6 +231,20 @@ def utility(evidence, found) -> None:
         caption=f"{found.groups['item'].nunique()} confirmation items of all tasks, 95 % cluster intervals.",
         alt="Bars of the margin lost without: " + "; ".join(f"{bar['label']} {bar['value']:.2f}" for bar in bars),
     )
+
+
+def _number_or_none(value) -> float | None:
+    return None if value is None or np.isnan(value) else float(value)
+
+
+def _inert_shares(found: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for task, own in [("all", found), *found.groupby("task", sort=False)]:
+        own = own[own["share"].notna()]
+        if len(own):
+            mean = mean_with_interval(own["share"], own["cluster"])
+            rows.append({"task": task, "items": len(own), "share": mean["value"], "lower": mean["lower"], "upper": mean["upper"]})
+    return pd.DataFrame(rows, columns=["task", "items", "share", "lower", "upper"])
 
 
 def head_shares(evidence, masses, heads) -> None:

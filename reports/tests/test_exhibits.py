@@ -48,6 +48,8 @@ def test_an_interval_of_an_accuracy_is_one():
     found = exhibits.shared.mean_with_interval(pd.Series([1, 0, 1, 1, 0, 1, 1, 1] * 5), np.repeat(np.arange(20), 2))
     expected = interval(np.array([1, 0, 1, 1, 0, 1, 1, 1] * 5, dtype=float), np.repeat(np.arange(20), 2), bounds=(0.0, 1.0))
     assert found == {"value": 0.75, "lower": expected.lower, "upper": expected.upper}
+    few = exhibits.shared.mean_with_interval([0.5, 1.0, 0.5, 1.0], range(4))
+    assert few["upper"] == 1.0 < interval(np.array([0.5, 1.0, 0.5, 1.0]), np.arange(4), bounds=(0.0, 1.0)).upper, "no accuracy is above 1"
     for constant in (0.0, 1.0):
         found = exhibits.shared.mean_with_interval(np.full(5, constant), np.arange(5))
         assert 0.0 <= found["lower"] <= found["value"] == constant <= found["upper"] <= 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,8 +16,9 @@ from vlm_core.heads.token_mass import TokenMass
 from vlm_core.reduction.kept_rows import KeptRows
 from vlm_core.reduction.redundancy import Redundancy
 from vlm_core.reduction.relevance_maps import RelevanceMap
+from vlm_core.reduction.utility import MarginalUtility
 
-from .test_exhibits import evidence, one_figure  # noqa: F401 (a fixture)
+from .test_exhibits import evidence, left, one_figure  # noqa: F401 (a fixture)
 
 SCENES, TASKS = ("s0", "s0", "s1", "s2"), ("color", "count", "color", "count")
 
@@ -52,11 +52,16 @@ def test_utility_puts_groups_beside_random_ones(evidence):  # noqa: F811
         ],
         ignore_index=True,
     )
-    exhibits.tokens.utility(evidence, SimpleNamespace(groups=groups, layer=1))
-    tables, figure = one_figure(evidence)
+    tokens = pd.DataFrame({"item": list("aabb"), "cluster": ["s0", "s0", "s1", "s1"], "task": "color", "full": 9.0, "loss": [0.1, 3.0, 0.1, -0.2]})
+    found, late = MarginalUtility(1, tokens, groups), MarginalUtility(3, tokens.assign(loss=0.0), groups)
+    exhibits.tokens.utility(evidence, found, {1: found, 3: late})
+    tables, (cells, figure) = left(evidence)
+    shares = tables["token-inert.csv"].set_index(["layer", "task"])["share"].to_dict()
+    assert shares == {(1, "all"): 0.75, (1, "color"): 0.75, (3, "all"): 1.0, (3, "color"): 1.0}
+    assert cells["data"]["rows"] == ["all", "color"] and cells["data"]["columns"] == [1, 3] and cells["data"]["values"] == [[0.75, 1.0], [0.75, 1.0]]
     bars = {bar["label"]: (bar["value"], bar["role"]) for bar in figure["data"]["bars"]}
     assert bars == {"all": (7.0, "targeted"), "object": (4.0, "targeted"), "object: as many random ones": (0.5, "random")}
-    assert (tables["token-utility.csv"]["layer"] == 1).all() and len(tables["token-utility.csv"]) == 4
+    assert tables["token-utility.csv"]["layer"].tolist() == [1] * 4 + [3] * 4
 
 
 def test_shares_of_heads_are_means_over_items_that_have_one(evidence):  # noqa: F811
