@@ -225,13 +225,13 @@ class _Shared:
 
     Where one sequence attends causally there are ways without a mean map in between. For all queries, attention whose values say which
     group a key belongs to: ``values`` ``[1, kv head, key, head_dim]``. For some, one product of their attention with ``weights``
-    ``[query and key, group]``: ``few`` are their positions ``[query]``, what a causal order adds to their scores ``[1, query, key]``, and
-    those weights.
+    ``[query and key, group]``: ``few`` are where those that see any of the groups are (positions ``[query]``, or a slice), what a causal order
+    adds to their scores ``[1, query, key]``, and those weights.
     """
 
     members: torch.Tensor
     values: torch.Tensor | None = None
-    few: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    few: tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -356,7 +356,8 @@ class AttentionView:
                 return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
         positions, later, weights = asked.few
         # Heads that share keys are neighbours: their queries stand under one another.
-        few = query[0].index_select(1, positions).view(key.shape[1], -1, key.shape[3])
+        few = query[0][:, positions] if isinstance(positions, slice) else query[0].index_select(1, positions)
+        few = few.reshape(key.shape[1], -1, key.shape[3])
         with _as_it_is(query):
             found = torch.baddbmm(later, few, key[0].transpose(1, 2), alpha=self.scaling).softmax(-1)
             return (found.view(query.shape[1], -1) @ weights)[None]
@@ -375,9 +376,17 @@ class AttentionView:
             return _Shared(members, values.expand(self.key.shape))
         if sharing * n * n_keys > MASK_KEPT:
             return _Shared(members)
-        later = self.tokens.later(queries)[0]
-        weights = (members[0] / n).repeat(n, 1)
-        return _Shared(members, few=(positions[0], later if sharing == 1 else later.repeat(1, sharing, 1), weights))
+        # A query before all members of the groups gives them nothing.
+        there = members[0, :, 0] if len(groups) == 1 else members[0].amax(1)
+        unseeing = int(torch.searchsorted(positions[0], there.argmax()))
+        at = positions[0, unseeing:]
+        if unseeing == n:
+            return _Shared(members)
+        start, stop = int(at[0]), int(at[-1]) + 1
+        later = self.tokens.later(queries)[0, :, unseeing:]
+        weights = (members[0] / n).repeat(n - unseeing, 1)
+        where = slice(start, stop) if stop - start == n - unseeing else at
+        return _Shared(members, few=(where, later if sharing == 1 else later.repeat(1, sharing, 1), weights))
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""

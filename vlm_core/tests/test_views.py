@@ -187,11 +187,12 @@ def test_shares_of_groups_are_those_of_the_whole_map(name, kept, monkeypatch):
     fused = set()
     for layer, view in grab.views.items():
         for queries in ("text", "last", "image", "all"):
-            members = torch.stack([view.keys_of(group) for group in GROUPS_ASKED], dim=2).float()
-            expected = maps[layer][:, :, view.tokens.group(queries)[0]].mean(2) @ members
-            torch.testing.assert_close(view.shares(queries, GROUPS_ASKED), expected, rtol=1e-5, atol=1e-6)
-            if ("mean", queries) not in view._kept:
-                fused.add(queries)
+            for groups in (GROUPS_ASKED, ("image",), ("last",)):
+                members = torch.stack([view.keys_of(group) for group in groups], dim=2).float()
+                expected = maps[layer][:, :, view.tokens.group(queries)[0]].mean(2) @ members
+                torch.testing.assert_close(view.shares(queries, groups), expected, rtol=1e-5, atol=1e-6)
+                if groups == GROUPS_ASKED and ("mean", queries) not in view._kept:
+                    fused.add(queries)
         wide = tuple(f"all{i}" for i in range(view.key.shape[3] + 1))
         view.tokens.named.update({group: view.tokens.valid for group in wide})
         assert torch.allclose(view.shares("last", wide), torch.ones(()), atol=1e-6)
@@ -222,7 +223,22 @@ def test_shares_where_every_head_has_keys_of_its_own(queries):
     for element in (0, 1):
         seen = Tokens(IMAGE[element][None], VALID[element][None], torch.zeros(1, dtype=torch.long))
         view = views.AttentionView(0, query, key, key, query.transpose(1, 2), None, 0.5, None, seen)
-        members = torch.stack([seen.group(group) for group in GROUPS_ASKED], dim=2).float()
-        expected = scores.softmax(-1)[:, :, seen.group(queries)[0]].mean(2) @ members
-        torch.testing.assert_close(view.shares(queries, GROUPS_ASKED), expected, rtol=1e-5, atol=1e-6)
-        assert view._kept == {}
+        for groups in (GROUPS_ASKED, ("image",), ("last",)):
+            members = torch.stack([seen.group(group) for group in groups], dim=2).float()
+            expected = scores.softmax(-1)[:, :, seen.group(queries)[0]].mean(2) @ members
+            torch.testing.assert_close(view.shares(queries, groups), expected, rtol=1e-5, atol=1e-6)
+            assert view._kept == {} or groups != GROUPS_ASKED
+
+
+@pytest.mark.parametrize("order", ["ITIT", "TTII", "IITT", "TIIT"])
+def test_shares_of_queries_that_see_nothing_of_a_group(order):
+    """Text around, before and between the image: what lies before all of a group gives it nothing, and may be all there is."""
+    torch.manual_seed(1)
+    image = torch.tensor([[one == "I" for one in order]])
+    query, key = torch.randn(2, 1, 2, 4, 4)
+    weights = (query @ key.mT * 0.5).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf).softmax(-1)
+    tokens = Tokens(image, torch.ones_like(image), torch.zeros(1, dtype=torch.long))
+    view = views.AttentionView(0, query, key, key, query.transpose(1, 2), None, 0.5, None, tokens)
+    for queries, group in (("text", "image"), ("image", "text")):
+        expected = weights[:, :, tokens.group(queries)[0]].mean(2) @ tokens.group(group)[0].float()
+        torch.testing.assert_close(view.shares(queries, (group,))[..., 0], expected, rtol=1e-5, atol=1e-6)
