@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from vlm_core.harness.tables import metrics_table
 from vlm_core.identity import picture_digest
 from vlm_core.scoring import SCORERS, Scorer
 from vlm_core.stats import interval
+from vlm_core.tests import warm
 from vlm_core.tests.distill_students import save_student
 from vlm_core.tests.tiny import make_items
 
@@ -225,7 +224,7 @@ def test_a_killed_run_goes_on_to_the_files_of_an_undisturbed_one(torn, declared,
     whole = tmp_path / "whole"
     assert main(["--config", config, "--out", str(whole)]) == 0
     if torn == b"":
-        killed = subprocess.run([sys.executable, "-c", KILLED, "--config", config], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        killed = warm.run(["-c", KILLED, "--config", config])
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     else:
         # What a kill within the writing of the second window leaves: a part of a line, or some of its lines.

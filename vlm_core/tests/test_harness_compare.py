@@ -15,6 +15,7 @@ from vlm_core.harness import EvaluationConfig, compare, repeat, repeating, run_e
 from vlm_core.harness.command import main
 from vlm_core.harness.run_folder import WINDOW, RunFolder
 from vlm_core.stats import interval
+from vlm_core.tests import warm
 from vlm_core.tests.distill_students import save_student
 
 MAKE = "vlm_core.tests.tiny:make_items"
@@ -95,6 +96,12 @@ def test_other_settings_are_said(out):
     notes = compare(out / "one", out / "other").notes
     assert any("asked max_new_tokens 3 in a, 9 in b" in note for note in notes) and any("versions torch" in note for note in notes)
     assert any("the set more is only in" in note for note in notes)
+
+
+def test_the_module_is_the_command(evaluated):
+    found = warm.run(["-m", "vlm_core.evaluate", "compare", evaluated / "one", evaluated / "none"])
+    assert found.returncode == 2 and found.stderr.startswith("python -m vlm_core.evaluate: ") and "check the path" in found.stderr
+    assert warm.run(["-m", "vlm_core.evaluate", "compare", evaluated / "one", evaluated / "other"]).returncode == 0
 
 
 def test_the_command_compares_and_writes(evaluated, tmp_path, capsys):
