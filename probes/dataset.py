@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .render import detail_mask, object_box, object_mask, render
-from .scene import Scene, sample_scene
+from .scene import IMAGE_SIZE, Scene, sample_scene
 from .tasks import TASKS
 
 SPLITS = {"train": 0, "discovery": 1, "confirmation": 2, "debug": 3}
@@ -74,7 +74,9 @@ def _take(quota, answer: str) -> tuple[bool, object]:
     return quota[answer] > 0, {**quota, answer: quota[answer] - 1}
 
 
-def build(split: str, *, tasks: Sequence[str] = tuple(TASKS), n_per_task: int = 120, seed: int = 0) -> datasets.Dataset:
+def build(
+    split: str, *, tasks: Sequence[str] = tuple(TASKS), n_per_task: int = 120, seed: int = 0, size: int = IMAGE_SIZE
+) -> datasets.Dataset:
     """A balanced probe set.
 
     Parameters
@@ -85,6 +87,8 @@ def build(split: str, *, tasks: Sequence[str] = tuple(TASKS), n_per_task: int = 
         Items of each task; a task's answers get equal shares (they differ by one where it does not divide).
     seed : int
         Another seed gives another, disjoint set of scenes of the same split.
+    size : int
+        Pixels of a picture's side. The same scenes and questions, drawn on more of them.
 
     Returns
     -------
@@ -109,10 +113,10 @@ def build(split: str, *, tasks: Sequence[str] = tuple(TASKS), n_per_task: int = 
     for index, scene, rng in scene_stream(split, seed):
         asked = [(t, q) for t in tasks if missing[t] for q in [_propose(t, scene, rng, quotas)] if q is not None]
         if asked:  # what its questions share, once
-            shown = {"scene_id": f"{split}-{seed}-{index:06d}-{scene.content_hash}", "image": _png(render(scene)), "objects": json.dumps(scene.as_dict())}
+            shown = {"scene_id": f"{split}-{seed}-{index:06d}-{scene.content_hash}", "image": _png(render(scene, size)), "objects": json.dumps(scene.as_dict())}
         for task, question in asked:
             missing[task] -= 1
-            row = {"id": f"{split}-{seed}-{index:06d}-{task}", "task": task, **shown, **_row(scene, question)}
+            row = {"id": f"{split}-{seed}-{index:06d}-{task}", "task": task, **shown, **_row(scene, question, size)}
             rows.append({name: row[name] for name in FEATURES})
         if not any(missing.values()):
             break
@@ -130,7 +134,7 @@ def _propose(task: str, scene: Scene, rng: np.random.Generator, quotas: dict):
     return None
 
 
-def _row(scene: Scene, question) -> dict:
+def _row(scene: Scene, question, size: int) -> dict:
     by_id = {o.id: o for o in scene.objects}
     return {
         "prompt": question.prompt,
@@ -138,8 +142,8 @@ def _row(scene: Scene, question) -> dict:
         "answer": question.answer,
         "candidates": list(question.candidates),
         "target": list(question.target),
-        "boxes": [list(object_box(by_id[i])) for i in question.target],
-        "partner_image": _png(render(question.partner)),
+        "boxes": [list(object_box(by_id[i], size)) for i in question.target],
+        "partner_image": _png(render(question.partner, size)),
         "partner_answer": question.partner_answer,
     }
 
@@ -159,14 +163,14 @@ def debug_set(n: int = 100) -> datasets.Dataset:
 
 
 def target_mask(row: dict) -> np.ndarray:
-    """Pixels of the objects a question is about (of the dot where it names none): bool ``[64, 64]``."""
+    """Pixels of the objects a question is about (of the dot where it names none): bool, of the picture's height and width."""
     from .scene import Detail, SceneObject
 
-    scene = json.loads(row["objects"])
+    scene, size = json.loads(row["objects"]), row["image"].width
     if not row["target"]:
-        return detail_mask(Detail(**{**scene["detail"], "center": tuple(scene["detail"]["center"]), "tint": tuple(scene["detail"]["tint"])}))
+        return detail_mask(Detail(**{**scene["detail"], "center": tuple(scene["detail"]["center"]), "tint": tuple(scene["detail"]["tint"])}), size)
     objects = [SceneObject(**{**o, "center": tuple(o["center"]), "tint": tuple(o["tint"])}) for o in scene["objects"] if o["id"] in row["target"]]
-    return np.logical_or.reduce([object_mask(o) for o in objects])
+    return np.logical_or.reduce([object_mask(o, size) for o in objects])
 
 
 def content_hash(dataset: datasets.Dataset) -> str:

@@ -1,14 +1,13 @@
 """Pixels, masks, boxes and patches of a scene.
 
-Drawing is done at four times the size and averaged down, so edges are anti-aliased; a mask holds the pixels an object covers by more
-than half.  ``patch_mask`` is the one map from an object to a grid of image patches or tokens.
+A scene is laid out on 64 × 64 units and drawn on as many pixels as are asked for. Drawing is done at four times the size and averaged down, so
+edges are anti-aliased; a mask holds the pixels an object covers by more than half.  ``patch_mask`` is the one map from an object to a grid of image patches or tokens.
 
 Exports: ``render``, ``object_mask``, ``object_box``, ``detail_mask``, ``patch_mask``.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -38,18 +37,9 @@ def _outline(shape: str, x: float, y: float, r: float, angle: float) -> list[tup
     return [(x + q * math.cos(math.radians(a + angle)), y + q * math.sin(math.radians(a + angle))) for q, a in corners]
 
 
-def _draw(draw: ImageDraw.ImageDraw, thing: SceneObject | Detail, fill) -> None:
-    s = SUPERSAMPLING
-    x, y, r = thing.center[0] * s, thing.center[1] * s, thing.radius * s
-    if isinstance(thing, Detail) or thing.shape == "circle":
-        draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
-    else:
-        draw.polygon(_outline(thing.shape, x, y, r, thing.angle), fill=fill)
-
-
-def _background(scene: Scene) -> np.ndarray:
+def _background(scene: Scene, size: int) -> np.ndarray:
     rng = np.random.default_rng(scene.seed)
-    n = IMAGE_SIZE
+    n = size
     y, x = np.mgrid[0:n, 0:n] / n
     base = np.full((n, n), float(scene.shade))
     if scene.background == "gradient":
@@ -63,42 +53,66 @@ def _background(scene: Scene) -> np.ndarray:
     return base
 
 
-@functools.lru_cache(maxsize=4096)
-def _coverage(thing: SceneObject | Detail) -> np.ndarray:
-    s = SUPERSAMPLING
-    canvas = Image.new("L", (IMAGE_SIZE * s, IMAGE_SIZE * s), 0)
-    _draw(ImageDraw.Draw(canvas), thing, 255)
-    return np.asarray(canvas.reduce(s), dtype=np.float32) / 255.0
+def _covered(thing: SceneObject | Detail, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Where a thing lies, as slices of rows and columns, and how much of each pixel there it covers."""
+    s, scale = SUPERSAMPLING, SUPERSAMPLING * (size / IMAGE_SIZE)
+    x, y, r = thing.center[0] * scale, thing.center[1] * scale, thing.radius * scale
+    left, top = (max(0, math.floor((one - 1.3 * r) / s) - 1) for one in (x, y))
+    right, bottom = (min(size, math.ceil((one + 1.3 * r) / s) + 1) for one in (x, y))
+    canvas = Image.new("L", ((right - left) * s, (bottom - top) * s), 0)
+    draw, round_ = ImageDraw.Draw(canvas), isinstance(thing, Detail) or thing.shape == "circle"
+    outline = [(x - r, y - r), (x + r, y + r)] if round_ else _outline(thing.shape, x, y, r, thing.angle)
+    (draw.ellipse if round_ else draw.polygon)([(px - left * s, py - top * s) for px, py in outline], fill=255)
+    return (slice(top, bottom), slice(left, right)), np.asarray(canvas.reduce(s), dtype=np.float32) / 255.0
 
 
-def render(scene: Scene) -> Image.Image:
+def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     """Draw the scene.
+
+    Parameters
+    ----------
+    size : int
+        Pixels of a side, 64 at least: on fewer the dot would be lost.
 
     Returns
     -------
     PIL.Image.Image
-        RGB, 64 × 64 pixels, the same bytes in every process.
+        RGB, square, the same bytes in every process.
+
+    Raises
+    ------
+    ValueError
+        For a smaller size.
     """
-    pixels = np.repeat(_background(scene)[:, :, None], 3, axis=2)
+    if size < IMAGE_SIZE:
+        raise ValueError(f"scenes are drawn on {IMAGE_SIZE} pixels a side at least, not {size}: the smallest things would be lost")
+    pixels = np.repeat(_background(scene, size)[:, :, None], 3, axis=2)
     for thing in (*scene.objects, scene.detail):
-        alpha = _coverage(thing)[:, :, None]
-        pixels = pixels * (1 - alpha) + np.asarray(thing.tint, dtype=np.float64) * alpha
+        place, alpha = _covered(thing, size)
+        pixels[place] = pixels[place] * (1 - alpha[:, :, None]) + np.asarray(thing.tint, dtype=np.float64) * alpha[:, :, None]
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), "RGB")
 
 
-def object_mask(obj: SceneObject) -> np.ndarray:
-    """Pixels the object covers by more than half: bool, ``[64, 64]`` (row, column)."""
-    return _coverage(obj) > 0.5
+def _mask(thing: SceneObject | Detail, size: int) -> np.ndarray:
+    place, alpha = _covered(thing, size)
+    mask = np.zeros((size, size), dtype=bool)
+    mask[place] = alpha > 0.5
+    return mask
 
 
-def detail_mask(detail: Detail) -> np.ndarray:
-    """Pixels the dot covers by more than half: bool, ``[64, 64]``."""
-    return _coverage(detail) > 0.5
+def object_mask(obj: SceneObject, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Pixels the object covers by more than half: bool, ``[size, size]`` (row, column)."""
+    return _mask(obj, size)
 
 
-def object_box(obj: SceneObject) -> tuple[int, int, int, int]:
+def detail_mask(detail: Detail, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Pixels the dot covers by more than half: bool, ``[size, size]``."""
+    return _mask(detail, size)
+
+
+def object_box(obj: SceneObject, size: int = IMAGE_SIZE) -> tuple[int, int, int, int]:
     """The mask's bounding box ``(left, top, right, bottom)`` in pixels, right and bottom exclusive."""
-    rows, columns = np.nonzero(object_mask(obj))
+    rows, columns = np.nonzero(object_mask(obj, size))
     return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
 

@@ -29,6 +29,7 @@ from vlm_core import attention_heatmap
 from vlm_core.heads.draws import assign_shared, draw_losses, draw_means, draw_p, layer_free, layer_matched, matching_sets
 from vlm_core.stats import Claim, Control, Superiority, interval
 
+SHOWN_SIDE = 64  # pixels of the map of attention, however many the subject looks at
 SOURCE = "Kim et al. 2025, arXiv:2509.17588"
 LITERATURE = {"published": "a small set of mid-to-late heads carries the image-to-text flow (faithfulness > 0.8)", "where": "LLaVA-1.5-7B, COCO"}
 
@@ -184,7 +185,7 @@ def show_attention(evidence, task, subject, items, floors, heads) -> None:
     item = next((item for item in items if item["id"] in set(right)), None)
     if item is None:
         return
-    mask = target_mask(item)
+    mask = target_mask({**item, "image": item["image"].resize((SHOWN_SIDE, SHOWN_SIDE))})
     if not subject.layout(item["image"], item["prompt"]).reason:
         heat = attention_heatmap(subject, item, heads, mask.shape)
         exhibits.heads.attention_overlay(evidence, item, heat, mask, f"{task}: where the targeted heads look")

@@ -90,3 +90,17 @@ def test_bad_requests_are_refused_in_one_sentence():
 
 def test_the_card_is_what_the_generator_builds(tmp_path):
     assert card.write(tmp_path / "CARD.md") == card.PATH.read_text(), "run `python -m probes.card` after changing a probe"
+
+
+def test_a_set_on_more_pixels_asks_the_same_of_the_same_scenes():
+    small, large = (probes.build("debug", n_per_task=2, size=size) for size in (64, 160))
+    assert probes.content_hash(small) == probes.content_hash(large)
+    for one, other in zip(small, large, strict=True):
+        assert {name: one[name] for name in ("id", "scene_id", "prompt", "answer", "candidates", "objects")} == {
+            name: other[name] for name in ("id", "scene_id", "prompt", "answer", "candidates", "objects")
+        }
+        assert other["image"].size == other["partner_image"].size == (160, 160)
+        mask = probes.target_mask(other)
+        assert mask.shape == (160, 160) and mask.mean() == pytest.approx(probes.target_mask(one).mean(), rel=0.3)
+        for left, top, right, bottom in other["boxes"]:
+            assert mask[top:bottom, left:right].any(axis=1).all() and max(right, bottom) <= 160

@@ -69,3 +69,28 @@ def test_patch_mask_equals_its_definition(rows, columns):
 def test_an_unknown_split_is_refused_by_name():
     with pytest.raises(ValueError, match="split 'test' is unknown: expected one of train, discovery, confirmation, debug"):
         next(probes.scene_stream("test"))
+
+
+@pytest.mark.parametrize("size", [64, 96, 200, 448])
+def test_a_scene_on_more_pixels_is_the_same_scene(size):
+    """Masks, boxes and colours lie at the same places, finer drawn."""
+    for seed in range(6):
+        scene = scene_of(seed)
+        image, small = np.asarray(probes.render(scene, size)).astype(float), np.asarray(probes.render(scene)).astype(float)
+        assert image.shape == (size, size, 3)
+        for thing, mask_of in (*((obj, probes.object_mask) for obj in scene.objects), (scene.detail, detail_mask)):
+            mask, coarse = mask_of(thing, size), mask_of(thing)
+            assert mask.mean() == pytest.approx(coarse.mean(), rel=0.25, abs=4 / 64**2), "as much of the picture"
+            centre = np.argwhere(mask).mean(0) / size
+            np.testing.assert_allclose(centre, (np.argwhere(coarse).mean(0)) / 64, atol=0.02)
+            assert np.abs(np.median(image[mask], axis=0) - np.asarray(thing.tint)).max() < 25
+        for obj in scene.objects:
+            np.testing.assert_allclose(np.asarray(probes.object_box(obj, size)) / size, np.asarray(probes.object_box(obj)) / 64, atol=1.5 / 64)
+        if scene.background in ("plain", "gradient"):
+            corner = lambda pixels: pixels[: len(pixels) // 16, : len(pixels) // 16].mean()  # noqa: E731
+            assert corner(image) == pytest.approx(corner(small), abs=3)
+
+
+def test_fewer_pixels_than_the_smallest_things_need_are_refused():
+    with pytest.raises(ValueError, match="scenes are drawn on 64 pixels a side at least, not 32"):
+        probes.render(scene_of(0), 32)
