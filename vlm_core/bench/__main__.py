@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
+DTYPES = ("float32", "bfloat16", "float16")
 PAGE = Path(__file__).resolve().parents[1] / "BENCH.md"
 
 
@@ -24,8 +25,10 @@ def parser() -> argparse.ArgumentParser:
     )
     choices = ("embedded", *SHAPES)
     arguments.add_argument(
-        "--subject", action="append", choices=choices, help="measure on this subject (repeatable; default: embedded and midsize)"
+        "--subject", action="append", choices=choices, help="measure on this subject (repeatable; default: embedded and midsize, on a GPU embedded and 7b)"
     )
+    arguments.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda:0 (default: cpu)")
+    arguments.add_argument("--dtype", choices=tuple(DTYPES), help="what models compute in (default: float32, on a GPU bfloat16)")
     arguments.add_argument(
         "--checkpoint", type=Path, default=EMBEDDED, help="directory of the subject 'embedded' (default: the one in this checkout)"
     )
@@ -59,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlm_core.bench.markdown import render
     from vlm_core.bench.report import Report, machine
     from vlm_core.bench.subjects import open_case
-    from vlm_core.bench.works import WORKS, measure
+    from vlm_core.bench.works import WORKS, Bars, measure
     from vlm_core.memory import keep_freed_memory
 
+    on_gpu = options.device.startswith("cuda")
+    if not on_gpu and options.device != "cpu" or on_gpu and not torch.cuda.is_available():
+        print(f"--device {options.device} is not there: choose cpu{' or cuda:0' if torch.cuda.is_available() else ''}", file=sys.stderr)
+        return 2
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     start = perf_counter()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -69,29 +77,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     logging.getLogger("httpx").setLevel(logging.ERROR)
     works = [work for work in WORKS if work in (options.only or WORKS)]
-    subjects = list(dict.fromkeys(options.subject or ("embedded", "midsize")))
+    subjects = list(dict.fromkeys(options.subject or ("embedded", "7b" if on_gpu else "midsize")))
     settings = {"subjects": subjects, "works": works, "rounds": options.rounds, "clock": options.clock, "seed": options.seed}
-    report = Report(machine(options.threads), settings)
+    settings |= {"device": options.device, "dtype": dtype}
+    report = Report(machine(options.threads, options.device), settings)
+    barless = on_gpu or dtype != "float32"
 
     def progress(message: str) -> None:
         print(f"{perf_counter() - start:6.1f} s  {message}", file=sys.stderr, flush=True)
 
     for name in subjects:
         try:
-            case = open_case(name, options.checkpoint, options.seed)
+            case = open_case(name, options.checkpoint, options.seed, options.device, getattr(torch, dtype))
         except SubjectError as error:
             print(error, file=sys.stderr)
             return 1
-        report.rows += measure(case, works, options.rounds, progress=progress, clock=options.clock)
+        bars = Bars() if barless else None
+        report.rows += measure(case, works, options.rounds, bars, progress=progress, clock=options.clock)
     report.seconds = perf_counter() - start
+    page = render(report, options.write.read_text() if options.write and options.write.is_file() else "")
     if options.json == "-":
         print(report.as_json())
     else:
-        print(render(report))
+        print(page)
         if options.json:
             Path(options.json).write_text(report.as_json() + "\n")
     if options.write:
-        options.write.write_text(render(report))
+        options.write.write_text(page)
     return 0
 
 

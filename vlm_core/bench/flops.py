@@ -72,7 +72,9 @@ class Products:
     def __init__(self, case: Case, tokens: int) -> None:
         self.tokens = tokens
         self.weights = [module.weight for layer in case.subject.anatomy.layers for module in _linear(layer)]
-        self.rows = {width: torch.randn(tokens, width) for width in {weight.shape[1] for weight in self.weights}}
+        like = self.weights[0]
+        widths = {weight.shape[1] for weight in self.weights}
+        self.rows = {width: torch.randn(tokens, width, device=like.device, dtype=like.dtype) for width in widths}
         self.flops = 2 * tokens * sum(weight.numel() for weight in self.weights)
 
     def run(self, times: int = 1) -> int:

@@ -1,9 +1,11 @@
 """The table as Markdown.
 
-``render(report)``   the machine, one table a subject, and how to read them
+``render(report, page)``   the machine, one table a subject, and how to read them; what ``page`` says of the other kind of device stays
 """
 
 from __future__ import annotations
+
+import re
 
 from vlm_core.bench.report import Report, Row
 
@@ -32,26 +34,48 @@ LEGEND = """
   matrix products reach at the width that the sweep runs at.
 * **Memory** is the peak of what PyTorch's allocator hands out, beyond that of a plain forward pass.
 * `midsize` is a LLaVA with random weights: 576 image and 24 text tokens, 12 layers x 8 heads, width 512, feed-forward 1376, vocabulary
-  1024. `embedded` is the VLM that ships with this repository. Float32.
+  1024. `7b` has the sizes of LLaVA 1.5 with 7 G parameters. `embedded` is the VLM that ships with this repository. Bars are those of float32 on a
+  CPU; in bfloat16 results must agree to its own rounding.
 """
 
 
-def render(report: Report) -> str:
-    """The whole report as Markdown."""
+KINDS = ("CPU", "GPU")
+NOT_MEASURED = "No {} has been measured with this version of the page: what is said here of others says nothing of one."
+
+
+def render(report: Report, page: str = "") -> str:
+    """The whole report as Markdown.
+
+    Parameters
+    ----------
+    page : str
+        An earlier page: its part about the kind of device that this report is not of is kept.
+    """
+    here = "CPU" if report.machine["gpu"] is None else "GPU"
+    parts = {kind: _part(report) if kind == here else _kept(page, kind) for kind in KINDS}
+    told = [f"<!-- {kind} -->\n\n# On a {kind}\n\n{parts[kind]}\n" for kind in KINDS]
+    return "\n".join([HEADER, *told, f"<!-- end -->\n{LEGEND}"])
+
+
+def _kept(page: str, kind: str) -> str:
+    found = re.search(rf"<!-- {kind} -->\n\n# On a {kind}\n\n(.*?)\n+<!-- ", page, re.DOTALL)
+    return found.group(1) if found else NOT_MEASURED.format(kind)
+
+
+def _part(report: Report) -> str:
     found = report.machine
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
     settings = (
-        f"{report.settings['rounds']} rounds, {report.settings['clock']} clock, seed {report.settings['seed']}, {report.seconds:.0f} s"
+        f"{report.settings['rounds']} rounds, {report.settings['clock']} clock, seed {report.settings['seed']}, {report.settings['dtype']}, "
+        f"{report.seconds:.0f} s"
     )
     processor = f"{found['cpu']} ({found['instructions']}), {found['cores']} cores, {found['threads']} thread(s)"
-    lines = [
-        HEADER,
-        f"{found['date']}. {processor}, load {found['load']} at the start. {found['system']}; {versions}. {settings}.",
-    ]
+    gpu = "" if found["gpu"] is None else f"{found['gpu']['name']} ({found['gpu']['gib']} GiB, CUDA {found['gpu']['cuda']}); "
+    lines = [f"{found['date']}. {gpu}{processor}, load {found['load']} at the start. {found['system']}; {versions}. {settings}."]
     for subject in dict.fromkeys(row.subject for row in report.rows):
         lines += ["", f"## {subject}", "", "| work | | against | figure | spread | bar | met | times | difference | |", "|" + "---|" * 10]
         lines += [_line(row) for row in report.rows if row.subject == subject]
-    return "\n".join(lines) + "\n" + LEGEND
+    return "\n".join(lines)
 
 
 def _line(row: Row) -> str:

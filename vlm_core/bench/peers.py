@@ -102,7 +102,7 @@ class TransformerLensPeer:
             # It renames parameters and switches attention to its own: it gets a copy of everything.
             # Where it cannot load a processor it installs torchvision with pip, and torch with it: not from here.
             with patch("transformer_lens.model_bridge.sources.transformers.helpers._ensure_torchvision", return_value=False):
-                self.model = boot(folder, hf_model=copy.deepcopy(case.plain), device="cpu", dtype=torch.float32)
+                self.model = boot(folder, hf_model=copy.deepcopy(case.plain), device=str(case.subject.device), dtype=case.dtype)
 
     def forward(self, prompt: Prompt) -> torch.Tensor:
         """The bridge without a hook."""

@@ -49,8 +49,7 @@ class LlamaHead:
         self.scaling = size**-0.5
         self.text, self.image = prompt.text, prompt.image
         self.cos, self.sin = prompt.cos[0], prompt.sin[0]
-        self.mean_key = case.means.keys[head.layer, head.head]
-        self.mean_value = case.means.values[head.layer, head.head]
+        self.mean_key, self.mean_value = (means[head.layer, head.head].to(prompt.embeds) for means in (case.means.keys, case.means.values))
 
     def rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From ``q_proj`` and ``k_proj`` outputs ``[token, width]``: this head's text queries and its keys, rotated."""
@@ -63,7 +62,7 @@ class LlamaHead:
         key = torch.where(self.image[:, None], self.mean_key, key)
         value = torch.where(self.image[:, None], self.mean_value, value)
         scores = query @ key.T * self.scaling
-        later = torch.arange(key.shape[0]) > self.text[:, None]
+        later = torch.arange(key.shape[0], device=key.device) > self.text[:, None]
         return scores.masked_fill(later, -torch.inf).softmax(-1) @ value
 
     def replaced(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -78,7 +77,7 @@ def text_mass(query: torch.Tensor, key: torch.Tensor, prompt: Prompt, heads: int
     key = key.view(n, kv_heads, -1).transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0)
     query = _rotate(query, prompt.cos[0, text], prompt.sin[0, text])
     scores = query @ _rotate(key, prompt.cos[0], prompt.sin[0]).transpose(1, 2) * query.shape[-1] ** -0.5
-    later = torch.arange(n) > text[:, None]
+    later = torch.arange(n, device=text.device) > text[:, None]
     return scores.masked_fill(later, -torch.inf).softmax(-1)[..., prompt.image].sum(-1).mean(1)
 
 
@@ -174,5 +173,5 @@ class OutputAttentions:
         """Share of attention ``[layer, head]`` that ``"text"`` or ``"all"`` queries give to the image."""
         with torch.inference_mode():
             maps = self.model(inputs_embeds=prompt.embeds, use_cache=False, logits_to_keep=1, output_attentions=True).attentions
-            rows = prompt.text if queries == "text" else torch.arange(prompt.embeds.shape[1])
+            rows = prompt.text if queries == "text" else torch.arange(prompt.embeds.shape[1], device=prompt.embeds.device)
             return torch.stack([one[0][:, rows][..., prompt.image].sum(-1).mean(1) for one in maps])

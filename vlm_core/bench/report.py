@@ -80,8 +80,8 @@ class Row:
         return {**asdict(self), "met": self.met}
 
 
-def machine(threads: int) -> dict:
-    """Processor, cores, threads, load and versions, builtins only."""
+def machine(threads: int, device: torch.device | str = "cpu") -> dict:
+    """Processor, cores, threads, load and versions, and the GPU if one is measured on; builtins only."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -98,11 +98,19 @@ def machine(threads: int) -> dict:
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
+        "gpu": _gpu(torch.device(device)),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _gpu(device: torch.device) -> dict | None:
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return {"name": found.name, "gib": round(found.total_memory / 2**30), "cuda": torch.version.cuda}
 
 
 @dataclass
@@ -112,7 +120,7 @@ class Report:
     Attributes
     ----------
     settings : dict
-        Subjects, works, rounds, clock and seed.
+        Subjects, works, rounds, clock, seed, device and dtype.
     """
 
     machine: dict

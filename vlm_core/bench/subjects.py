@@ -43,17 +43,25 @@ class Shape:
     patch: int = 14
     vision_layers: int = 2
     vision_hidden: int = 128
+    vision_heads: int = 4
 
 
 SHAPES = {
     # 24 x 24 patches of 14 pixels, as LLaVA 1.5 has; the decoder's proportions are Llama's. The vision tower is small: it is not compared.
     "midsize": Shape(layers=12, heads=8, hidden=512, intermediate=1376, grid=24, text=24, vocabulary=1024),
+    # LLaVA 1.5 with 7 G parameters, tower included: for a GPU.
+    "7b": Shape(
+        layers=32, heads=32, hidden=4096, intermediate=11008, grid=24, text=24, vocabulary=32064, vision_layers=24, vision_hidden=1024,
+        vision_heads=16,
+    ),
     "tiny": Shape(layers=3, heads=2, hidden=32, intermediate=64, grid=4, text=12, vocabulary=64, patch=4, vision_hidden=32),
 }
 
 
-def random_llava(shape: Shape, seed: int = 0) -> tuple[nn.Module, object]:
-    """A LLaVA with random weights and its processor; nothing is downloaded.
+def random_llava(
+    shape: Shape, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, object]:
+    """A LLaVA with random weights, made where it is used, and its processor; nothing is downloaded.
 
     Weight matrices are drawn wider than an initialisation would, so that every head visibly matters to the logits.
     """
@@ -95,9 +103,9 @@ def random_llava(shape: Shape, seed: int = 0) -> tuple[nn.Module, object]:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=shape.vision_hidden,
-            intermediate_size=2 * shape.vision_hidden,
+            intermediate_size=(4 if shape.vision_layers > 2 else 2) * shape.vision_hidden,
             num_hidden_layers=shape.vision_layers,
-            num_attention_heads=4,
+            num_attention_heads=shape.vision_heads,
             image_size=size["height"],
             patch_size=shape.patch,
         ),
@@ -120,7 +128,8 @@ def random_llava(shape: Shape, seed: int = 0) -> tuple[nn.Module, object]:
         architectures=["LlavaForConditionalGeneration"],
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -188,6 +197,11 @@ class Case:
     _prompts: dict[int, Prompt] = field(default_factory=dict)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in."""
+        return self.subject.anatomy.embedding.weight.dtype
+
+    @property
     def heads(self) -> tuple[HeadId, ...]:
         """Every head: the interventions of a sweep."""
         return self.subject.heads
@@ -241,8 +255,10 @@ def own_tree(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def open_case(name: str, checkpoint: Path | None = None, seed: int = 0) -> Case:
-    """A subject by name: ``embedded`` (from ``checkpoint``), ``midsize`` or ``tiny`` (random weights).
+def open_case(
+    name: str, checkpoint: Path | None = None, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Case:
+    """A subject by name: ``embedded`` (from ``checkpoint``), or one of ``SHAPES`` (random weights).
 
     Raises
     ------
@@ -251,7 +267,7 @@ def open_case(name: str, checkpoint: Path | None = None, seed: int = 0) -> Case:
     """
     if name in SHAPES:
         shape = SHAPES[name]
-        model, processor = random_llava(shape, seed)
+        model, processor = random_llava(shape, seed, device, dtype)
         plain = own_tree(model)
         filler = " ".join(f"w{number}" for number in range(shape.text - TOKENS_AROUND_QUESTION))
         case = Case(name, Subject(model, processor, name=name), plain, filler, shape.grid * shape.patch, seed)
@@ -261,7 +277,7 @@ def open_case(name: str, checkpoint: Path | None = None, seed: int = 0) -> Case:
             raise SubjectError(
                 f"subject 'embedded' needs a checkpoint, there is none at {path}: run from a checkout or name one with --checkpoint"
             )
-        subject = load_vlm(path, device="cpu")
+        subject = load_vlm(path, device=str(device), dtype=dtype)
         if subject.anatomy.family.model_type != "llava" or subject.model.config.text_config.model_type != "llama":
             raise SubjectError(f"subject '{path}' is no LLaVA with a Llama decoder: the hooks it is compared with are written for one")
         subject.seam.remove()

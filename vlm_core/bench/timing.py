@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter, process_time
 
 import numpy as np
+import torch
 
 __all__ = ["CLOCKS", "Ratio", "compare", "interleave"]
 
@@ -27,7 +28,9 @@ class Ratio:
     high: float
 
 
-def interleave(contestants: Mapping[str, Callable[[int], int]], rounds: int, clock: str = "wall") -> dict[str, list[float]]:
+def interleave(
+    contestants: Mapping[str, Callable[[int], int]], rounds: int, clock: str = "wall", device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
     """Time every contestant in every round.
 
     What runs before leaves the processor's caches to what runs after, so that no contestant always follows the same one.
@@ -38,12 +41,15 @@ def interleave(contestants: Mapping[str, Callable[[int], int]], rounds: int, clo
         Called with the number of the round; gives back how many units of work it did.
     clock : {"wall", "cpu"}
         ``cpu`` counts the processor time of this process: with one thread it leaves out what other programs take.
+    device : torch.device or str
+        Where they work: a GPU is waited for before the clock is read.
 
     Returns
     -------
     dict of name to list of seconds per unit, ``[round]``
     """
     names, now = list(contestants), CLOCKS[clock]
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = np.random.default_rng(0)
     # What is there now stays: the collector looks at what the contestants leave behind, between rounds.
@@ -51,8 +57,10 @@ def interleave(contestants: Mapping[str, Callable[[int], int]], rounds: int, clo
     try:
         for number in range(rounds):
             for name in order.permutation(names):
+                wait()
                 start = now()
                 units = contestants[name](number)
+                wait()
                 seconds[name].append((now() - start) / units)
             gc.collect()
     finally:

@@ -40,6 +40,8 @@ BATCH = 8  # rows of the batched hooks
 CHECKED = 6  # heads compared before anything is timed
 SAMPLE = 3  # heads a full-pass tool ablates in a round: each costs it the same
 SECONDS_OF_FORWARDS = 1.5  # of each contestant in a round of forward passes
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value: what two orders of summing may differ by
+MASS_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHARE_OF_PRODUCTS = 3e10  # operations of matrix products timed beside a sweep
 
 
@@ -73,19 +75,21 @@ BARS = {"embedded": _BOTH, "midsize": replace(_BOTH, image_kv=25.0, efficiency=0
 
 @dataclass(frozen=True)
 class Agreement:
-    """How closely two results must agree: float32 rounding, and far less than what an intervention does.
+    """How closely two results must agree: rounding, and far less than what an intervention does.
 
-    ``allowed`` is the smaller of 1e-4 of the largest value and a twentieth of the median effect.
+    ``allowed`` is the smaller of ``ROUNDING`` of the largest value and a share of the median effect: a twentieth in float32, half of it in
+    types that round more coarsely, whose own rounding is a good part of what one head does.
     """
 
     allowed: float
     effect: float
 
     @classmethod
-    def of(cls, reference: np.ndarray, clean: np.ndarray) -> Agreement:
+    def of(cls, reference: np.ndarray, clean: np.ndarray, dtype: torch.dtype = torch.float32) -> Agreement:
         """From the reference's ``[intervention, value]`` and the values ``[1, value]`` without intervention."""
         effect = float(np.median(np.abs(reference - clean).max(1)))
-        return cls(min(1e-4 * max(1.0, float(np.abs(reference).max())), 0.05 * effect), effect)
+        share = 0.05 if dtype == torch.float32 else 0.5
+        return cls(min(ROUNDING[dtype] * max(1.0, float(np.abs(reference).max())), share * effect), effect)
 
     def judge(self, values: np.ndarray, reference: np.ndarray) -> tuple[float, str]:
         """Largest difference, and why it is not the same work (empty where it is)."""
@@ -119,7 +123,7 @@ def same_work(
     """
     plain = PlainHooks(case)
     reference = case.values(getattr(plain, METHODS[work])(prompt, heads))
-    agreement = Agreement.of(reference, case.values(plain.forward(prompt)))
+    agreement = Agreement.of(reference, case.values(plain.forward(prompt)), case.dtype)
     judged = {}
     for name, contestant in contestants.items():
         result, reason = _attempt(lambda contestant=contestant: getattr(contestant, METHODS[work])(prompt, heads))
@@ -169,7 +173,7 @@ def sweep_rows(case: Case, work: str, competitors: dict, rounds: int, bars: Bars
         for name, tool in competitors.items():
             if not judged[name][1]:
                 timed[name] = contestant(name, tool, max(SAMPLE, getattr(tool, "rows", 1)))
-    seconds = interleave(timed, rounds, clock) if timed else {}
+    seconds = interleave(timed, rounds, clock, case.subject.device) if timed else {}
     rows = []
     for name in competitors:
         difference, reason = judged[name]
@@ -241,16 +245,16 @@ def forward_rows(case: Case, works: Sequence[str], peers: dict, rounds: int, bar
     logits = plain.forward(prompt)
     own_runs: list[tuple[str, Callable, torch.Tensor, float, float | None]] = []
     peer_runs: list[tuple[str, str, Callable, torch.Tensor, float]] = []
-    close = 1e-4 * max(1.0, logits.abs().max().item())
+    close, near = ROUNDING[case.dtype] * max(1.0, logits.abs().max().item()), MASS_ROUNDING[case.dtype]
     if "no-op" in works:
         own_runs.append((WORKS["no-op"], own.forward, logits, 0.0, bars.no_op))
         peer_runs += [(WORKS["no-op"], name, peer.forward, logits, close) for name, peer in peers.items()]
     if "mass" in works:
         text, everything = (f"{WORKS['mass']}, {queries} queries" for queries in ("text", "all"))
-        own_runs.append((text, own.image_mass, reference["text"], 1e-5, bars.text_mass))
-        own_runs.append((everything, lambda prompt: own.image_mass(prompt, "all"), reference["all"], 1e-5, bars.all_mass))
+        own_runs.append((text, own.image_mass, reference["text"], near, bars.text_mass))
+        own_runs.append((everything, lambda prompt: own.image_mass(prompt, "all"), reference["all"], near, bars.all_mass))
         tools = {HOOKS: plain, maps.name: maps, **peers}
-        peer_runs += [(text, name, tool.image_mass, reference["text"], 1e-5) for name, tool in tools.items()]
+        peer_runs += [(text, name, tool.image_mass, reference["text"], near) for name, tool in tools.items()]
     rows = _paired(case, prompt, plain, [(title, own.name, *rest) for title, *rest in own_runs], rounds, True, clock)
     return rows + _paired(case, prompt, plain, [(*one, None) for one in peer_runs], rounds, False, clock)
 
@@ -268,7 +272,7 @@ def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: i
         judged[title, by] = difference, reason
         if not reason:
             timed[f"{title} {by}"] = lambda number, work=work: (work(prompt), 1)[1]
-    once = min(interleave({PLAIN: timed[PLAIN]}, 3)[PLAIN])
+    once = min(interleave({PLAIN: timed[PLAIN]}, 3, device=case.subject.device)[PLAIN])
     cycles = rounds * (max(1, min(100, round(SECONDS_OF_FORWARDS / once))) if repeated else 1)
     if repeated:
         # Every pass is the first on its batch: nothing kept from one pass helps the next.
@@ -276,7 +280,7 @@ def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: i
             if f"{title} {by}" in timed:
                 batches = [replace(prompt, batch=case.subject.encode_items([prompt.item])) for _ in range(cycles)]
                 timed[f"{title} {by}"] = lambda number, work=work, batches=batches: (work(batches[number]), 1)[1]
-    seconds = interleave(timed, cycles, clock)
+    seconds = interleave(timed, cycles, clock, case.subject.device)
     rows = []
     for title, by, _, _, _, bar in runs:
         difference, reason = judged[title, by]
@@ -303,9 +307,9 @@ def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: i
 
 def memory_rows(case: Case, bars: Bars) -> list[Row]:
     """Rows of the peak that observing adds to a plain forward, as a share of what attention maps add."""
-    own, plain, maps, prompt = Own(case), PlainHooks(case), OutputAttentions(case), case.prompt(0)
-    alone = peak_bytes(lambda: plain.forward(prompt))
-    whole = peak_bytes(lambda: maps.image_mass(prompt)) - alone
+    own, plain, maps, prompt, device = Own(case), PlainHooks(case), OutputAttentions(case), case.prompt(0), case.subject.device
+    alone = peak_bytes(lambda: plain.forward(prompt), device)
+    whole = peak_bytes(lambda: maps.image_mass(prompt), device) - alone
     rows = []
     for queries in ("text", "all"):
         row = {
@@ -318,7 +322,7 @@ def memory_rows(case: Case, bars: Bars) -> list[Row]:
             "at_least": False,
             "measured_in": "MB",
         }
-        peak, reason = _attempt(lambda queries=queries: peak_bytes(lambda: own.image_mass(prompt, queries)))
+        peak, reason = _attempt(lambda queries=queries: peak_bytes(lambda: own.image_mass(prompt, queries), device))
         if reason:
             rows.append(Row(**row, note=reason))
             continue

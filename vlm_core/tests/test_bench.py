@@ -325,7 +325,7 @@ def test_markdown_tells_figures_bars_and_reasons():
         ),
         Row("sweep", "tiny", "vlm_core", "other", note="not the same work: a | b"),
     ]
-    page = render(Report(machine(1), {"rounds": 3, "clock": "wall", "seed": 0}, rows))
+    page = render(Report(machine(1), {"rounds": 3, "clock": "wall", "seed": 0, "dtype": "float32"}, rows))
     assert "| sweep | vlm_core | hooks | **30.0** x faster | 28.0 to 31.0 | ≥ 25.0 | yes | 2, 60 ms | 1e-06 |  |" in page
     assert "**8.0 %** of the memory |  | ≤ 5.0 % | **no** | 1, 12.5 MB" in page
     assert "| – |  |  |  |  |  | not the same work: a \\| b |" in page
@@ -413,7 +413,7 @@ def test_prompts_have_the_announced_tokens_and_different_images(case):
 def test_json_on_stdout(capsys):
     assert command.main(["--subject", "tiny", "--only", "memory", "--rounds", "1", "--clock", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["settings"] == {"subjects": ["tiny"], "works": ["memory"], "rounds": 1, "clock": "cpu", "seed": 0}
+    assert told["settings"] == {"subjects": ["tiny"], "works": ["memory"], "rounds": 1, "clock": "cpu", "seed": 0, "device": "cpu", "dtype": "float32"}
     assert {row["work"] for row in told["rows"]} - {"not compared"} == {
         f"{WORKS['memory']}, {queries} queries" for queries in ("text", "all")
     }
@@ -424,6 +424,54 @@ def test_page_and_json_are_written(tmp_path, capsys):
     assert command.main(["--subject", "tiny", "--only", "memory", "--rounds", "1", "--json", str(told), "--write", str(page)]) == 0
     assert capsys.readouterr().out.strip() == page.read_text().strip()
     assert "## tiny" in page.read_text() and json.loads(told.read_text())["rows"]
+
+
+def test_what_is_known_of_the_other_kind_of_device_stays_on_the_page():
+    def page_of(work, gpu, before=""):
+        found = {**machine(1), "gpu": gpu}
+        row = Row(work, "tiny", "vlm_core", "hooks", figure=2.0, own=1.0, other=2.0)
+        return render(Report(found, {"rounds": 3, "clock": "wall", "seed": 0, "dtype": "float32"}, [row]), before)
+
+    first = page_of("on the processor", None)
+    assert "# On a GPU\n\nNo GPU has been measured" in first
+    both = page_of("on the accelerator", {"name": "one GPU", "gib": 80, "cuda": "12.8"}, first)
+    assert "| on the processor |" in both and "| on the accelerator |" in both and "one GPU (80 GiB, CUDA 12.8); " in both
+    again = page_of("on the processor again", None, both)
+    assert "| on the accelerator |" in again and "| on the processor again |" in again and "| on the processor |" not in again
+    assert "No GPU" not in again and again.count("# On a") == 2
+
+
+def test_the_page_says_whether_a_gpu_was_measured():
+    told = command.PAGE.read_text().split("# On a GPU")[1]
+    assert told.strip().startswith("No GPU has been measured") or "GiB, CUDA" in told
+
+
+def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--device", "cuda:0"]) == 2
+    assert capsys.readouterr().err.strip() == "--device cuda:0 is not there: choose cpu"
+    assert command.main(["--device", "tpu"]) == 2
+
+
+def test_bfloat16_is_measured_without_bars(capsys):
+    """The same work to its own rounding; bars are those of float32."""
+    options = ["--subject", "tiny", "--only", "image-kv", "--only", "mass", "--rounds", "1", "--dtype", "bfloat16", "--json"]
+    assert command.main(options) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = [row for row in told["rows"] if row["by"] == "vlm_core" and row["work"] != "not compared"]
+    assert told["settings"]["dtype"] == "bfloat16" and all(row["bar"] is None for row in rows)
+    hooks = [row for row in rows if row["against"] in ("plain hooks", "plain forward")]
+    assert hooks and all(row["figure"] is not None for row in hooks), [row["note"] for row in hooks]
+    assert any(row["difference"] > 1e-5 for row in hooks), "bfloat16 it was"
+
+
+def test_waiting_for_a_gpu_is_part_of_its_time(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    interleave({"a": lambda number: 1, "b": lambda number: 1}, 3, device="cuda:0")
+    assert len(waited) == 2 * 2 * 3
+    interleave({"a": lambda number: 1}, 3)
+    assert len(waited) == 12
 
 
 def test_a_checkpoint_that_is_not_there_is_one_sentence(tmp_path, capsys):
