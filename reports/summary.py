@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from reports import opening
 from reports.literature import WORKS
 from reports.record import VERDICTS, instance_key
 from reports.scale import Scale
@@ -101,7 +102,7 @@ def page(identity, records, histories=None):
         "run": identity,
         "title": identity["subject"].get("name") or "subject",
         "subject_line": subject_line(identity["subject"]),
-        "sentences": [f"{section['brief']}." for section in hypotheses],
+        "sentences": [f"{section['opening']}." for section in hypotheses],
         "counts": [{"verdict": verdict, "count": counted[verdict]} for verdict in VERDICTS],
         "total": len(records),
         "band": band(identity, records),
@@ -177,21 +178,11 @@ def hypothesis_section(name, records):
     return {
         "name": name,
         "title": HYPOTHESES.get(name, ""),
-        "brief": brief_sentence(name, confirmatory),
+        "opening": opening.line(name, confirmatory),
         "sentence": hypothesis_sentence(name, confirmatory),
         "confirmatory": confirmatory,
         "exploratory": [one for one in cards if one["tier"] != "confirmatory"],
     }
-
-
-def brief_sentence(name, cards):
-    """``H1 holds``; or in parts: how many of its verdicts support it, how many refute it."""
-    if not cards or len({card_["verdict"] for card_ in cards} - {None}) == 1 == len({card_["verdict"] for card_ in cards}):
-        return hypothesis_sentence(name, cards)
-    verdicts = [row["verdict"] for card_ in cards for row in card_["rows"]]
-    supported, refuted = (verdicts.count(verdict) for verdict in ("supported", "refuted"))
-    against = f", {refuted} refuted" if refuted else ""
-    return f"{name} {'holds in part' if supported else 'is not supported'}: {supported} of {len(verdicts)} verdicts supported{against}"
 
 
 def hypothesis_sentence(name, cards):

@@ -83,8 +83,12 @@ def test_the_page_says_what_was_found(text):
         "necessity holds in 5 of 7 cases (count refuted, position undecided)." in text
     )
     assert "H3 holds in part: sft holds, uses image is undecided." in text
-    brief = "H1 holds in part: 6 of 10 verdicts supported, 1 refuted.<br>H2 holds.<br>H3 holds in part: 1 of 2 verdicts supported."
-    assert f'<p class="lede">{brief}</p>' in text
+    opening = (
+        "H1 holds in part: taking the image from a few heads costs 22 to 51 points (count refuted, position undecided); 1 of 3 other verdicts supported.<br>"
+        "H2 holds: half of the visual tokens can go from mid-depth on.<br>"
+        "H3 holds in part: for training on the teacher&#39;s answers (+12 points); 0 of 1 other verdicts supported."
+    )
+    assert f'<p class="lede">{opening}</p>' in text
     for verdict, count in (("supported", 9), ("refuted", 1), ("inconclusive", 3), ("invalid", 1)):
         assert re.search(rf"<b>{count}</b> <span>{verdict}</span>", text)
     assert "1 control failed: other scene&#39;s image (H1.object_tokens)" in text
