@@ -258,6 +258,16 @@ def test_it_prints_to_clean_pages(opened):
     assert len(fitting) > len(cards) / 2 and len(fitting) > 4
     for words in fitting:
         assert any(all(plain(one) in sheet for one in words) for sheet in sheets), f"the card that begins {words[0]!r} is split"
+    # A card that does not fit is split between its figures: title and all words of one are on one sheet.
+    tall = [words[0] for *words, height in cards if height > HIGH * 96 / 25.4]
+    figures = one.locator("article[data-claim] figure:has(svg)").evaluate_all(
+        "(figures) => figures.map((figure) => [figure.closest('article').querySelector('.sentence').innerText,"
+        " [figure.querySelector('b').innerText, ...[...figure.querySelectorAll('svg text')].map((text) => text.textContent)]])"
+    )
+    inside = [words for sentence, words in figures if sentence in tall]
+    assert tall and len(inside) > 2 * len(tall) and sum(map(len, inside)) > 100
+    for words in inside:
+        assert any(all(plain(one) in sheet for one in words) for sheet in sheets), f"the figure {words[0]!r} is split"
 
 
 def plain(text):
