@@ -17,9 +17,10 @@ TEXT = """# Data card: procedural probes
 Written by `python -m probes.card` from the sets it describes ({n} items a task and split, seed 0).
 
 ## What it is
-Small synthetic scenes with questions whose every answer is known by construction: {size} × {size} pixel images of two to seven objects
+Small synthetic scenes with questions whose every answer is known by construction: images of {size} × {size} units, drawn on as many pixels
+as a subject looks at ({size} a side at least), of two to seven objects
 ({shapes}; {colors}; {sizes}) on a {cells} × {cells} layout with jitter in place, size, angle and tint, anti-aliased, over backgrounds that are
-{backgrounds}; a dot three to four pixels wide hides in a free cell. Nothing is downloaded and no person or real place appears.
+{backgrounds}; a dot three to four units wide hides in a free cell. Nothing is downloaded and no person or real place appears.
 
 ## How it is made
 A scene follows from `(split, seed, index)` alone, the same in every process. Each task puts its question to each scene and keeps it while the
@@ -46,7 +47,7 @@ here says what it can do on these scenes and nothing about photographs.
 * Only one shape repeats in a scene, so counting is over one to four.
 * An object's row and column are unambiguous; relations are never asked between objects in the same column (row).
 * The dot lies on the background, never on an object.
-* Images are {size} × {size}: a processor that enlarges them adds no detail.
+* Scenes are laid out on {size} × {size}: more pixels draw the same scene more finely and hold nothing smaller.
 
 ## Licence
 Apache-2.0, as the rest of the repository.

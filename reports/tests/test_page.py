@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -138,11 +139,15 @@ def test_a_sound_run_has_no_band(tmp_path):
 
 
 def test_text_from_a_record_is_escaped(tmp_path):
-    hostile = '<script>alert("x")</script>'
+    hostile = """<script>alert("x")</script><img src=x onerror=alert(1)>'"</style></script><svg onload=alert(2)>"""
     figure = sample_run.figure("null_histogram", {"draws": [0.1] * 9, "observed": 0.2, "x_label": hostile}, hostile)
-    entry = sample_run.make("H2.trend", "supported", 0.3, 0.1, reason=hostile, figures=[figure])
-    folder = sample_run.write(tmp_path, [entry], subject={"name": hostile, "source": hostile})
-    assert hostile not in page.render(folder).read_text(encoding="utf-8")
+    crossing = sample_run.make("H1.necessity", "invalid", None, None, reason=f"the test crashed before a verdict: OSError: {hostile}", outcome="crashed")
+    entry = sample_run.make("H2.trend", "supported", 0.3, 0.1, reason=hostile, figures=[figure], params={"task": hostile}, details={"said": hostile})
+    subject = {name: hostile for name in ("name", "source", "family", "revision", "device", "quantization")}
+    folder = sample_run.write(tmp_path, [entry, crossing], subject=subject, problems=[hostile], command=hostile)
+    text = page.render(folder).read_text(encoding="utf-8")
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text
+    assert not any(one in text for one in ("<script>alert", "<img src=x", "<svg onload", "</style></script>")), "only as text"
 
 
 def test_one_figure_of_several_instances_is_shown_once():
@@ -372,3 +377,13 @@ def test_groups_of_a_drawing_lead_where_they_are_told_to():
     assert re.findall(r'<a href="#([^"]+)" tabindex="-1" aria-label="layer 0, head 1: [^"]+"><path ', svg) == ["head-0.1"]
     assert 'role="group" aria-label="map"' in svg
     assert re.search(r"<title>layer 0, head 1: [^<]*</title><a ", svg), "the cell that leads there is that head's"
+
+
+def test_what_is_written_in_words_stands_beside_the_choice_among_candidates(tmp_path):
+    entry = sample_run.make("H2.trend", "supported", 0.3, 0.1)
+    folder = sample_run.write(tmp_path, [entry])
+    rows = json.loads((folder / "run.json").read_text())["data"]["baseline"]
+    text = page.render(folder).read_text(encoding="utf-8")
+    shown = re.findall(r'data-name="(accuracy|in words)">(\d+)', text)
+    assert [int(number) for _, number in shown[:2]] == [round(100 * rows[0]["accuracy"]), round(100 * rows[0]["spoken"])]
+    assert [name for name, _ in shown].count("in words") == len(rows)
