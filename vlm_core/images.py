@@ -91,9 +91,8 @@ def open_image(source: bytes | str | Path, where: str) -> Image.Image:
         # A photograph of two lenses (MPO) is one picture; pages and animations are several.
         several = image.format != "MPO" and getattr(image, "is_animated", False)
         if not several:
-            image.load()
-            # As it was held: so does datasets.
-            image = ImageOps.exif_transpose(image)
+            # Decodes it, and turns it as it was held: so does datasets.
+            ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
         raise ValueError(f"{where} cannot be decoded to its end ({_short(error)}): copy or make it again") from error
     if several:

@@ -1,15 +1,17 @@
-"""Paths that stand in data, which is written by others: they cannot leave the folder of the data.
+"""Where files lie, and where they may.
 
-``within(folder, path, where)``   the file that data names; a sentence where it lies elsewhere, or nowhere
+``within(folder, path, where)``   the file that data names, which cannot leave its folder: data is written by others
+``cache_root()``                  where things are kept that take long to make or to fetch
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-__all__ = ["within"]
+__all__ = ["cache_root", "within"]
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 
@@ -42,7 +44,8 @@ def within(folder: str | Path | Sequence[str | Path], path: str | Path, where: s
         raise ValueError(f"{where} is no path ({text!r:.80}): {remedy}")
     if not absolute and (PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or PureWindowsPath(text).drive):
         raise ValueError(f"{where} has an absolute path ({text:.80}): {remedy}")
-    if ".." in PurePosixPath(text).parts or ".." in PureWindowsPath(text).parts:
+    # Its parts are also those of a path with slashes.
+    if ".." in PureWindowsPath(text).parts:
         raise ValueError(f"{where} climbs out of its folder ({text:.80}): {remedy}")
     found = (folders[0] / text).resolve()
     if not any(found.is_relative_to(one) for one in folders):
@@ -50,3 +53,9 @@ def within(folder: str | Path | Sequence[str | Path], path: str | Path, where: s
     if not found.is_file():
         raise ValueError(f"{where} is not there ({text:.80}): no file of that name lies in {folders[0]}")
     return found
+
+
+def cache_root() -> Path:
+    """Where things are kept between runs: ``$VLM_CLAIMS_CACHE``, else ``vlm-claims`` in the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm-claims"
+    return Path(os.environ.get("VLM_CLAIMS_CACHE", default))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Columns:
         ValueError
             Where no column looks like the image or the prompt.
         """
-        found = {field: next((name for name in names if name in dataset.column_names), None) for field, names in _USUAL.items()}
+        found = cls.usual(dataset.column_names)
         for what in ("image", "prompt"):
             if found[what] is None:
                 raise ValueError(
@@ -127,6 +127,12 @@ class Columns:
                     f"Columns({what}=...)"
                 )
         return cls(**found)
+
+    @staticmethod
+    def usual(names: Iterable[str]) -> dict[str, str | None]:
+        """The column of each field among these, None where none has a usual name."""
+        names = list(names)
+        return {field: next((one for one in known if one in names), None) for field, known in _USUAL.items()}
 
 
 @dataclass(frozen=True)

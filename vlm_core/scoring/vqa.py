@@ -94,6 +94,8 @@ def _by_the_letter(output: str, answers: Sequence[str]) -> float:
 
 
 def _summary(table: pd.DataFrame) -> dict[str, float]:
+    if "references" not in table:
+        return {}
     each = [_by_the_letter(output, list(references)) for output, references in zip(table["output"], table["references"], strict=True)]
     return {"unanimous_unnormalised": float(np.mean(each))}
 
