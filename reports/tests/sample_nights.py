@@ -35,8 +35,8 @@ def _decision(claim):
     return stats.decide(claim, [1.0, 0.0] * 20, clusters=range(40))
 
 
-def entry(folder, claim, effect, *, scenes="scene", **changes):
-    """The record of a decision (by its normal interval, which is quick), its arrays in the folder."""
+def entry(folder, claim, effect, *, scenes="scene", bounds=(-1.0, 1.0), **changes):
+    """The record of a decision (by its normal interval, which is quick), its arrays in the folder; ``bounds``: what one effect cannot leave."""
     effect, clusters = np.asarray(effect, dtype=float), [f"{scenes}-{item}" for item in range(len(effect))]
     mean, half = float(effect.mean()), 1.65 * float(effect.std(ddof=1)) / len(effect) ** 0.5
     sign = 1 if claim.test.kind == "superiority" else -1
@@ -44,7 +44,7 @@ def entry(folder, claim, effect, *, scenes="scene", **changes):
     verdict = stats.Verdict.SUPPORTED if above else stats.Verdict.REFUTED if below else stats.Verdict.INCONCLUSIVE
     decision = dataclasses.replace(_decision(claim), verdict=verdict, estimate=mean, lower=mean - half, upper=mean + half)
     arrays = {}
-    stored = effects.store(effects.pack(effect, clusters), arrays)
+    stored = effects.store(effects.pack(effect, clusters, bounds=bounds), arrays)
     (folder / record.ARRAYS).mkdir(parents=True, exist_ok=True)
     for digest, content in arrays.items():
         (folder / record.ARRAYS / f"{digest}.npy").write_bytes(content)

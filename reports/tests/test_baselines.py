@@ -16,19 +16,19 @@ from .suites import EXPLORATORY, INCONCLUSIVE, REFUTED, SUPPORTED
 pytest_plugins = ["pytester"]
 
 class Lane:
-    """A baseline file of one claim, and runs against it."""
+    """A baseline file of one claim, and runs against it; ``bounds``: what one effect cannot leave."""
 
-    def __init__(self, folder, claim=DROP):
-        self.folder, self.claim = folder, claim
+    def __init__(self, folder, claim=DROP, bounds=(-1.0, 1.0)):
+        self.folder, self.claim, self.bounds = folder, claim, bounds
         self.path = folder / "kept" / "baseline.jsonl"
         self.run, self.runs = folder / "run", 0
 
     def update(self, effect, reason="made", **identity):
         self.runs += 1
-        return baselines.update(self.path, {**IDENTITY, "name": f"run-{self.runs}", **identity}, [entry(self.run, self.claim, effect)], self.run, reason)
+        return baselines.update(self.path, {**IDENTITY, "name": f"run-{self.runs}", **identity}, [entry(self.run, self.claim, effect, bounds=self.bounds)], self.run, reason)
 
     def compare(self, effect, claim=None, **identity):
-        made = entry(self.run, claim or self.claim, effect)
+        made = entry(self.run, claim or self.claim, effect, bounds=self.bounds)
         return baselines.compare(baselines.load(self.path), {**IDENTITY, **identity}, made, self.run)
 
 
@@ -72,6 +72,26 @@ def test_items_that_moved_against_the_claim_beyond_the_noise_are_a_regression_th
     noisy[:30] = 0
     lane.update(noisy, "A/A")
     assert lane.compare(worse)["state"] == "within noise"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "state"),
+    [
+        ((-1.0, 1.0), (-1.0, 1.0), "drift"),
+        ((0.0, 1.0), (0.0, 1.0), "regression"),
+        ((0.0, 1.0), (-1.0, 1.0), "drift"),
+        ((-1.0, 1.0), (0.0, 1.0), "drift"),
+        (None, None, "regression"),
+    ],
+)
+def test_few_items_that_tip_are_held_against_what_an_unseen_one_could_do(tmp_path, then, now, state):
+    """Five items of sixty fell by 1 and none rose. Where one could rise by 2, as differences of answers can, that is not surely worse; where it cannot, it is."""
+    lane, effect = Lane(tmp_path, bounds=then), np.r_[np.ones(30), np.zeros(30)]
+    for reason in ("made", "A/A"):
+        lane.update(effect, reason)
+    lane.bounds = now
+    found = lane.compare(np.r_[np.zeros(5), np.ones(25), np.zeros(30)])
+    assert found["state"] == state and found["worse"] == pytest.approx(5 / 60) and (found["lower"] > 0) == (state == "regression")
 
 
 def test_against_a_loss_more_is_worse(tmp_path):
