@@ -4,8 +4,8 @@
 ``model``    what the page shows
 ``render``   the page, each subject's own report beside it, and ``models.json``
 
-Nothing is pooled: subjects are counted, not averaged. A claim *holds in all* where every subject supports it, *fails in all* where every one
-refutes it, *differs* where one supports and one refutes it, and is *open* otherwise: what is inconclusive or invalid somewhere is not
+Nothing is pooled: subjects are counted, not averaged. A claim *holds in all* where every subject supports it, *fails in all* where every
+one refutes it, *differs* where one supports and one refutes it, and is *open* otherwise: what is inconclusive or invalid somewhere is not
 generalised from the rest.
 """
 
@@ -91,6 +91,11 @@ def _differing(wholes):
         values = {whole.name: whole.identity[what] for whole in wholes}
         if len(set(values.values())) > 1:
             said.append(f"{what} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    keys = [{record.instance_key(entry["claim_id"], entry["params"]) for entry in whole.records} for whole in wholes]
+    for whole, own in zip(wholes, keys, strict=True):
+        lacking = len(set().union(*keys) - own)
+        if lacking:
+            said.append(f"{whole.name}: {wording.plural(lacking, 'claim')} not run that other subjects were put to")
     known = defaultdict(list)
     for whole in wholes:
         known[provenance.subject_key(whole.identity)].append(whole.name)
@@ -130,16 +135,22 @@ def _rows(whole, name):
     return []
 
 
+def _invalid(records, claim):
+    """Tasks whose claim is invalid: what was chosen on them is no finding."""
+    return {entry["params"].get("task") for entry in records if entry["claim_id"] == claim and entry["verdict"] == "invalid"}
+
+
 def _depth(whole):
     """Share of all attribution in each layer, averaged over tasks, ``[layer]``; None where it was not measured."""
-    shares = defaultdict(list)
+    shares, left_out = defaultdict(list), _invalid(whole.records, "H1.necessity")
     for row in _rows(whole, "attribution-by-layer.csv"):
-        if row["share"]:
+        if row["share"] and row["task"] not in left_out:
             shares[int(row["layer"])].append(float(row["share"]))
     if not shares:
         return None
     means = [statistics.fmean(shares[layer]) for layer in sorted(shares)]
-    cells = [{"from": round(100 * layer / len(means), 2), "width": round(100 / len(means), 2), "share": mean} for layer, mean in enumerate(means)]
+    width = 100 / len(means)
+    cells = [{"from": round(width * layer, 2), "width": round(width, 2), "share": mean} for layer, mean in enumerate(means)]
     half = next(layer for layer in range(len(means)) if sum(means[: layer + 1]) >= sum(means) / 2)
     return {"cells": cells, "half": (half + 0.5) / len(means), "most": max(means)}
 
@@ -148,7 +159,7 @@ def _top_heads(records):
     """Heads that necessity was asked of, by how many tasks choose them, and their relative depth."""
     chosen, layers = Counter(), 0
     for entry in records:
-        if entry["claim_id"] == "H1.necessity":
+        if entry["claim_id"] == "H1.necessity" and entry["verdict"] != "invalid":
             chosen.update(f"{layer}.{head}" for layer, head in entry["details"].get("heads", ()))
             layers += 1
     if not chosen:
@@ -161,7 +172,7 @@ def _horizon(records):
     found = []
     for entry in records:
         details = entry["details"]
-        if entry["claim_id"] == "H2.horizon" and details.get("depth"):
+        if entry["claim_id"] == "H2.horizon" and entry["verdict"] != "invalid" and details.get("depth"):
             layer = details.get("first layer on discovery items")
             at = None if layer is None else layer / details["depth"]
             found.append({"task": entry["params"].get("task", "all"), "at": at, "verdict": entry["verdict"]})
@@ -241,16 +252,17 @@ def _family(name, numbers, subjects, rows):
 
 
 def _benchmarks(scores):
-    """Sets × subjects, from each ``summary.csv`` that an evaluation has left."""
-    table, names = defaultdict(dict), []
+    """Sets × subjects, from each ``summary.csv`` that an evaluation has left; who answered the same items stands in one row."""
+    table, names = defaultdict(dict), [subject for subject, _ in scores]
     for subject, folder in scores:
         for file in sorted(folder.rglob("summary.csv")):
-            names.append(subject)
             with file.open(encoding="utf-8", newline="") as lines:
                 for row in csv.DictReader(lines):
-                    table[row["set"], row["task"], row["metric"]][subject] = {key: _number(row.get(key)) for key in ("value", "lower", "upper", "n")}
+                    numbers = {key: _number(row[key]) for key in ("score", "lower", "upper", "n")}
+                    table[row["set"], row["task"], row["mode"], row["data"]][subject] = numbers
     names = list(dict.fromkeys(names))
-    rows = [{"set": set_, "task": task, "metric": metric, "cells": [found.get(name) for name in names]} for (set_, task, metric), found in table.items()]
+    about = ("set", "task", "mode", "data")
+    rows = [{**dict(zip(about, key, strict=True)), "cells": [found.get(name) for name in names]} for key, found in table.items()]
     return {"subjects": names, "rows": rows} if rows else None
 
 

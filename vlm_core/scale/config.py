@@ -17,15 +17,22 @@ from vlm_core.settings import checked, declared, read_settings
 
 __all__ = ["Benchmarks", "Claims", "Cluster", "Resources", "ScaleConfig", "SubjectAt"]
 
+_OWN = ("--claims-subject", "--claims-out", "--claims-revision", "--claims-device", "--claims-dtype", "--claims-quantization")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class SubjectAt:
-    """Where a subject is: a directory or Hub id, its revision, and what it is called in folders and on the page (default: the path's last part)."""
+    """A checkpoint, and how it is loaded: the settings of ``[[subjects]]`` of ``python -m vlm_core.evaluate``, which checks their values.
+
+    ``name`` is what it is called in folders and on the page; default: the last part of its path.
+    """
 
     path: str
     revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +73,7 @@ class Claims:
         _at_least(self.seed, "seed", 0)
         _at_least(self.processes, "processes", 1)
         for argument in self.arguments:
-            taken = [name for name in ("--claims-subject", "--claims-out", "--claims-revision") if argument.startswith(name)]
+            taken = [name for name in _OWN if argument.startswith(name)]
             if taken:
                 raise ValueError(f"arguments hold {taken[0]}, which each job sets itself: leave it away")
 
@@ -148,6 +155,7 @@ class ScaleConfig:
     out : str
         Folder of jobs and report; all workers reach it under this path.
     subjects : tuple of SubjectAt
+        As ``[[subjects]]`` of ``python -m vlm_core.evaluate``: path, revision, device, dtype, quantization, name.
     claims : mapping of name to Claims
     benchmarks : mapping of name to Benchmarks
     workers : int

@@ -92,7 +92,7 @@ def _commands(config: ScaleConfig, subject: SubjectAt) -> Iterator[tuple[str, st
 
 def _pytest(subject: SubjectAt, claims: Claims) -> list[str]:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *claims.tests, f"--claims-subject={subject.path}", f"--claims-out={OUT}"]
-    command += [] if subject.revision is None else [f"--claims-revision={subject.revision}"]
+    command += [f"--claims-{name}={value}" for name, value in _given(subject).items()]
     command += [f"--claims-profile={claims.profile}", f"--claims-seed={claims.seed}"]
     command += [] if claims.alpha is None else [f"--claims-alpha={claims.alpha}"]
     command += [] if claims.keyword is None else ["-k", claims.keyword]
@@ -100,8 +100,14 @@ def _pytest(subject: SubjectAt, claims: Claims) -> list[str]:
     return [*command, *claims.arguments]
 
 
+def _given(subject: SubjectAt) -> dict[str, str]:
+    """How a subject is loaded, as far as that is not left to whoever loads it."""
+    values = {"revision": subject.revision, "device": subject.device, "dtype": subject.dtype, "quantization": subject.quantization}
+    return {name: value for name, value in values.items() if value not in (None, "auto")}
+
+
 def _evaluation(subject: SubjectAt, benchmarks: Benchmarks) -> str:
-    own = {"path": subject.path, "name": subject.name, **({} if subject.revision is None else {"revision": subject.revision})}
+    own = {"path": subject.path, "name": subject.name, **_given(subject)}
     content = {**benchmarks.settings, "out": OUT, "subjects": [own], "sets": dict(benchmarks.sets)}
     return yaml.safe_dump(content, sort_keys=True)
 

@@ -5,8 +5,8 @@
 ``result(job)``    the folder of its outputs
 
 A job's folder holds ``lock`` (held by the process that runs it: the system lets go of it when that process ends, however), ``log.txt``,
-``attempt-*`` (outputs being made), ``result`` (finished ones) and ``done.json``, written last, with a digest of every output. Where it was killed
-between two steps, the next one to take it up starts afresh. The file system must know locks (``flock``), as local ones and NFS 4 do.
+``attempt-*`` (outputs being made), ``result`` (finished ones) and ``done.json``, written last, with a digest of every output. Where it was
+killed between two steps, the next one to take it up starts afresh. The file system must know locks (``flock``), as local ones and NFS 4 do.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def _attempt(job: Job, attempt: Path) -> int:
     with (job.folder / "log.txt").open("ab") as log:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as leash:
             try:
-                return leash.wait()
+                status = leash.wait()
+                return status if status >= 0 else 128 - status
             finally:
                 leash.stdin.close()
 

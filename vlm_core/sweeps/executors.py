@@ -280,6 +280,8 @@ class RayExecutor(_Dispatcher):
         super().__init__(max_workers, retries)
 
     def _hire(self):
+        if not self._ray.is_initialized():  # it would start another one by itself
+            raise RuntimeError("Ray was shut down while tasks were left: start it again, with another executor")
         actor = self._actor.remote()
         self.actors.append(actor)
         return actor

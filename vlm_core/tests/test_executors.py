@@ -140,8 +140,13 @@ def test_a_ray_cluster_equals_no_executor_though_a_worker_dies(tmp_path, expecte
             table = sweep(source, make_items(8), INTERVENTIONS, executor=cluster, store=tmp_path / "store", groups=groups)
             with pytest.raises(ValueError, match="the task itself is wrong"):
                 cluster.submit(fail).result()
+        left = RayExecutor(1)
+        ray.shutdown()
+        with pytest.raises(RuntimeError, match="Ray was shut down while tasks were left"):
+            left.submit(answer, 0).result()
     finally:
         ray.shutdown()
+    assert not ray.is_initialized()
     assert_same(table, expected)
     assert (tmp_path / "marker").exists()
     assert len(list((tmp_path / "store").glob("*.parquet"))) == 4

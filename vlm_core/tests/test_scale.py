@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,15 +10,17 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from vlm_core.harness import config as harness
 from vlm_core.scale import merging
 from vlm_core.scale.__main__ import main
 from vlm_core.scale.backends import run_jobs
-from vlm_core.scale.config import ScaleConfig
+from vlm_core.scale.config import ScaleConfig, SubjectAt
 from vlm_core.scale.jobs import jobs_of
 from vlm_core.scale.merging import merge
 from vlm_core.scale.running import output_digests, result, state, take_up
@@ -58,7 +61,10 @@ def run(file):
 def test_a_file_expands_to_subjects_times_selections(config):
     sets = {"needle": {"factory": "probes:build", "arguments": {"split": "confirmation"}}}
     file = config(
-        claims={"h1": {"tests": ["hypotheses/h1"], "keyword": "color", "alpha": 0.1, "processes": 2}, "h2": {"tests": ["hypotheses/h2"], "seed": 3}},
+        claims={
+            "h1": {"tests": ["hypotheses/h1"], "keyword": "color", "alpha": 0.1, "processes": 2},
+            "h2": {"tests": ["hypotheses/h2"], "seed": 3},
+        },
         benchmarks={"vqa": {"sets": sets, "settings": {"mode": "greedy"}}},
     )
     jobs = jobs_of(ScaleConfig.from_file(file))
@@ -81,13 +87,27 @@ def test_an_id_follows_what_is_done_and_to_whom_and_nothing_else(config, tmp_pat
     first = jobs_of(ScaleConfig.from_file(config(subjects=own)))[0]
     elsewhere = jobs_of(ScaleConfig.from_file(config(subjects=own, out="elsewhere", workers=5, retries=0, resources={"cpus": 9})))[0]
     nightly = jobs_of(ScaleConfig.from_file(config(subjects=own, claims={"all": {"profile": "nightly"}})))[0]
-    revision = jobs_of(ScaleConfig.from_file(config(subjects=[{"path": "org/name", "revision": "v1"}, {"path": "org/name", "name": "main"}])))
+    revision = jobs_of(
+        ScaleConfig.from_file(config(subjects=[{"path": "org/name", "revision": "v1"}, {"path": "org/name", "name": "main"}]))
+    )
     assert first.id == elsewhere.id != nightly.id
     assert len({job.id for job in revision}) == 2
 
 
+def test_how_a_subject_is_loaded_reaches_both_commands(config, tmp_path):
+    assert [one.name for one in dataclasses.fields(SubjectAt)] == [one.name for one in dataclasses.fields(harness.SubjectAt)]
+    (own,) = subjects(tmp_path / "own", "a")
+    loaded = {"revision": "v1", "device": "cpu", "dtype": "float64"}
+    file = config(subjects=[{**own, **loaded}], benchmarks={"vqa": {"sets": {"x": {"path": "x"}}}})
+    claims, evaluation = jobs_of(ScaleConfig.from_file(file))
+    assert {f"--claims-{name}={value}" for name, value in loaded.items()} <= set(claims.command)
+    assert yaml.safe_load(evaluation.settings)["subjects"] == [{**own, "name": "a", **loaded}]
+
+
 def test_the_example_is_one():
     config = ScaleConfig.from_file(EXAMPLE)
+    asked = harness.EvaluationConfig.from_dict(yaml.safe_load(jobs_of(config)[3].settings))
+    assert (asked.mode, list(asked.sets)) == ("candidates", ["needle"])
     assert [job.title for job in jobs_of(config)][:4] == ["vlm h1", "vlm h2", "vlm h3", "vlm needle"]
 
 
@@ -205,18 +225,37 @@ def test_the_death_of_a_worker_ends_its_command_and_opens_its_lock(stand_in, con
     assert take_up(job).ran is False
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what ends with its parent is the kernel's to say")
+def test_a_command_does_not_outlive_its_leash(stand_in, config):
+    file = config()
+    stand_in.tell("hold", "a")
+    ended = []
+    thread = threading.Thread(target=lambda: ended.extend(run(file)), daemon=True)
+    thread.start()
+    command = stand_in.held("a")
+    leash = int(Path(f"/proc/{command}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(leash, signal.SIGKILL)
+    assert gone(command)
+    thread.join(60)
+    assert [outcome.state for outcome in ended] == ["done", "done"]
+
+
 def test_two_schedulers_do_not_run_one_job_twice(stand_in, config):
     file = config()
     stand_in.tell("wait", "a")
     ended = {}
-    threads = [threading.Thread(target=lambda key=key: ended.update({key: run(file)})) for key in (0, 1)]
+    threads = [threading.Thread(target=lambda key=key: ended.update({key: run(file)}), daemon=True) for key in (0, 1)]
     for thread in threads:
         thread.start()
-    until = threading.Event()
-    while len(stand_in.started) < 2:
-        until.wait(0.02)
-    busy = take_up(jobs_of(ScaleConfig.from_file(file))[0])
-    (stand_in.folder / "wait-a").unlink()
+    until = time.monotonic() + 30
+    while len(stand_in.started) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    job = jobs_of(ScaleConfig.from_file(file))[0]
+    try:
+        assert state(job) == "running"
+        busy = take_up(job)
+    finally:
+        (stand_in.folder / "wait-a").unlink()
     for thread in threads:
         thread.join(60)
     assert busy.state == "busy"
@@ -231,9 +270,20 @@ def test_the_scripts_of_a_slurm_array_run_its_jobs(stand_in, config, tmp_path):
     for script in ("jobs.sbatch", "merge.sbatch", "submit.sh"):
         subprocess.run(["bash", "-n", scripts / script], check=True)
     text = (scripts / "jobs.sbatch").read_text()
-    asked = ("--array=0-1%4", "--cpus-per-task=3", "--gres=gpu:1", "--mem=16G", "--partition=long", "--qos=high", "--requeue", "--time=04:00:00")
+    asked = (
+        "--array=0-1%4",
+        "--cpus-per-task=3",
+        "--gres=gpu:1",
+        "--mem=16G",
+        "--partition=long",
+        "--qos=high",
+        "--requeue",
+        "--time=04:00:00",
+    )
     assert all(f"#SBATCH {option}\n" in text for option in asked)
-    assert "--gres" not in (scripts / "merge.sbatch").read_text() and "#SBATCH --cpus-per-task=1\n" in (scripts / "merge.sbatch").read_text()
+    assert (
+        "--gres" not in (scripts / "merge.sbatch").read_text() and "#SBATCH --cpus-per-task=1\n" in (scripts / "merge.sbatch").read_text()
+    )
     file.write_text("edited meanwhile")
     done = subprocess.run(["bash", scripts / "jobs.sbatch"], env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, check=False)
     assert done.returncode == 0
