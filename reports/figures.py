@@ -133,6 +133,11 @@ def drawn(function, data):
     with mpl.rc_context(), matplotlib.style.context(STYLE):
         figure, tips = function(data)
         FigureCanvasSVG(figure)
+        if figure.get_layout_engine() is not None:
+            # Laid out once: to save a figure that lays itself out is to draw it twice.
+            figure.get_layout_engine().execute(figure)
+            mpl.rcParams["figure.constrained_layout.use"] = False
+            figure.set_layout_engine(None)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return {"svg": out.getvalue(), "tips": tips}

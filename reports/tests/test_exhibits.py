@@ -349,3 +349,13 @@ def test_every_kind_of_figure_has_an_exhibit(evidence):
     _, drawn = left(evidence)
     # What a slider shows is tested where it is made (test_exhibits_tokens), nights are drawn from a history and left by no test.
     assert {figure["kind"] for figure in drawn} == figures.KINDS.keys() - {"kept_tokens", "nights"}
+
+
+def test_a_figure_is_drawn_once(monkeypatch):
+    """Saving a figure that lays itself out draws it a first time for nothing."""
+    from matplotlib.figure import Figure
+
+    draw, drawn = Figure.draw, []
+    monkeypatch.setattr(Figure, "draw", lambda self, renderer: drawn.append(1) or draw(self, renderer))
+    assert "<svg" in figures.draw("accuracy_bars", {"bars": [{"label": "a", "value": 0.5}]})["svg"]
+    assert len(drawn) == 1
