@@ -20,6 +20,7 @@
 ``literature``    the works whose claims are tested, and what of each
 ``paper``         a paper of a few pages
 ``page``          the page itself; ``python -m reports render RUN`` draws it again
+``shards``        the parts of one subject's runs put together; ``models`` many subjects on one page
 ``compare``       two runs beside each other; ``index`` the runs of a directory; ``markdown`` a run for a job
 
 Nothing here measures: verdicts come from ``vlm_core.stats``, numbers from the tests.

@@ -32,10 +32,10 @@ def main(arguments=None):
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("--out", type=Path, metavar="FILE", help="the PDF (default: paper.pdf in RUN)")
     many = commands.add_parser("models", help="many subjects: a page across them, each with its own report beside it")
-    many.add_argument("runs", nargs="+", metavar="RUN", help="a run, or NAME=RUN; runs of one subject are parts of one")
+    many.add_argument("runs", nargs="*", metavar="RUN", help="a run, or NAME=RUN; runs of one subject are parts of one")
     many.add_argument("--out", type=Path, required=True, metavar="DIR", help="the page (index.html), models.json and a folder a subject")
-    many.add_argument("--scores", action="append", default=[], metavar="NAME=DIR", help="what python -m vlm_core.evaluate left of a subject")
-    many.add_argument("--missing", action="append", default=[], metavar="TEXT", help="what should have been run and was not: the page says so")
+    many.add_argument("--scores", action="append", default=[], metavar="NAME=DIR", help="what vlm_core.evaluate left of a subject")
+    many.add_argument("--missing", action="append", default=[], metavar="TEXT", help="what should have been run: the page says so")
     given = parser.parse_args(arguments)
     if given.command == "compare":
         return _compare(given)

@@ -64,6 +64,8 @@ def model(wholes, scores=(), missing=()):
     missing : list of str
         What should have been run and was not, in words.
     """
+    if not wholes and not scores:
+        raise ValueError("there is neither a run nor a score: name at least one")
     subjects = [_subject(whole) for whole in wholes]
     hypotheses = _hypotheses(wholes)
     confirmatory = [row for _, rows in hypotheses for row in rows if row["tier"] == "confirmatory"]
@@ -74,6 +76,7 @@ def model(wholes, scores=(), missing=()):
     band = [f"{whole.name}: {problem}" for whole in wholes for problem in whole.identity["problems"]]
     return {
         "subjects": subjects,
+        "n_subjects": len({*(whole.name for whole in wholes), *(name for name, _ in scores)}),
         "hypotheses": hypotheses,
         "families": [_family(name, numbers, subjects, confirmatory) for name, numbers in families.items()],
         "counts": {word: counts[name] for name, word in GENERAL.items()},
@@ -273,9 +276,9 @@ def _number(text):
 def render(wholes, out, scores=(), missing=()):
     """Write ``OUT/index.html``, ``OUT/models.json`` and each subject's merged run with its report; return the page's path."""
     out.mkdir(parents=True, exist_ok=True)
+    found = model(wholes, scores, missing)
     for whole in wholes:
         shards.write(whole, out / whole.name)
-    found = model(wholes, scores, missing)
     (out / "models.json").write_text(record.dumps(found, indent=2) + "\n", encoding="utf-8")
     target = out / "index.html"
     target.write_text(page.environment().get_template("models.html.j2").render(found), encoding="utf-8")

@@ -12,12 +12,15 @@ import pytest
 
 from reports import __main__ as command
 from reports.tests import sample_models
+from reports.tests.suites import HEADER, REFUTED
+from vlm_core.scale import __main__ as scale
 from vlm_core.scale.backends import run_jobs
 from vlm_core.scale.config import ScaleConfig
 from vlm_core.scale.jobs import jobs_of
 from vlm_core.scale.running import claim_runs, state
 from vlm_core.tests.scale_jobs import StandIn, gone, subjects, write_config
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("first", "second", "third")
 
 
@@ -26,7 +29,7 @@ def told(folder, monkeypatch):
     stand_in = StandIn(folder / "told", monkeypatch)
     sample_models.write(stand_in.folder / "runs")
     file = write_config(
-        folder / "config.yaml", out=str(folder / "out"), subjects=subjects(folder / "checkpoints", *NAMES), claims={"all": {"profile": "smoke"}},
+        folder / "config.yaml", out=str(folder / "out"), subjects=subjects(folder / "checkpoints", *NAMES), claims={"all": {}},
         resources={"cpus": 1}, retries=2,
     )
     return stand_in, ScaleConfig.from_file(file)
@@ -62,7 +65,7 @@ def test_a_killed_worker_changes_nothing_in_the_report(disturbed, tmp_path, monk
     worker = parent(parent(held))  # the command's parent is its leash
     os.kill(worker, signal.SIGKILL)
     assert gone(held)
-    thread.join(120)
+    thread.join(300)
     assert [outcome.state for outcome in ended] == ["done"] * 3
     assert sorted(name for name, _ in stand_in.started) == ["first", "second", "second", "third"]
     assert {state(job) for job in jobs_of(config)} == {"done"}
@@ -72,3 +75,29 @@ def test_a_killed_worker_changes_nothing_in_the_report(disturbed, tmp_path, monk
     found = report(config, tmp_path / "page")
     assert found == report(undisturbed, tmp_path / "other")
     assert [one["name"] for one in found["subjects"]] == list(NAMES) and not found["band"]
+
+
+SUITE = HEADER + """
+@pytest.mark.claim(ONE)
+@pytest.mark.parametrize("task", ["color", "count"])
+def test_one(evidence, task):
+    evidence.decide(ONE, effects(0.5), clusters=clusters())
+""" + REFUTED
+
+
+def test_parts_of_a_real_suite_become_one_report(tmp_path, monkeypatch):
+    (tmp_path / "hypotheses").mkdir()
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["reports.plugin"]\n')
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = hypotheses\n")
+    (tmp_path / "hypotheses" / "test_parts.py").write_text(SUITE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shipped = {"path": str(ROOT / "fixtures/embedded/vlm"), "name": "shipped"}
+    parts = {"color": {"keyword": "color"}, "rest": {"tests": ["hypotheses/test_parts.py"], "keyword": "not color"}}
+    file = write_config(tmp_path / "config.yaml", out="out", subjects=[shipped], claims=parts)
+    assert scale.main(["run", str(file)]) == 0
+    assert scale.main(["merge", str(file)]) == 0
+    found = json.loads((tmp_path / "out" / "report" / "models.json").read_text())
+    assert found["band"] == [] and found["n_claims"] == 3
+    assert found["subjects"][0]["counts"] == [{"verdict": "supported", "count": 2}, {"verdict": "refuted", "count": 1}]
+    assert "H1.two" in (tmp_path / "out" / "report" / "shipped" / "report.html").read_text()

@@ -152,8 +152,8 @@ def test_heads_layers_and_horizon_are_compared_by_relative_depth(three):
 
 def test_the_page_says_what_is_missing_and_that_one_subject_is_not_two(tmp_path, capsys):
     runs = sample_models.write(tmp_path / "runs")
-    given = [f"{name}={folder}" for name, folder in runs.items()]
-    assert command.main(["models", *given, f"again={runs['first']}", "--out", str(tmp_path / "page"), "--missing", "fourth h1: failed"]) == 0
+    given = [*(f"{name}={folder}" for name, folder in runs.items()), f"again={runs['first']}"]
+    assert command.main(["models", *given, "--out", str(tmp_path / "page"), "--missing", "fourth h1: failed"]) == 0
     text = (tmp_path / "page" / "index.html").read_text()
     assert "not run: fourth h1: failed" in text
     assert "first and again have the same weights: they are one subject, counted twice" in text
@@ -161,6 +161,38 @@ def test_the_page_says_what_is_missing_and_that_one_subject_is_not_two(tmp_path,
     assert "incomplete: fourth h1: failed" in capsys.readouterr().err
     found = json.loads((tmp_path / "page" / "models.json").read_text())
     assert found["found"]["first"] != found["found"]["second"]
+
+
+def test_scores_of_the_same_items_stand_in_one_row(three, tmp_path):
+    lines = ["set,mode,task,subject,data,n,clusters,score,lower,upper,f1", "pope,candidates,all,x,{data},8,4,0.{score},0.1,0.9,"]
+    scores = []
+    for name, data, score in (("first", "abc", 25), ("second", "abc", 75), ("third", "def", 5)):
+        (tmp_path / "scores" / name).mkdir(parents=True)
+        (tmp_path / "scores" / name / "summary.csv").write_text("\n".join(lines).format(data=data, score=score) + "\n")
+        scores.append((name, tmp_path / "scores" / name))
+    found = models.model(three, scores)["benchmarks"]
+    assert found["subjects"] == ["first", "second", "third"]
+    assert [[one and one["score"] for one in row["cells"]] for row in found["rows"]] == [[0.25, 0.75, None], [None, None, 0.5]]
+    text = models.render(three, tmp_path / "page", scores).read_text()
+    assert "0.75" in text and "by the likeliest candidate" in text
+    alone = models.render([], tmp_path / "alone", scores).read_text()
+    assert "<h1>3 subjects</h1>" in alone and 'id="benchmarks"' in alone and 'id="families"' not in alone
+    with pytest.raises(ValueError, match="neither a run nor a score"):
+        models.render([], tmp_path / "none")
+
+
+def test_tasks_whose_claim_is_invalid_are_no_finding(tmp_path):
+    runs = sample_models.write(tmp_path)
+    records = json.loads((runs["first"] / "evidence.json").read_text())
+    for entry in records:
+        if entry["claim_id"] == "H1.necessity" and entry["params"] == {"task": "color"} or entry["claim_id"] == "H2.horizon":
+            entry["verdict"] = "invalid"
+    (runs["first"] / "evidence.json").write_text(record.dumps(records))
+    table = runs["first"] / "attribution-by-layer.csv"
+    table.write_text("task,layer,share\ncolor,0,1.0\ncolor,1,0.0\ncount,0,0.2\ncount,1,0.8\n")
+    first = models.model(models.gather([f"first={runs['first']}"]))["subjects"][0]
+    assert first["horizon"] is None and first["where"]["tasks"] == 1
+    assert [cell["share"] for cell in first["depth"]["cells"]] == [0.2, 0.8]
 
 
 def test_another_declaration_is_no_cell_of_the_row(tmp_path):

@@ -62,7 +62,7 @@ class StandIn:
         log = self.folder / "log"
         return [(line.split()[0], int(line.split()[1])) for line in log.read_text().splitlines()] if log.exists() else []
 
-    def held(self, name: str, seconds: float = 60) -> int:
+    def held(self, name: str, seconds: float = 200) -> int:
         """The process that waits to be killed over a subject, once there is one."""
         until = time.monotonic() + seconds
         while not (self.folder / f"held-{name}").exists():
