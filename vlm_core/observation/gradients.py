@@ -26,6 +26,7 @@ from vlm_core.seam.run import Run
 from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded, batch_groups, batch_sequences
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.layers import outside_inference
 
 __all__ = ["HeadGradients", "ImageGradients", "IntegratedGradients", "final_hidden", "next_logits"]
 
@@ -74,15 +75,6 @@ def _targets(subject: Subject, items: Sequence, target: str) -> torch.Tensor:
     return torch.cat([answers, padded], dim=1)
 
 
-def _own(value):
-    # What was computed in inference mode cannot be part of a graph; its copy can.
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, list | tuple):
-        return type(value)(map(_own, value))
-    return value
-
-
 def final_hidden(
     subject: Subject, sequences: Sequence[Encoded], numbers: Sequence[int], intervention=None, gates=None, images=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +93,7 @@ def final_hidden(
     """
     anatomy = subject.anatomy
     inputs, image, valid = batch_sequences(subject, sequences)
-    inputs = {name: _own(value) for name, value in inputs.items()}
+    inputs = outside_inference(inputs)
     embeds = inputs["inputs_embeds"]
     if images is not None:
         inputs["inputs_embeds"] = embeds.masked_scatter(image[:, :, None], images.to(embeds.dtype))

@@ -11,7 +11,7 @@ what is asked about mostly is, and comes down to the number asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ from vlm_core.seam.plan import require_possible
 from vlm_core.subjects.embed import Encoded, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.budget import Budget
+from vlm_core.sweeps.engine import choose_path
+from vlm_core.sweeps.prefix import grow_stems
+from vlm_core.sweeps.resume import forward_resumed
+from vlm_core.sweeps.trunk import Unshareable, record_trunks
 
 __all__ = ["train_gate"]
 
@@ -119,11 +124,11 @@ def _trained(
             count = _count(done / steps, len(seen), count)
             return Choice(torch.arange(len(seen), device=scores.device), sizes=_gates(scores, count, temperature, generator))
 
+    last_hidden = _from_the_layer_on(subject, encoded, numbers, row) or _from_the_first_layer_on(subject, encoded, numbers, row)
     with answering(gated):
         for done in range(steps):
             chosen = order[done * batch : (done + 1) * batch]
-            hidden, last = final_hidden(subject, [encoded[k] for k in chosen], [numbers[k] for k in chosen], row)
-            said = next_logits(subject.anatomy, hidden[torch.arange(len(chosen), device=hidden.device), last]).log_softmax(-1)
+            said = next_logits(subject.anatomy, last_hidden(chosen)).log_softmax(-1)
             expected = targets[torch.as_tensor(chosen, device=targets.device)].to(said.device)
             loss = torch.nn.functional.kl_div(said, expected, log_target=True, reduction="batchmean")
             for weight, slope in zip(weights, torch.autograd.grad(loss, weights), strict=True):
@@ -131,6 +136,39 @@ def _trained(
             optimiser.step()
     found = [one.detach().cpu().clone() for one in weights]
     return LearnedGate(GateWeights(*found, marks(subject.anatomy)))
+
+
+LastHidden = Callable[[Sequence[int]], torch.Tensor]
+"""Final hidden states of some prompts' last tokens, ``[prompt, hidden]``, differentiable."""
+
+
+def _from_the_first_layer_on(subject: Subject, encoded: Sequence[Encoded], numbers: Sequence[int], row: DropTokens) -> LastHidden:
+    def last_hidden(chosen: Sequence[int]) -> torch.Tensor:
+        hidden, last = final_hidden(subject, [encoded[k] for k in chosen], [numbers[k] for k in chosen], row)
+        return hidden[torch.arange(len(chosen), device=hidden.device), last]
+
+    return last_hidden
+
+
+def _from_the_layer_on(subject: Subject, encoded: Sequence[Encoded], numbers: Sequence[int], row: DropTokens) -> LastHidden | None:
+    """The same from what enters the layer, which no gate changes, and in the last layer of the last token alone; None where that cannot be."""
+    anatomy, budget = subject.anatomy, Budget.of(subject)
+    tokens = sum(map(len, encoded))
+    fits = tokens <= budget.most and tokens * anatomy.hidden_size * anatomy.embedding.weight.element_size() <= budget.stored
+    if not fits or any(choose_path(anatomy, one, row)[0] != "resume" for one in encoded):
+        return None
+    try:
+        recording = record_trunks(subject, encoded, hidden_at=[row.layer])
+    except Unshareable:
+        return None
+    stems = grow_stems(subject, recording, [(k, one, number) for k, (one, number) in enumerate(zip(encoded, numbers, strict=True))], [row.layer])
+
+    def last_hidden(chosen: Sequence[int]) -> torch.Tensor:
+        rows = np.arange(len(chosen))
+        last = np.array([len(encoded[k]) - 1 for k in chosen])
+        return forward_resumed(subject, recording, [stems[k] for k in chosen], rows, [row] * len(chosen), row.layer, (rows, last), gradients=True)
+
+    return last_hidden
 
 
 def _count(done: float, n: int, count: int) -> int:

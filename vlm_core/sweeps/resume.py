@@ -22,7 +22,7 @@ from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import batch_groups
 from vlm_core.subjects.rows import places, read_hidden
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps.layers import KeysKnown, call_layer
+from vlm_core.sweeps.layers import KeysKnown, call_layer, outside_inference
 from vlm_core.sweeps.trunk import Recording, Stem
 
 __all__ = ["forward_resumed", "spares_last_layer"]
@@ -36,8 +36,14 @@ def forward_resumed(
     interventions: Sequence[Row],
     start: int,
     wanted: tuple[np.ndarray, np.ndarray],
+    gradients: bool = False,
 ) -> torch.Tensor:
     """Run rows ``(stems[trunk[r]], interventions[r])`` from layer ``start`` on; see ``vlm_core.subjects.rows.forward_rows`` for the arguments.
+
+    Parameters
+    ----------
+    gradients : bool
+        Whether what comes back has slopes with respect to what an intervention computes.
 
     Returns
     -------
@@ -60,9 +66,10 @@ def forward_resumed(
     chosen: dict = {}
 
     def call(layer: int, entering: torch.Tensor) -> torch.Tensor:
-        return call_layer(anatomy.layers[layer], entering, recording.layer_kwargs(layer, numbers, steps[None], chosen, mask=True))
+        kwargs = recording.layer_kwargs(layer, numbers, steps[None], chosen, mask=True)
+        return call_layer(anatomy.layers[layer], entering, outside_inference(kwargs) if gradients else kwargs)
 
-    with torch.inference_mode(), active(run):
+    with torch.enable_grad() if gradients else torch.inference_mode(), active(run):
         for layer in range(start, last if spare else anatomy.n_layers):
             hidden = call(layer, hidden)
         if not spare:
@@ -73,7 +80,7 @@ def forward_resumed(
                 call(last, hidden)
             except KeysKnown:
                 pass
-            return _read_last_layer(keys, recording, numbers[np.asarray(trunk)], wanted)
+            return _read_last_layer(keys, recording, numbers[np.asarray(trunk)], wanted, gradients)
 
 
 def spares_last_layer(intervention: Row, n_layers: int) -> bool:
@@ -150,7 +157,9 @@ class _LastLayer:
         return original(module, query, key, value, mask, *args, **kwargs)
 
 
-def _read_last_layer(keys: _LastLayer, recording: Recording, numbers: np.ndarray, wanted: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+def _read_last_layer(
+    keys: _LastLayer, recording: Recording, numbers: np.ndarray, wanted: tuple[np.ndarray, np.ndarray], gradients: bool
+) -> torch.Tensor:
     """The rest of the last layer and the final norm, for the tokens that are read; ``numbers`` ``[row]`` are the rows' trunks."""
     run, hidden = keys.run, keys.entered
     anatomy, last, n = run.anatomy, run.anatomy.n_layers - 1, hidden.shape[0]
@@ -169,5 +178,5 @@ def _read_last_layer(keys: _LastLayer, recording: Recording, numbers: np.ndarray
     keys.narrow(read_at)
     few = torch.take_along_dim(hidden, read_at[..., None], dim=1)
     kwargs = recording.layer_kwargs(last, trunk_of, torch.as_tensor(positions, device=hidden.device), {}, mask=False)
-    output = anatomy.norm(call_layer(anatomy.layers[last], few, kwargs))
+    output = anatomy.norm(call_layer(anatomy.layers[last], few, outside_inference(kwargs) if gradients else kwargs))
     return output[torch.as_tensor(elements, device=output.device), torch.as_tensor(place, device=output.device)]

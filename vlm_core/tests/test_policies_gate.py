@@ -15,10 +15,12 @@ from vlm_core.interventions.policy import Choice
 from vlm_core.interventions.sources import GateWeights
 from vlm_core.interventions.stored import load_interventions, save_interventions
 from vlm_core.observation.gradients import final_hidden, next_logits
-from vlm_core.reduction import LearnedGate, Random
+from vlm_core.reduction import LearnedGate, Random, gate_training
 from vlm_core.reduction.answering import Answered, answering, seen_by
 from vlm_core.reduction.gate_training import _CLOSED, _count, _gates, train_gate
 from vlm_core.subjects.embed import encode_items
+from vlm_core.sweeps.trunk import Unshareable
+from vlm_core.tests.family_processors import PROCESSORS
 from vlm_core.tests.planted import IMAGE_FIRST
 from vlm_core.tests.policy_states import drawn_gate, same_tokens, seen_of
 from vlm_core.tests.tiny import make_items, normal, tiny_llava, tiny_subject
@@ -232,6 +234,43 @@ def test_equal_seeds_give_equal_weights_and_the_subject_is_left_as_it_was(subjec
     save_interventions(tmp_path / "gate.json", row)
     assert load_interventions(tmp_path / "gate.json") == row
     assert np.isfinite(sweep(subject, items, {"gate": row}, metrics=("margin",))["value"]).all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+def test_training_from_its_layer_on_is_training_from_the_first_on(family, monkeypatch):
+    """What enters the layer is the same in every step, and in the last layer only the last token matters: neither is computed again."""
+    processor, model = PROCESSORS[family]()
+    subject = Subject(model, processor, name=family)
+    items, layer, ran = make_items(6, size=48), 2, []
+    handle = subject.anatomy.layers[layer - 1].register_forward_pre_hook(lambda module, args: ran.append(torch.is_grad_enabled()))
+    short = train_gate(subject, items, layer, 0.3, steps=4, batch=3)
+    assert True not in ran, "no pass with gradients has run the layer before"
+    monkeypatch.setattr(gate_training, "_from_the_layer_on", lambda *args: None)
+    long = train_gate(subject, items, layer, 0.3, steps=4, batch=3)
+    assert True in ran
+    handle.remove()
+    for one, other in zip(tensors(short), tensors(long), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert any(not torch.equal(one, other) for one, other in zip(tensors(short), tensors(train_gate(subject, items, layer, 0.3, steps=1)), strict=True))
+
+
+def tensors(gate):
+    return [one for one in vars(gate.weights).values() if isinstance(one, torch.Tensor)]
+
+
+def test_a_gate_is_trained_where_nothing_can_be_recorded(subject, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise Unshareable("its layers insist on a cache")
+
+    expected = train_gate(subject, make_items(4), 1, 0.3, steps=2)
+    monkeypatch.setattr(gate_training, "record_trunks", refuse)
+    found = train_gate(subject, make_items(4), 1, 0.3, steps=2)
+    for one, other in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(gate_training.Budget, "of", classmethod(lambda cls, *args: cls(tokens=10, most=10, stored=10)))
+    monkeypatch.setattr(gate_training, "record_trunks", lambda *args, **kwargs: pytest.fail("there is no room for it"))
+    train_gate(subject, make_items(4), 1, 0.3, steps=1)
 
 
 def test_another_subject_is_refused(subject):
