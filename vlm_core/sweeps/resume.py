@@ -80,7 +80,7 @@ def forward_resumed(
                 call(last, hidden)
             except KeysKnown:
                 pass
-            return _read_last_layer(keys, recording, numbers[np.asarray(trunk)], wanted, gradients)
+            return _read_last_layer(keys, recording, numbers[np.asarray(trunk)], wanted)
 
 
 def spares_last_layer(intervention: Row, n_layers: int) -> bool:
@@ -157,9 +157,7 @@ class _LastLayer:
         return original(module, query, key, value, mask, *args, **kwargs)
 
 
-def _read_last_layer(
-    keys: _LastLayer, recording: Recording, numbers: np.ndarray, wanted: tuple[np.ndarray, np.ndarray], gradients: bool
-) -> torch.Tensor:
+def _read_last_layer(keys: _LastLayer, recording: Recording, numbers: np.ndarray, wanted: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
     """The rest of the last layer and the final norm, for the tokens that are read; ``numbers`` ``[row]`` are the rows' trunks."""
     run, hidden = keys.run, keys.entered
     anatomy, last, n = run.anatomy, run.anatomy.n_layers - 1, hidden.shape[0]
@@ -178,5 +176,5 @@ def _read_last_layer(
     keys.narrow(read_at)
     few = torch.take_along_dim(hidden, read_at[..., None], dim=1)
     kwargs = recording.layer_kwargs(last, trunk_of, torch.as_tensor(positions, device=hidden.device), {}, mask=False)
-    output = anatomy.norm(call_layer(anatomy.layers[last], few, outside_inference(kwargs) if gradients else kwargs))
+    output = anatomy.norm(call_layer(anatomy.layers[last], few, kwargs))
     return output[torch.as_tensor(elements, device=output.device), torch.as_tensor(place, device=output.device)]

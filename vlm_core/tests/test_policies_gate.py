@@ -254,6 +254,21 @@ def test_training_from_its_layer_on_is_training_from_the_first_on(family, monkey
     assert any(not torch.equal(one, other) for one, other in zip(tensors(short), tensors(train_gate(subject, items, layer, 0.3, steps=1)), strict=True))
 
 
+def test_nothing_of_inference_mode_is_part_of_a_graph():
+    """The mask of a single recorded prompt is a view of one made in inference mode, which a kernel may have to keep for its way back."""
+    processor, model = PROCESSORS["paligemma"]()
+    subject, masks = Subject(model, processor, name="paligemma"), []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+        for layer in subject.anatomy.layers
+    ]
+    train_gate(subject, make_items(1, size=48), 1, 0.3, steps=1, batch=1)
+    for handle in handles:
+        handle.remove()
+    learnt = [mask for mask in masks[-2:] if mask is not None]
+    assert learnt and not any(mask.is_inference() for mask in learnt)
+
+
 def tensors(gate):
     return [one for one in vars(gate.weights).values() if isinstance(one, torch.Tensor)]
 
