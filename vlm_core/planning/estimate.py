@@ -52,6 +52,7 @@ class Estimate:
     def text(self) -> str:
         """For a terminal."""
         sizes, workload = self.sizes, self.workload
+        passes = workload.passes(sizes)
         lines = [
             f"{sizes.name}: {sizes.family}, {sizes.parameters / 1e9:.3f} G parameters, {sizes.layers} layers of {sizes.heads} heads",
             f"a prompt of profile {workload.profile}: {sizes.prompt_tokens:.0f} tokens, {sizes.image_tokens:.0f} of them visual "
@@ -61,6 +62,9 @@ class Estimate:
             "",
             *(f"{part:12} {_flop(flops):>12}   {_hours(self.cpu_seconds[part]):>9} core-hours here" for part, flops in self.flops.items()),
             f"{'in all':12} {_flop(sum(self.flops.values())):>12}   {_hours(sum(self.cpu_seconds.values())):>9} core-hours here",
+            "",
+            f"through the subject's decoder: as many operations as {_count(passes['whole'])} whole prompts, {_count(passes['tail'])} tails of "
+            f"prompts (what follows the image), {_count(passes['one'])} tokens one by one and {_count(passes['gradients'])} prompts trained on",
             "",
             f"memory, {self.batch} prompts at once, {self.element} bytes a number: weights {self.weights / _GIB:.2f} GiB, keys and values "
             f"{self.cache / _GIB:.2f} GiB, activations {self.activations / _GIB:.2f} GiB, together {self.memory / _GIB:.2f} GiB "
@@ -104,7 +108,11 @@ class Estimate:
             lines.append(
                 "Not validated: no other subject was measured at this profile (python -m fixtures.workload PROFILE --check SUBJECT)."
             )
-        return [*lines, "GPU-hours are operations over an assumed rate and were not measured; a small model reaches less of the peak."]
+        rates = (
+            "Core-hours are operations over the rate of the counted run, GPU-hours over an assumed one, which was not measured: a large model is "
+            "faster on a core than that, a small one slower on a GPU."
+        )
+        return [*lines, rates]
 
 
 def estimate(
@@ -151,6 +159,10 @@ def estimate(
         element,
         utilisation,
     )
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ")
 
 
 def _hours(seconds: float) -> str:

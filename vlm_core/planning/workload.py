@@ -80,6 +80,18 @@ class Workload:
             found[one.part] += one.flops * (1.0 if one.model == "other" else _grown(one, self.reference, sizes))
         return dict(found)
 
+    def passes(self, sizes: Sizes) -> dict[str, float]:
+        """How many whole prompts, tails of prompts (what follows the image) and single tokens that is, through the subject's decoder, and on how
+        many prompts' worth of tokens gradients are computed."""
+        token = sizes.layers * (2 * sizes.layer_weights + 4 * sizes.width * sizes.prompt_tokens)
+        each = {"whole": token * sizes.prompt_tokens, "tail": token * sizes.tail_tokens, "one": token}
+        found = dict.fromkeys((*each, "gradients"), 0.0)
+        for one in self.work:
+            if one.model == "subject" and one.kind == "layers":
+                flops = one.flops * _grown(one, self.reference, sizes)
+                found["gradients" if one.training else one.tokens] += flops / (3 * each["whole"] if one.training else each[one.tokens])
+        return found
+
     def cpu_seconds(self, sizes: Sizes) -> dict[str, float]:
         """Processor seconds of one core of the counted machine, by part, at the operations a second of the counted run."""
         here = self.flops(self.reference)

@@ -2,8 +2,8 @@
 
 ``StandIn(folder)``   puts it on the path of child processes; what it is told and what it did lies in ``folder``
 
-Told by files: ``hold-SUBJECT`` (wait until killed, once), ``wait-SUBJECT`` (wait until the file goes), ``exit-SUBJECT`` (end with this status),
-``runs/SUBJECT`` (the run to leave; else one of no claims).
+Told by files: ``hold-SUBJECT`` (wait until killed, once), ``wait-SUBJECT`` (wait until the file goes), ``exit-SUBJECT`` (end with this
+status), ``runs/SUBJECT`` (the run to leave; else one of no claims).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if (told / "runs" / name).is_dir():
     shutil.copytree(told / "runs" / name, run)
 else:
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"complete": True, "subject": name, "arguments": [one for one in sys.argv[1:] if str(out) not in one]}))
+    (run / "run.json").write_text(json.dumps({"complete": True, "subject": name}))
 (out / "latest").symlink_to(run.name)
 '''
 

@@ -171,6 +171,22 @@ def test_longer_prompts_and_wider_layers_cost_what_the_formula_says(sizes):
     assert one.flops(other)["H1"] == pytest.approx(by_hand)
 
 
+def test_work_is_so_many_prompts_and_tokens(sizes):
+    token = 2 * sizes.layers * sizes.layer_weights
+    one = workload(
+        sizes,
+        Work("H1", "subject", "layers", "whole", "heads", False, 10 * token * sizes.prompt_tokens),
+        Work("H1", "subject", "layers", "tail", "fixed", False, 20 * token * sizes.tail_tokens),
+        Work("H1", "subject", "layers", "one", "fixed", False, 30 * token),
+        Work("H3", "subject", "layers", "whole", "fixed", True, 3 * 5 * token * sizes.prompt_tokens),
+        Work("H3", "other", "layers", "whole", "fixed", True, 1e12),
+        Work("H3", "subject", "image", "whole", "fixed", False, 1e12),
+    )
+    assert one.passes(sizes) == pytest.approx({"whole": 10, "tail": 20, "one": 30, "gradients": 5})
+    bigger = dataclasses.replace(sizes, heads=16, head_dim=8, layer_weights=9 * sizes.layer_weights)
+    assert one.passes(bigger) == pytest.approx({"whole": 20, "tail": 20, "one": 30, "gradients": 5})
+
+
 def test_students_and_towers_cost_what_they_cost(sizes):
     student = Work("H3", "other", "layers", "whole", "fixed", True, 5e9)
     tower = Work("H1", "subject", "image", "whole", "fixed", False, 1e9)
@@ -217,6 +233,7 @@ def test_the_command_says_operations_memory_hours_and_how_wrong_it_was(stored, s
     assert f"H1           {suite / 1e9:.2f} GFLOP" in said and f"benchmark    {benchmark / 1e9:.2f} GFLOP" in said
     assert "0.01 core-hours here" in said  # 36 seconds, as counted
     assert f"{float(f'{(suite + benchmark) / 1e9 / 3600:.2g}'):g} GPU-hours" in said and "A100-80GB" in said and "H200" not in said
+    assert "as many operations as 1 000 whole prompts, 0 tails" in said
     assert "operations within a factor of 1.25, core-hours within 2.00" in said and "(other)" in said
     weights = 4 * sizes.parameters / 2**30
     assert f"weights {weights:.2f} GiB" in said and "at 30% of the vendor's dense 16-bit peak, assumed" in said
