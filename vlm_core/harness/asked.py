@@ -59,6 +59,8 @@ class AskedSet:
         """
         where = f"sets.{name}"
         items = items_on_asking(source, where)
+        if source.scorer is not None:
+            items = _ScoredBy(items, source.scorer)
         facts, digests, seen = [], [], set()
         try:
             for item in items:
@@ -80,6 +82,19 @@ class AskedSet:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         return cls(name, items, modes, tuple(facts), digest(digests))
+
+
+class _ScoredBy(Sequence):
+    """Items that all name one scorer."""
+
+    def __init__(self, items: Sequence[dict], scorer: str) -> None:
+        self._items, self._scorer = items, scorer
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self._items[index], "scorer": self._scorer}
 
 
 def _fact(item: dict) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     python -m vlm_core.evaluate compare A B              two runs paired by item
     python -m vlm_core.evaluate repeat RUN               whether a run says the same again
 
-Exit status: 0 done; 1 a run that is not reproduced; 2 something is wrong with the configuration, the items, a checkpoint or a folder.
+Exit status: 0 done; 1 a run that is not reproduced; 2 something is wrong with the configuration, the items, a checkpoint or a folder;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SubjectError, ValueError) as error:
         print(f"{_PROG}: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{_PROG}: interrupted; what was answered is kept, and the same command goes on", file=sys.stderr)
+        return 130
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------

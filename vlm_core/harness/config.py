@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm_core.interventions.numeric import integer
+from vlm_core.scoring import scorer_of
 from vlm_core.settings import checked, declared, read_settings
 from vlm_core.sources import Items
 
@@ -69,9 +70,17 @@ class ItemSet(Items):
     ----------
     mode : {"candidates", "greedy", "both"}, optional
         How, where it is not how the other sets are answered.
+    scorer : str, optional
+        What scores generated answers (`vlm_core.scoring.SCORERS`), in place of what each item names.
     """
 
     mode: Literal["candidates", "greedy", "both"] | None = None
+    scorer: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer is not None:
+            scorer_of({"scorer": self.scorer})
 
 
 @dataclass(frozen=True)

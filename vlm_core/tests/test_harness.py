@@ -26,6 +26,7 @@ from vlm_core.harness.tables import metrics_table
 from vlm_core.identity import picture_digest
 from vlm_core.scoring import SCORERS, Scorer
 from vlm_core.stats import interval
+from vlm_core.sweeps.features import vision_tower
 from vlm_core.tests import warm
 from vlm_core.tests.distill_students import save_student
 from vlm_core.tests.tiny import make_items
@@ -168,6 +169,19 @@ def test_generated_answers_are_scored_by_the_items_scorer(declared, monkeypatch)
     assert all(row["references"] == ["red", row["answer"]] for row in rows)
 
 
+def test_a_set_may_name_the_scorer(declared, monkeypatch):
+    colour = make_items(1)[0]["answer"]
+    said = [vlm_core.evaluation.Generated(f"it is {colour} .", 4)] * 4
+    monkeypatch.setattr(answering, "generated", lambda subject, items, **options: said[: len(items)])
+    sets = {"as it is": {}, "spoken": {"scorer": "spoken"}}
+    sets = {name.replace(" ", "-"): {"factory": MAKE, "arguments": {"n": 4}, "mode": "greedy", **more} for name, more in sets.items()}
+    out = ran(declared(sets=sets))
+    right = [float(item["answer"] == colour) for item in make_items(4)]
+    assert [row["score"] for row in lines(out / "one" / "spoken")] == right and 1.0 in right
+    assert [row["score"] for row in lines(out / "one" / "as-it-is")] == [0.0] * 4
+    assert {row["scorer"] for row in lines(out / "one" / "spoken")} == {"spoken"}
+
+
 def test_accepted_answers_count(declared, monkeypatch):
     said = iter(["red", "Red.", "blue or so", "yellow"])
     monkeypatch.setattr(answering, "generated", lambda subject, items, **options: [vlm_core.evaluation.Generated(next(said), 1) for _ in items])
@@ -257,6 +271,7 @@ def test_a_killed_run_goes_on_to_the_files_of_an_undisturbed_one(torn, declared,
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(changes, words, declared, models, tmp_path, capsys):
     out = ran(declared())
     before = files(out)
+    capsys.readouterr()
     changed = json.loads(json.dumps(changes).replace("OTHER", models[1]).replace("ONE", models[0]))
     assert main(["--config", written(declared(**changed), tmp_path)]) == 2
     said = capsys.readouterr().err
@@ -308,23 +323,24 @@ def test_two_processes_do_not_write_into_one_folder(declared, tmp_path):
 
 
 class OutOfMemory:
-    """Raises what a full device raises while more than ``most`` rows enter the model."""
+    """Raises what a full device raises while more than ``most`` rows enter the language model, or its vision tower."""
 
-    def __init__(self, monkeypatch, most):
+    def __init__(self, monkeypatch, most, tower=False):
         self.sizes = []
         load = running.load_vlm
 
         def loaded(*args, **options):
             subject = load(*args, **options)
-            subject.anatomy.layers[0].register_forward_pre_hook(self.count)
+            entered = vision_tower(subject) if tower else subject.anatomy.layers[0]
+            entered.register_forward_pre_hook(self.count, with_kwargs=True)
             return subject
 
         self.most = most
         monkeypatch.setattr(running, "load_vlm", loaded)
 
-    def count(self, module, args):
-        self.sizes.append(args[0].shape[0])
-        if args[0].shape[0] > self.most:
+    def count(self, module, args, kwargs):
+        self.sizes.append((args[0] if args else kwargs["pixel_values"]).shape[0])
+        if self.sizes[-1] > self.most:
             raise torch.OutOfMemoryError("simulated")
 
 
@@ -332,11 +348,11 @@ SAME = 1e-4
 """Of log-probabilities in float32, whatever else is in the batch."""
 
 
-@pytest.mark.parametrize("how", ["out of memory", "measured", "asked for"])
+@pytest.mark.parametrize("how", ["out of memory", "out of memory for pictures", "measured", "asked for"])
 def test_answers_do_not_depend_on_the_batch(how, declared, tmp_path, monkeypatch):
     sets = {"patches": {"factory": MAKE, "arguments": {"n": 20}}}
     whole = lines(ran(declared(sets=sets, logits=True)) / "one" / "patches")
-    memory = OutOfMemory(monkeypatch, 3 if how == "out of memory" else 1000)
+    memory = OutOfMemory(monkeypatch, 3 if "out of memory" in how else 1000, tower="pictures" in how)
     if how == "measured":
         monkeypatch.setattr("vlm_core.sweeps.budget.free_bytes", lambda device: 1)  # 192 tokens are the least that is tried
     rows = {"batch_rows": 2} if how == "asked for" else {}
@@ -345,10 +361,10 @@ def test_answers_do_not_depend_on_the_batch(how, declared, tmp_path, monkeypatch
     for one, other in zip(whole, again, strict=True):
         assert (one["output"], one["score"], one.get("tokens")) == (other["output"], other["score"], other.get("tokens"))
         assert one.get("logits", {}) == pytest.approx(other.get("logits", {}), abs=SAME)
-    if how == "out of memory":
+    if "out of memory" in how:
         assert max(memory.sizes) > 3 and {1, 2, 3} & set(memory.sizes)
     else:
-        assert max(memory.sizes) == {"asked for": 2, "measured": 5}[how] if how == "asked for" else max(memory.sizes) < 20
+        assert max(memory.sizes) <= {"asked for": 2, "measured": 9}[how]
 
 
 def test_an_item_that_does_not_fit_alone_is_one_sentence(declared, tmp_path, monkeypatch, capsys):
@@ -361,23 +377,32 @@ def test_an_item_that_does_not_fit_alone_is_one_sentence(declared, tmp_path, mon
 # -- determinism ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_drawn_follows_from_the_seed(subject, items):
+DRAWN = {"torch": lambda: torch.rand(1).item(), "numpy": np.random.random, "python": random.random}
+
+
+@pytest.mark.parametrize("generator", DRAWN)
+def test_what_is_drawn_follows_from_the_seed(generator, subject, items):
     asked = AskedSet.read("patches", ItemSet(factory=MAKE, arguments={"n": 4}), ("candidates",))
-    strict = []
+    strict, draw = [], DRAWN[generator]
 
     def noise(module, args, output):
         strict.append(torch.are_deterministic_algorithms_enabled())
-        return output + torch.randn_like(output) + random.random() + np.random.random()
+        return output * (1 + draw())
+
+    def answered(seed):
+        before = draw()
+        rows = answering.answer(subject, items[:4], asked.facts, ("candidates",), seed=seed)
+        return before, rows, draw()
 
     handle = subject.anatomy.embedding.register_forward_hook(noise)
     try:
-        torch.manual_seed(5)
-        first, second, other = (answering.answer(subject, items[:4], asked.facts, ("candidates",), seed=seed) for seed in (0, 0, 1))
-        state = torch.initial_seed()
+        found = [answered(seed) for seed in (0, 0, 1)]
     finally:
         handle.remove()
+    (_, first, _), (_, second, _), (_, other, _) = found
     assert first == second != other
-    assert all(strict) and strict and not torch.are_deterministic_algorithms_enabled() and state == 5
+    assert len({number for before, _, after in found for number in (before, after)}) == 6, "what others draw goes on"
+    assert all(strict) and strict and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_numbers_that_are_not_finite_are_one_sentence(declared, monkeypatch, tmp_path, capsys):
@@ -419,6 +444,7 @@ def test_numbers_that_are_not_finite_are_one_sentence(declared, monkeypatch, tmp
         ({"sets": {"a": {"factory": OPEN, "arguments": {"n": 2}}}}, "item 'item-0' has no candidates to choose from"),
         ({"sets": {"a": {"factory": f"{__name__}:twice"}}}, "sets.a: two items have the id 'item-0'"),
         ({"sets": {"a": {"factory": f"{__name__}:unheard_of"}}}, "there is no scorer 'unheard of'"),
+        ({"sets": {"a": {"factory": MAKE, "scorer": "mine"}}}, "sets.a: there is no scorer 'mine'"),
         ({"sets": {"a": {"factory": f"{__name__}:unscorable"}}}, "item 'item-0' has no references, which the scorer 'vqa' needs"),
         ({"subjects": [{"path": "ONE", "device": "cuda:99"}]}, "device 'cuda:99' is not there"),
         ({"subjects": [{"path": "ONE", "dtype": "int8"}]}, "dtype 'int8' is none that a model computes in"),
@@ -479,6 +505,24 @@ def test_no_secret_of_the_environment_is_written(declared, tmp_path, capsys, mon
     found = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
     assert not found and SECRET not in said.out + said.err + wrong
     assert "<HF_TOKEN>" in (tmp_path / "out" / "one" / "patches" / "run.json").read_text()
+
+
+def test_no_secret_is_logged(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    (tmp_path / "one").mkdir()
+    config = EvaluationConfig.from_dict({"out": str(tmp_path), "subjects": [{"path": models[0]}], "sets": {"a": {"path": "b"}}})
+    told = []
+    running._SubjectRun(config, config.subjects[0], told.append).say(f"asked with {SECRET}")
+    assert told == ["one: asked with <HF_TOKEN>"] and SECRET not in (tmp_path / "one" / "log.txt").read_text()
+
+
+def test_an_interrupted_run_says_that_it_can_go_on(declared, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "answer", interrupted)
+    assert main(["--config", written(declared(), tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def private(token, fails=False):
