@@ -26,6 +26,7 @@ QUANTIZED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 _MARGIN = 1.1  # buffers, the largest tensor twice while it is converted
 _TEXT_TOKENS = 64  # of a question, its template and its answer
 _IMAGE_TOKENS = 576  # where a config does not say: 24 x 24
+_TILES = 4  # that a square picture is cut into, beside the whole
 _SHARE = 0.5  # of what is free, for a batch in flight: the rest is for what is recorded
 
 
@@ -63,7 +64,8 @@ class Footprint:
         # bitsandbytes leaves embedding and unembedding as they are.
         kept = min(n, 2 * hidden * vocabulary) if quantization else n
         weights = kept * width + (n - kept) * QUANTIZED_BYTES.get(quantization, width)
-        tokens = _image_tokens(config) + _TEXT_TOKENS
+        views = 1 + _TILES if config.get("image_grid_pinpoints") else 1
+        tokens = views * _image_tokens(config) + _TEXT_TOKENS
         keys = 2 * whole("num_key_value_heads", heads) * whole("head_dim", hidden // heads)
         inner = whole("intermediate_size", 4 * hidden)
         prompt = tokens * width * (whole("num_hidden_layers", 1) * keys + 12 * hidden + 4 * inner) + 4 * vocabulary

@@ -20,6 +20,7 @@ from vlm_core.subjects import footprint as memory
 from vlm_core.subjects.checkpoint import inspect_checkpoint
 from vlm_core.subjects.footprint import Footprint, require_room
 from vlm_core.subjects.load import require_loadable
+from vlm_core.tests.family_processors import save
 from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items, tiny_llava
 
@@ -125,6 +126,11 @@ def test_the_footprint_is_that_of_weights_and_one_prompt(saved):
     half = Footprint.of(checkpoint, torch.bfloat16)
     assert abs(2 * half.weights - found.weights) <= 1 and half.prompt < found.prompt
     assert half.weights > Footprint.of(checkpoint, torch.bfloat16, "8bit").weights > Footprint.of(checkpoint, torch.bfloat16, "4bit").weights
+
+
+def test_a_picture_that_is_cut_into_tiles_counts_as_many(tmp_path):
+    checkpoint = inspect_checkpoint(save(tmp_path, "llava_next"))
+    assert Footprint.of(checkpoint, torch.float32).n_tokens == 5 * checkpoint.config["image_seq_length"] + 64
 
 
 def test_parameters_that_nobody_tells_are_counted_without_memory(saved):
