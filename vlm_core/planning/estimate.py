@@ -63,8 +63,9 @@ class Estimate:
             *(f"{part:12} {_flop(flops):>12}   {_hours(self.cpu_seconds[part]):>9} core-hours here" for part, flops in self.flops.items()),
             f"{'in all':12} {_flop(sum(self.flops.values())):>12}   {_hours(sum(self.cpu_seconds.values())):>9} core-hours here",
             "",
-            f"through the subject's decoder: as many operations as {_count(passes['whole'])} whole prompts, {_count(passes['tail'])} tails of "
-            f"prompts (what follows the image), {_count(passes['one'])} tokens one by one and {_count(passes['gradients'])} prompts trained on",
+            f"through the subject's decoder: as many operations as {_count(passes['whole'])} whole prompts, {_count(passes['tail'])} tails "
+            f"of prompts (what follows the image), {_count(passes['one'])} tokens one by one and {_count(passes['gradients'])} prompts "
+            "trained on",
             "",
             f"memory, {self.batch} prompts at once, {self.element} bytes a number: weights {self.weights / _GIB:.2f} GiB, keys and values "
             f"{self.cache / _GIB:.2f} GiB, activations {self.activations / _GIB:.2f} GiB, together {self.memory / _GIB:.2f} GiB "
@@ -109,8 +110,8 @@ class Estimate:
                 "Not validated: no other subject was measured at this profile (python -m fixtures.workload PROFILE --check SUBJECT)."
             )
         rates = (
-            "Core-hours are operations over the rate of the counted run, GPU-hours over an assumed one, which was not measured: a large model is "
-            "faster on a core than that, a small one slower on a GPU."
+            "Core-hours are operations over the rate of the counted run, GPU-hours over an assumed one, which was not measured: a large "
+            "model is faster on a core than that, a small one slower on a GPU."
         )
         return [*lines, rates]
 
