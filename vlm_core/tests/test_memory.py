@@ -16,6 +16,7 @@ CODE = """
 import os, platform, resource, torch
 from vlm_core.memory import keep_freed_memory
 torch.set_num_threads(1)
+BLOCK = 9 * 2**20  # numbers, 36 MiB: more than glibc ever keeps of its own accord
 for keep in (True, False):
     if os.fork():
         os.wait()
@@ -23,10 +24,10 @@ for keep in (True, False):
     if keep:
         assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
     for _ in range(100):  # until every place an aligned block can start at has been visited
-        torch.empty(2**24).fill_(1.0)
+        torch.empty(BLOCK).fill_(1.0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        torch.empty(2**24).fill_(1.0)
+        torch.empty(BLOCK).fill_(1.0)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
     os._exit(0)
 """
