@@ -21,7 +21,7 @@ from vlm_core.harness import EvaluationConfig, answering, run_evaluation, runnin
 from vlm_core.harness.asked import AskedSet
 from vlm_core.harness.command import main
 from vlm_core.harness.config import ItemSet
-from vlm_core.harness.run_folder import WINDOW, RunFolder
+from vlm_core.harness.run_folder import RunFolder
 from vlm_core.harness.tables import metrics_table
 from vlm_core.identity import picture_digest
 from vlm_core.scoring import SCORERS, Scorer
@@ -33,6 +33,7 @@ from vlm_core.tests.tiny import make_items
 
 MAKE = "vlm_core.tests.tiny:make_items"
 OPEN = f"{__name__}:open_ended"
+WINDOW = 8
 SIZE = 2 * WINDOW + 5
 SECRET = "hf_thisTokenMustNotBeSeen"
 
@@ -41,6 +42,14 @@ def open_ended(n, references=False):
     """Items without candidates, some with several accepted answers."""
     items = [{name: value for name, value in item.items() if name != "candidates"} for item in make_items(n)]
     return [{**item, "references": ["red", item["answer"]], "scorer": "exact"} for item in items] if references else items
+
+
+@pytest.fixture(autouse=True, scope="module")
+def windows():
+    """Few items are answered together, so that few are several windows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(running, "WINDOW", WINDOW)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +223,13 @@ def files(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.suffix in (".jsonl", ".json", ".csv")}
 
 
-KILLED = """
+KILLED = f"""
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from vlm_core.harness import running
 from vlm_core.harness.command import main
+running.WINDOW = {WINDOW}
 answer, calls = running.answer, []
 def dying(*args, **options):
     calls.append(args)
@@ -231,7 +241,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"item": "item-64", "mo', None], ids=["between windows", "within a line", "within a window"])
+@pytest.mark.parametrize("torn", [b"", b'{"item": "item-8", "mo', None], ids=["between windows", "within a line", "within a window"])
 def test_a_killed_run_goes_on_to_the_files_of_an_undisturbed_one(torn, declared, tmp_path, monkeypatch):
     sets = {"patches": {"factory": MAKE, "arguments": {"n": SIZE}}}
     config = written(declared(sets=sets), tmp_path)

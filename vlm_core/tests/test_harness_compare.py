@@ -11,18 +11,28 @@ import pytest
 import torch
 
 from vlm_core import load_vlm
-from vlm_core.harness import EvaluationConfig, compare, repeat, repeating, run_evaluation
+from vlm_core.harness import EvaluationConfig, compare, repeat, repeating, run_evaluation, running
 from vlm_core.harness.command import main
-from vlm_core.harness.run_folder import WINDOW, RunFolder
+from vlm_core.harness.run_folder import RunFolder
 from vlm_core.stats import interval
 from vlm_core.tests import warm
 from vlm_core.tests.distill_students import save_student
 
 MAKE = "vlm_core.tests.tiny:make_items"
+WINDOW = 24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def windows():
+    """Few items are answered together, so that few are several windows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(running, "WINDOW", WINDOW)
+        patched.setattr(repeating, "WINDOW", WINDOW)
+        yield
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+def evaluated(tmp_path_factory, windows):
     """Two subjects' answers, and where their checkpoints are."""
     folder = tmp_path_factory.mktemp("evaluated")
     models = [str(save_student(folder / name, seed=seed)) for name, seed in (("one", 0), ("other", 1))]
@@ -149,14 +159,6 @@ def test_a_run_is_reproduced_to_the_last_bit(evaluated, capsys):
     assert f"{n} of {n} answers are the same, numbers differ by at most 0 (tolerance 0.001): the run is reproduced" in said
 
 
-def test_a_part_is_repeated_in_other_batches(evaluated):
-    found = repeat(evaluated / "one", items=5, batch_rows=3)
-    assert found.agrees and found.table["items"].tolist() == [WINDOW, WINDOW], "whole windows"
-    assert 0 < found.table["largest"].max() <= repeating.TOLERANCES["float32"]
-    strict = repeat(evaluated / "one", items=5, batch_rows=3, tolerance=1e-12)
-    assert not strict.agrees and "(tolerance 1e-12): the run is not reproduced" in str(strict)
-
-
 def noisy(monkeypatch, scale):
     def load(*args, **options):
         subject = load_vlm(*args, **options)
@@ -165,6 +167,17 @@ def noisy(monkeypatch, scale):
         return subject
 
     monkeypatch.setattr(repeating, "load_vlm", load)
+
+
+def test_a_part_is_repeated_in_other_batches(evaluated, monkeypatch):
+    sizes, answer = [], repeating.answer
+    monkeypatch.setattr(repeating, "answer", lambda subject, items, *args, **how: sizes.append((len(items), how["batch_rows"])) or answer(subject, items, *args, **how))
+    found = repeat(evaluated / "one", items=5, batch_rows=3)
+    assert sizes == [(WINDOW, 3)] and found.table["items"].tolist() == [WINDOW, WINDOW], "whole windows"
+    assert found.agrees and found.table["largest"].max() <= repeating.TOLERANCES["float32"]
+    noisy(monkeypatch, 1 + 1e-6)
+    strict = repeat(evaluated / "one", items=5, tolerance=1e-12)
+    assert not strict.agrees and "(tolerance 1e-12): the run is not reproduced" in str(strict)
 
 
 @pytest.mark.parametrize(("scale", "status"), [(1.2, 1), (1 + 1e-6, 0)])
