@@ -43,24 +43,30 @@ def models(tmp_path_factory):
     return {"teacher": save_student(folder / "teacher", seed=1, layers=3), "student": save_student(folder / "student")}
 
 
+def declaration(models, out):
+    """A declaration of tiny sizes."""
+    return {
+        "out": str(out),
+        "teacher": {"path": str(models["teacher"])},
+        "student": {"path": str(models["student"])},
+        "data": {"factory": MAKE, "arguments": {"n": 24, "seed": 1}},
+        "answers": {"max_new_tokens": 3},
+        "evaluation": {"test": {"factory": MAKE, "arguments": {"n": 8, "seed": 2}}},
+        "stages": [{"kind": "sft", "steps": STEPS, "batch_size": 2}],
+        "costs": {"rounds": 1, "batch": 2, "tokens": 1},
+    }
+
+
 @pytest.fixture
 def declared(models, tmp_path):
-    """``declared(**changes)``: a declaration of tiny sizes, its output in this test's folder."""
+    """``declared(**changes)``: a declaration, its output in this test's folder."""
+    return lambda **changes: {**declaration(models, tmp_path / "out"), **changes}
 
-    def declare(**changes):
-        return {
-            "out": str(tmp_path / "out"),
-            "teacher": {"path": str(models["teacher"])},
-            "student": {"path": str(models["student"])},
-            "data": {"factory": MAKE, "arguments": {"n": 24, "seed": 1}},
-            "answers": {"max_new_tokens": 3},
-            "evaluation": {"test": {"factory": MAKE, "arguments": {"n": 8, "seed": 2}}},
-            "stages": [{"kind": "sft", "steps": STEPS, "batch_size": 2}],
-            "costs": {"rounds": 1, "batch": 2, "tokens": 1},
-            **changes,
-        }
 
-    return declare
+@pytest.fixture(scope="module")
+def asked(models, tmp_path_factory):
+    """What came out of the declaration as it is, for tests that change nothing there."""
+    return distill(DistillConfig.from_dict(declaration(models, tmp_path_factory.mktemp("asked") / "out")))
 
 
 def written(content, tmp_path, name="plan.yaml"):
@@ -113,13 +119,12 @@ def test_three_stages_from_a_file(declared, models, tmp_path, capsys):
     assert DistillConfig.from_dict(json.loads((out / "config.json").read_text())) == DistillConfig.from_dict(declared(stages=STAGES))
 
 
-def test_a_stage_is_the_library_s_own_training_on_the_teacher_s_answers(declared, models, tmp_path):
-    out = distill(DistillConfig.from_dict(declared()))
+def test_a_stage_is_the_library_s_own_training_on_the_teacher_s_answers(declared, models, asked, tmp_path):
     items = make_items(24, seed=1)
     answers = SubjectTeacher(load_vlm(models["teacher"]), max_new_tokens=3).answers(items)
     config = DistillConfig.from_dict(declared())
     by_hand = sft(models["student"], instruction_set(items, answers), config.stages[0].budget, tmp_path / "hand", seed=0)
-    assert same(out / "student", by_hand)
+    assert same(asked / "student", by_hand)
 
 
 def test_each_stage_starts_from_the_one_before(declared, monkeypatch):
@@ -154,8 +159,7 @@ def test_a_recipe_is_in_force_while_training_and_the_student_measured_with_it_an
     assert set(pd.read_csv(out / "costs.csv")["model"]) == {"student", "student under its recipe", "teacher"}
 
 
-def test_a_recorded_teacher_teaches_the_same(declared, models, tmp_path):
-    asked = distill(DistillConfig.from_dict(declared()))
+def test_a_recorded_teacher_teaches_the_same(declared, asked, tmp_path):
     recorded = declared(teacher={"recorded": str(asked / "teacher-answers.jsonl")}, out=str(tmp_path / "recorded"))
     out = distill(DistillConfig.from_dict(recorded))
     assert same(asked / "student", out / "student")
@@ -163,8 +167,7 @@ def test_a_recorded_teacher_teaches_the_same(declared, models, tmp_path):
     assert "teacher" not in set(pd.read_csv(out / "student-metrics.csv")["stage"])
 
 
-def test_answers_that_the_student_has_no_words_for_are_not_taught(declared, tmp_path):
-    asked = distill(DistillConfig.from_dict(declared()))
+def test_answers_that_the_student_has_no_words_for_are_not_taught(declared, asked, tmp_path):
     lines = [json.loads(line) for line in (asked / "teacher-answers.jsonl").read_text().splitlines()]
     lines[0]["answers"] = ["rhombicuboctahedron"]
     said = tmp_path / "said.jsonl"
@@ -433,7 +436,7 @@ def moved(before, after, other):
     return float((first - second).norm() / (first - start).norm())
 
 
-def test_two_processes_are_one_with_twice_the_batch(declared, models, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(declared, models, asked, tmp_path):
     def stage(batch_size):
         return [{"kind": "sft", "steps": STEPS, "batch_size": batch_size}]
 
@@ -441,7 +444,8 @@ def test_two_processes_are_one_with_twice_the_batch(declared, models, tmp_path):
     status, said = accelerated(config)
     assert status == 0, said
     assert said.count("the teacher answers 24 questions") == 1 and said.count("sft: measured") == 1, "the first alone builds and measures"
-    one = {size: distill(DistillConfig.from_dict(declared(stages=stage(size), out=str(tmp_path / f"one-{size}")))) for size in (2, 4)}
+    assert declared()["stages"] == stage(2)
+    one = {2: asked, 4: distill(DistillConfig.from_dict(declared(stages=stage(4), out=str(tmp_path / "one-4"))))}
     logs = {name: json.loads((out / "student" / "training.json").read_text()) for name, out in {"two": tmp_path / "two", **one}.items()}
     np.testing.assert_allclose(logs["two"]["losses"], logs[4]["losses"], rtol=LOSSES_AGREE)
     assert not np.allclose(logs["two"]["losses"], logs[2]["losses"], rtol=LOSSES_AGREE), "the batch is really twice as large"
@@ -482,9 +486,7 @@ def test_processes_that_accelerate_did_not_start_are_missed(monkeypatch):
         Processes.joined()
 
 
-def test_a_recorded_teacher_is_read_from_what_came_out(declared):
-    out = distill(DistillConfig.from_dict(declared(stages=ONE_STEP)))
-    teacher = RecordedTeacher(out / "teacher-answers.jsonl")
-    assert teacher.answers(make_items(24, seed=1)) == SubjectTeacher(load_vlm(declared()["teacher"]["path"]), max_new_tokens=3).answers(
-        make_items(24, seed=1)
-    )
+def test_a_recorded_teacher_is_read_from_what_came_out(asked, models):
+    items = make_items(24, seed=1)
+    said = SubjectTeacher(load_vlm(models["teacher"]), max_new_tokens=3).answers(items)
+    assert RecordedTeacher(asked / "teacher-answers.jsonl").answers(items) == said
