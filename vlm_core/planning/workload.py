@@ -81,8 +81,8 @@ class Workload:
         return dict(found)
 
     def passes(self, sizes: Sizes) -> dict[str, float]:
-        """How many whole prompts, tails of prompts (what follows the image) and single tokens that is, through the subject's decoder, and how
-        many prompts gradients are computed on."""
+        """How many whole prompts, tails of prompts (what follows the image) and single tokens that is, through the subject's decoder, and
+        on how many prompts gradients are computed."""
         token = sizes.layers * (2 * sizes.layer_weights + 4 * sizes.width * sizes.prompt_tokens)
         each = {"whole": token * sizes.prompt_tokens, "tail": token * sizes.tail_tokens, "one": token}
         found = dict.fromkeys((*each, "gradients"), 0.0)

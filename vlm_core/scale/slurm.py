@@ -48,7 +48,8 @@ def write_scripts(config: ScaleConfig, file: str | Path, root: str | Path = ".")
     _write(folder / "merge.sbatch", "claims-merge", [f"--output={folder}/merge-%j.log"], once, root, [*scale, "merge", str(copy)], "")
     submit = folder / "submit.sh"
     submit.write_text(
-        "#!/bin/bash\n# Hands in the array, and the job that merges once all of its elements have ended, however they did.\nset -euo pipefail\n"
+        "#!/bin/bash\n# Hands in the array, and the job that merges once all of its elements have ended, however they did.\n"
+        "set -euo pipefail\n"
         f"array=$(sbatch --parsable {shlex.quote(str(folder / 'jobs.sbatch'))})\n"
         f'sbatch --dependency="afterany:${{array%%;*}}" {shlex.quote(str(folder / "merge.sbatch"))}\n',
         encoding="utf-8",
