@@ -35,8 +35,8 @@ def write(folder):
     """Write the runs; returns ``{name: directory}``."""
     found = {}
     for name, depth in LAYERS.items():
-        subject = {"name": name, "source": f"checkpoints/{name}", "family": FAMILY[name], "n_layers": depth, "n_heads": 4, "n_parameters": 1000 * depth}
-        subject["weights"] = name * 8
+        subject = {"name": name, "source": f"checkpoints/{name}", "family": FAMILY[name], "weights": name * 8}
+        subject |= {"n_layers": depth, "n_heads": 4, "n_parameters": 1000 * depth}
         late = {**horizon(name, depth // 2), "claim_id": "H2.horizon"}
         facts = dict.fromkeys(("alpha", "revision", "expectations"), None) | {"declarations": {}, "counts": {}, "partial_families": False}
         facts |= {"problems": [], "complete": True, "files": ["attribution-by-layer.csv"], "data": {"confirmation": "2595eeeae9746bec"}}
