@@ -70,7 +70,7 @@ def load(
     -------
     datasets.Dataset
         ``id, scene_id, task, image, prompt, answer, references, scorer``; ``candidates`` where the benchmark has them, and what else it
-        declares.
+        declares. It is kept in ``$VLM_CLAIMS_CACHE/benchmarks`` and read from there again: what the Hub changes is seen once that is gone.
 
     Raises
     ------

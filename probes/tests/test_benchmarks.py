@@ -272,6 +272,16 @@ def test_an_item_is_what_the_benchmark_prescribes(name, tmp_path):
     assert score_answer("nothing of it, no", {**item, "answer": "yes", "references": ["yes"] * 10, "candidates": ["yes", "no"]}) == 0.0
 
 
+def test_a_configuration_names_a_benchmark_as_a_factory(tmp_path):
+    from vlm_core.sources import Items, items_of
+
+    written(tmp_path, "pope", [ROWS["pope"], {**ROWS["pope"], "id": "1", "question": "Is there a car?", "answer": "no"}])
+    source = Items(factory="probes.benchmarks:load", arguments={"name": "pope", "n": 2, "source": str(tmp_path)})
+    items = items_of(source, "sets.pope", answered=True)
+    assert sorted(item["answer"] for item in items) == ["no", "yes"]
+    assert [item["scorer"] for item in items] == ["pope", "pope"]
+
+
 def test_references_are_all_answers_of_a_row(tmp_path):
     for name, expected in (("vqav2", ["down"] * 7 + ["at table", "skateboard", "table"]), ("docvqa", ["January 8", "Jan 8"])):
         written(tmp_path / name, name, [ROWS[name]])
@@ -350,18 +360,23 @@ def test_a_subset_is_chosen_without_reading_pictures(tmp_path, monkeypatch):
 
 
 def test_a_set_is_read_no_further_than_to_the_last_item(tmp_path, monkeypatch):
-    rows = many("vqav2", range(10))
-    written(tmp_path, "vqav2", rows)
-    last = max(int(one) for one in load("vqav2", n=1, source=tmp_path)["id"])
-    rows[last + 1 :] = [{**row, "image": {"bytes": b"damaged", "path": None}} for row in rows[last + 1 :]]
-    written(tmp_path, "vqav2", rows)
-    read = []
-    original = "probes.benchmarks.loading.stored_image"
-    from vlm_core.images import stored_image
+    from probes.benchmarks import loading
 
-    monkeypatch.setattr(original, lambda *args: read.append(args) or stored_image(*args))
-    assert len(load("vqav2", n=1, source=tmp_path)) == 1
-    assert len(read) == 1
+    written(tmp_path, "vqav2", many("vqav2", range(30)))
+    last = max(int(one) for one in chosen(map(str, range(30)), 2, 0))
+    assert last < 27
+    read = []
+    streamed = loading.stream
+
+    def counted(benchmark, config, split, source, columns=None):
+        for row in streamed(benchmark, config, split, source, columns):
+            read.append(row["question_id"] if columns is None else None)
+            yield row
+
+    monkeypatch.setattr(loading, "stream", counted)
+    assert len(load("vqav2", n=2, source=tmp_path)) == 2
+    # One more, to see that it is not wanted.
+    assert max(one for one in read if one is not None) == last + 1
 
 
 def test_rows_without_a_number_are_named_by_their_content_and_told_apart(tmp_path):
