@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -240,7 +242,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CLAIMS_CACHE", str(tmp_path / "cache"))
 
     def refused(path, *args, **kwargs):
-        if path not in ("parquet", "json", "csv", "imagefolder"):
+        if path not in ("parquet", "json", "csv", "imagefolder") and not Path(path).is_dir():
             raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
         return loader(path, *args, **kwargs)
 
@@ -507,6 +509,37 @@ def test_the_hub_and_a_folder_give_the_same_items(tmp_path, hub):
     hub("lmms-lab-encoder/GQA")
     for n in (None, 3):
         assert load("gqa", n=n).to_dict() == load("gqa", n=n, source=tmp_path / "hub").to_dict()
+
+
+CARD = """---
+dataset_info:
+- config_name: DocVQA
+  features:
+FEATURES
+  splits:
+  - name: validation
+    num_examples: 5349
+configs:
+- config_name: DocVQA
+  data_files:
+  - split: validation
+    path: DocVQA/validation-*
+---
+"""
+
+
+def test_a_set_is_resolved_by_its_card_as_the_hub_has_it(tmp_path, monkeypatch):
+    # The same resolution that an id gets: configuration, split and types of the card of lmms-lab/DocVQA (700643a).
+    written(tmp_path / "set", "docvqa", [{**ROWS["docvqa"], "questionId": str(number)} for number in range(5)])
+    kinds = {"image": "dtype: image", "docId": "dtype: int64", "question_types": "sequence: string", "answers": "sequence: string"}
+    features = "\n".join(f"  - name: {name}\n    {kinds.get(name, 'dtype: string')}" for name in SCHEMAS["docvqa"])
+    (tmp_path / "set" / "README.md").write_text(CARD.replace("FEATURES", features))
+    there = dataclasses.replace(BENCHMARKS["docvqa"], ids=(str(tmp_path / "set"),))
+    monkeypatch.setattr("probes.benchmarks.loading.BENCHMARKS", {"docvqa": there})
+    assert list(load("docvqa", n=2)["id"]) == chosen(map(str, range(5)), 2, 0)
+    assert len(load("docvqa")) == 5
+    with pytest.raises(ValueError, match="has no split 'train' of DocVQA"):
+        load("docvqa", split="train")
 
 
 def test_an_older_id_is_tried_where_the_present_one_is_not_there(tmp_path, hub):
