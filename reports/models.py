@@ -217,6 +217,7 @@ def _claim(entries, first):
         "verdicts": verdicts,
         "general": general(verdicts),
         "word": GENERAL[general(verdicts)],
+        "supported": verdicts.count("supported"),
     }
 
 

@@ -134,6 +134,8 @@ def test_the_model_counts_subjects_by_claim_and_family(three):
         "H1.redundancy": "open",
         "H2.noninferior": "fails in all",
     }
+    supported = {row["title"]: row["supported"] for _, rows in found["hypotheses"] for row in rows}
+    assert supported["H1.necessity [task=color]"] == supported["H1.redundancy"] == 2
     assert found["counts"] == {"holds in all": 1, "fails in all": 1, "differs": 1, "open": 1}
     llava, qwen = found["families"]
     assert (llava["name"], [one["name"] for one in llava["subjects"]], qwen["name"]) == ("llava", ["first", "second"], "qwen2_vl")
