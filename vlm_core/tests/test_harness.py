@@ -289,6 +289,13 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(changes, words, de
     assert files(out) == before
 
 
+def test_folders_are_looked_at_before_anybody_answers(declared, models):
+    out = ran(declared())
+    with pytest.raises(ValueError, match="holds answers of another run"):
+        ran(declared(subjects=[{"path": path} for path in reversed(models)], max_new_tokens=4))
+    assert not (out / "other").exists()
+
+
 def test_other_code_is_another_run(declared, monkeypatch):
     ran(declared())
     monkeypatch.setattr(running, "versions", lambda: {"torch": "0.1"})
