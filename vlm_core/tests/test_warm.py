@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +35,8 @@ def test_it_is_killed_and_not_waited_for_without_end():
     assert sleeping.wait(timeout=60) == -signal.SIGKILL
     with pytest.raises(subprocess.TimeoutExpired):
         run(["-c", "import time; time.sleep(600)"], timeout=0.1)
+
+
+def test_who_asked_for_it_does_not_wait_for_it_in_the_end():
+    code = "from vlm_core.tests import warm; warm.IMPORTED = (); warm.Warm(['-c', 'import time; time.sleep(600)'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0

@@ -9,6 +9,7 @@ interpreter begins: what is imported when, hash seeds, threads that libraries st
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -86,6 +87,7 @@ class Warm:
         sent = (arguments, dict(os.environ if environment is None else environment), str(folder), *self._paths)
         self._process = _server().Process(target=_begin, args=sent)
         self._process.start()
+        atexit.register(self.kill)  # multiprocessing would wait for what a test that failed left running
 
     @property
     def pid(self) -> int:
