@@ -38,5 +38,8 @@ def test_it_is_killed_and_not_waited_for_without_end():
 
 
 def test_who_asked_for_it_does_not_wait_for_it_in_the_end():
-    code = "from vlm_core.tests import warm; warm.IMPORTED = (); warm.Warm(['-c', 'import time; time.sleep(600)'])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
+    code = (
+        "from vlm_core.tests import warm; warm.IMPORTED = (); asked = warm.Warm(['-c', 'import time; print(1, flush=True); time.sleep(600)'])\n"
+        "while not asked.said()[0]: pass"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
