@@ -6,8 +6,8 @@
 ``n_weights(linear)``          weights of a linear map, however they are stored; ``n_values(parameter)`` the numbers of a parameter
 ``as_matrix(linear, inputs)``  what a linear map makes of inputs, whatever it is made of
 
-A quantized linear map holds packed integers: its ``weight`` is no matrix. It is a ``torch.nn.Linear`` all the same, and applies like one. What
-needs the matrix applies it to unit vectors (``as_matrix``); what counts weights goes by the shape of the map.
+A quantized linear map holds packed integers: its ``weight`` is no matrix. It is a ``torch.nn.Linear`` all the same, and applies like
+one. What needs the matrix applies it to unit vectors (``as_matrix``); what counts weights goes by the shape of the map.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ QUANTIZATIONS = ("4bit", "8bit")
 def quantization_config(name: str | None, dtype: torch.dtype) -> Any:
     """The ``BitsAndBytesConfig`` of a name, None for None.
 
-    NF4 for ``"4bit"`` (Dettmers et al. 2023, QLoRA, arXiv:2305.14314), LLM.int8 for ``"8bit"`` (Dettmers et al. 2022, arXiv:2208.07339), whose
-    threshold for outliers is off: which columns are outliers would depend on what else is in a batch.
+    NF4 for ``"4bit"`` (Dettmers et al. 2023, QLoRA, arXiv:2305.14314), LLM.int8 for ``"8bit"`` (Dettmers et al. 2022,
+    arXiv:2208.07339), whose threshold for outliers is off: which columns are outliers would depend on what else is in a batch.
 
     Raises
     ------
@@ -39,7 +39,9 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> Any:
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}, or none")
     if find_spec("bitsandbytes") is None:
-        raise ValueError(f"quantization '{name}' needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave the weights as they are")
+        raise ValueError(
+            f"quantization '{name}' needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave the weights as they are"
+        )
     from transformers import BitsAndBytesConfig
 
     if name == "4bit":
@@ -48,7 +50,7 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> Any:
 
 
 def quantization_of(model: nn.Module) -> str | None:
-    """``"4bit"`` or ``"8bit"`` where the model's linear maps were quantized, by this library or before; another method's own name; else None."""
+    """``"4bit"`` or ``"8bit"`` where linear maps are quantized, by this library or before; another method's own name; else None."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return None

@@ -38,7 +38,10 @@ _SAME = {**{word: str(number) for number, word in enumerate(_NUMBERS)}, "upper":
 _ARTICLES = {"a", "an", "the"}
 _NEGATIONS = {"not", "no", "never", "without", "neither", "nor", "except"}
 _PHRASES = {"rather than": "without", "instead of": "without", "other than": "without", "anything but": "without"}
-_UNKNOWING = re.compile(r"\b(?:not (?:sure|certain|clear|possible|able|enough)|(?:do|can|could) not (?:know|tell|see|say|determine|answer)|unclear|unsure|unable|unknown)\b")
+_UNKNOWING = re.compile(
+    r"\b(?:not (?:sure|certain|clear|possible|able|enough)|(?:do|can|could) not (?:know|tell|see|say|determine|answer)|"
+    r"unclear|unsure|unable|unknown)\b"
+)
 _END = "|"  # of a clause
 
 

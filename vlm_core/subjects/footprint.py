@@ -120,8 +120,8 @@ def require_room(
         kind = f"{quantization}, the rest " if quantization else ""
         raise SubjectError(
             f"subject '{checkpoint.name}' needs about {_size(needed)} on {where} ({_size(footprint.weights)} for "
-            f"{_number(footprint.n_parameters)} parameters as {kind}{str(dtype).removeprefix('torch.')}, {_size(footprint.prompt)} for keys, values "
-            f"and activations of one prompt of about {footprint.n_tokens} tokens), but only {_size(free)} are free: use a smaller "
+            f"{_number(footprint.n_parameters)} parameters as {kind}{str(dtype).removeprefix('torch.')}, {_size(footprint.prompt)} for keys, "
+            f"values and activations of one prompt of about {footprint.n_tokens} tokens), but only {_size(free)} are free: use a smaller "
             f"checkpoint, a smaller dtype, 4bit or 8bit weights, or another device."
         )
     return footprint

@@ -83,8 +83,9 @@ def load_vlm(
     placed = {"": device} if quantized is not None and not spread else device_map
     try:
         model, loading = AutoModelForImageTextToText.from_pretrained(
-            checkpoint.source, dtype=dtype, device_map=placed, quantization_config=quantized, use_safetensors=True, output_loading_info=True, **files
-        )
+            checkpoint.source, dtype=dtype, device_map=placed, quantization_config=quantized, use_safetensors=True,
+            output_loading_info=True, **files,
+        )  # fmt: skip
         processor = load_processor(checkpoint.source, files["revision"])
     except _UNLOADABLE as error:
         _refuse_own_code(path_or_id, error)

@@ -62,8 +62,8 @@ class Wording:
                 return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
             except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
                 raise SubjectError(
-                    f"subject '{self.name}' has a chat template that cannot be rendered ({hidden(str(error))}): it gets one user turn of images and "
-                    f"text, and an answer; templates run in transformers' sandbox."
+                    f"subject '{self.name}' has a chat template that cannot be rendered ({hidden(str(error))}): it gets one user turn of "
+                    f"images and text, and an answer; templates run in transformers' sandbox."
                 ) from error
         placeholder = self.family.placeholder
         shown = placeholder.format(self.processor.image_token) * n_images if placeholder else ""
