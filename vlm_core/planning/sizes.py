@@ -24,6 +24,7 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.families.processing import load_processor
 from vlm_core.reduction.costs import prefill_flops
 from vlm_core.subjects.batch import encode
+from vlm_core.subjects.checkpoint import SAFE
 from vlm_core.subjects.wording import Wording
 
 __all__ = ["Sizes", "sizes_of"]
@@ -114,9 +115,9 @@ def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, in
     """
     name = Path(str(path).rstrip("/")).name
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision, **SAFE)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+            model = AutoModelForImageTextToText.from_config(config, **SAFE)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SubjectError(
             f"subject '{path}' has no configuration of a vision-language model: {' '.join(str(error).split())[:300]}"
