@@ -243,11 +243,7 @@ class _MarksWhole(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
 
-def newest_checkpoint(*a, **k):
-    return None
-
-
-def _was(checkpoints: str | Path | None) -> str | None:
+def newest_checkpoint(checkpoints: str | Path | None) -> str | None:
     """The newest checkpoint in a folder that was written whole; None without one."""
     found = [mark.parent for mark in Path(checkpoints).glob(f"checkpoint-*/{_WHOLE}")] if checkpoints else []
     return str(max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[-1]))) if found else None
