@@ -1,5 +1,6 @@
 pytest_plugins = [
     "reports.plugin",
+    "fixtures.cores",
     "fixtures.ordering",
     "fixtures.subjects",
     "fixtures.probe_sets",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vlm_core.interventions.numeric import integers
-from vlm_core.seam.views import Tokens
+from vlm_core.seam.views import GROUPS, Tokens
 
 __all__ = [
     "freeze",
@@ -70,7 +70,7 @@ def require_names(observer: Any, *names: str) -> None:
 def require_groups(observer: Any, tokens: Tokens, *groups: str) -> None:
     """Refuse a token group that the batch does not know, and the queries of image tokens where a prompt has none."""
     for group in groups:
-        if group not in tokens.known:
+        if group not in GROUPS and group not in tokens.named:
             raise ValueError(f"{type(observer).__name__}: there is no token group '{group}', this batch knows {', '.join(tokens.known)}")
     if getattr(observer, "queries", None) == "image":
         require_images(observer, tokens)

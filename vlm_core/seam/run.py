@@ -448,8 +448,8 @@ class Run:
     def _view(self, layer: int, tokens: Tokens, query, key, value, output, mask, kwargs: dict) -> AttentionView:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        seen = (layer, query, key, value, output, mask, scaling, kwargs.get("softcap"), tokens)
-        return AttentionView(*seen, self._entered, layer in self.anatomy.cross_layers, self._unrotated.pop(layer, None))
+        crossed, flat = layer in self.anatomy.cross_layers, self._unrotated.pop(layer, None) if self._unrotated else None
+        return AttentionView(layer, query, key, value, output, mask, scaling, kwargs.get("softcap"), tokens, self._entered, crossed, flat)
 
     def _written(self, layer: int, tokens: Tokens, key, value, mask) -> tuple:
         """Keys, values and mask without the places of a static cache that no token has been written to."""

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -159,14 +161,6 @@ class Tokens:
         order = (~members).int().argsort(dim=1, stable=True)[:, :n]
         return order, members.gather(1, order)
 
-    def later(self, name: str) -> torch.Tensor:
-        """What a causal order adds to the scores of a group's members, of one sequence: ``[1, 1, n, token]``, 0 or the lowest number."""
-        def compute() -> torch.Tensor:
-            at = self.members(name)[0]
-            return (torch.arange(self.valid.shape[1], device=at.device) > at[:, None, :, None]) * _LOWEST
-
-        return self.kept(("later", name), compute)
-
     def pinned(self) -> Tokens:
         """The same with ``question`` and ``preamble`` named, so that they stay what they are when image tokens go."""
         pinned = {name: self.group(name) for name in ("question", "preamble") if name not in self.named}
@@ -221,20 +215,23 @@ class _Asked:
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """What ``AttentionView.shares`` needs of the tokens: ``members`` ``[element, key, group]``, which keys belong to which group.
+    """How ``AttentionView.shares`` goes about one sequence that attends causally; with nothing in it, by the mean map.
 
-    Where one sequence attends causally there are ways without a mean map in between. For all queries, attention whose values say which
-    group a key belongs to: ``values`` ``[1, kv head, key, head_dim]``. For some, one product of their attention with ``weights``
-    ``[query and key, group]``: ``few`` are where those that see any of the groups are (positions ``[query]``, or a slice), what a causal order
-    adds to their scores ``[1, query, key]``, and those weights.
+    For all queries, attention whose values say which group a key belongs to: ``values`` ``[1, kv head, key, head_dim]``. For some, one
+    product of their attention with ``weights`` ``[query and key, group]``: ``where`` those are that see any of the groups (positions ``[query]``, or
+    a slice), ``later`` ``[1, head that shares keys and query, key]`` what a causal order adds to their scores.
     """
 
-    members: torch.Tensor
     values: torch.Tensor | None = None
-    few: tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor] | None = None
+    where: torch.Tensor | slice | None = None
+    later: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
-@dataclass(eq=False)
+_BY_MEAN = _Shared()
+
+
+@dataclass(eq=False, slots=True)
 class AttentionView:
     """What an observer sees inside one attention: tensors after interventions.
 
@@ -343,50 +340,46 @@ class AttentionView:
         """Attention on groups of keys, averaged over a group of queries, ``[element, head, group]``; NaN where that has no member."""
         tokens, query, key = self.tokens, self.query, self.key
         asked = tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), lambda: self._shared(queries, groups))
-        if (asked.values is None and asked.few is None) or self.softcap is not None or ("mean", queries) in self._kept:
+        if asked is _BY_MEAN or self.softcap is not None or ("mean", queries) in self._kept:
             mean = self.mean(queries)
+            members = tokens.kept(("groups", groups, key.shape, self.crossed), lambda: self._members(groups))
             with _as_it_is(mean):
-                return mean @ asked.members
+                return mean @ members
         query, key = _constant(query), _constant(key)
         if query.dtype != torch.float32:
             query, key = query.float(), key.float()
-        if asked.few is None:
+        if asked.values is not None:
             attention = nn.functional.scaled_dot_product_attention
             with _as_it_is(query):
                 return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
-        positions, later, weights = asked.few
-        # Heads that share keys are neighbours: their queries stand under one another.
-        few = query[0][:, positions] if isinstance(positions, slice) else query[0].index_select(1, positions)
-        few = few.reshape(key.shape[1], -1, key.shape[3])
+        where = asked.where
+        few = query[0][:, where] if isinstance(where, slice) else query[0].index_select(1, where)
+        if few.shape[0] > key.shape[1]:
+            # Heads that share keys are neighbours: their queries stand under one another.
+            few = few.reshape(key.shape[1], -1, key.shape[3])
         with _as_it_is(query):
-            found = torch.baddbmm(later, few, key[0].transpose(1, 2), alpha=self.scaling).softmax(-1)
-            return (found.view(query.shape[1], -1) @ weights)[None]
+            found = torch.baddbmm(asked.later, few, key[0].transpose(1, 2), alpha=self.scaling).softmax(-1)
+            return (found.view(query.shape[1], -1) @ asked.weights)[None]
+
+    def _members(self, groups: tuple[str, ...]) -> torch.Tensor:
+        """Which keys belong to which group, ``[element, key, group]``."""
+        return torch.stack([self.keys_of(group) for group in groups], dim=2).float()
 
     def _shared(self, queries: str, groups: tuple[str, ...]) -> _Shared:
         (n_elements, n_heads, n_queries, size), n_keys = self.query.shape, self.key.shape[2]
-        members = torch.stack([self.keys_of(group) for group in groups], dim=2).float()
-        positions = self.tokens.members(queries)[0]
-        n = positions.shape[1]
-        if n_elements > 1 or not self._causal or n_queries < n_keys or len(groups) > size or not n:
-            return _Shared(members)
+        if n_elements > 1 or not self._causal or n_queries < n_keys or len(groups) > size:
+            return _BY_MEAN
         sharing = n_heads // self.key.shape[1]
-        if n == n_queries and sharing == 1:
+        at = self.tokens.members(queries)[0][0]
+        if len(at) == n_queries and sharing == 1:
+            members = self._members(groups)
             values = members.new_zeros(1, 1, n_keys, size)
             values[0, 0, :, : len(groups)] = members[0]
-            return _Shared(members, values.expand(self.key.shape))
-        if sharing * n * n_keys > MASK_KEPT:
-            return _Shared(members)
-        # A query before all members of the groups gives them nothing.
-        there = members[0, :, 0] if len(groups) == 1 else members[0].amax(1)
-        unseeing = int(torch.searchsorted(positions[0], there.argmax()))
-        at = positions[0, unseeing:]
-        if unseeing == n:
-            return _Shared(members)
-        start, stop = int(at[0]), int(at[-1]) + 1
-        later = self.tokens.later(queries)[0, :, unseeing:]
-        weights = (members[0] / n).repeat(n - unseeing, 1)
-        where = slice(start, stop) if stop - start == n - unseeing else at
-        return _Shared(members, few=(where, later if sharing == 1 else later.repeat(1, sharing, 1), weights))
+            return _Shared(values=values.expand(self.key.shape))
+        if sharing * len(at) * n_keys > MASK_KEPT:
+            return _BY_MEAN
+        keys = tuple(tuple(self.tokens.members(group)[0][0].tolist()) for group in groups)
+        return _few(tuple(at.tolist()), keys, n_keys, sharing, at.device)
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""
@@ -490,6 +483,24 @@ class AttentionView:
         return scores.softmax(-1)
 
 
+@lru_cache(maxsize=32)
+def _few(queries: tuple[int, ...], groups: tuple[tuple[int, ...], ...], n_keys: int, sharing: int, device: torch.device) -> _Shared:
+    """Attention of queries at some positions on groups of keys, of one sequence in causal order: prompts of one layout have this in common."""
+    # A query before all members of the groups gives them nothing.
+    first = min((group[0] for group in groups if group), default=n_keys)
+    seeing = queries[bisect_left(queries, first) :]
+    if not seeing:
+        return _BY_MEAN
+    start, stop = seeing[0], seeing[-1] + 1
+    at = torch.tensor(seeing, device=device)
+    weights = torch.zeros(len(seeing), n_keys, len(groups), device=device)
+    for number, group in enumerate(groups):
+        weights[:, list(group), number] = 1 / len(queries)
+    later = (torch.arange(n_keys, device=device) > at[:, None]) * _LOWEST
+    where = slice(start, stop) if stop - start == len(seeing) else at
+    return _Shared(where=where, later=later.repeat(sharing, 1)[None], weights=weights.flatten(0, 1))
+
+
 def _later(asked: _Asked) -> torch.Tensor:
     """Added to the scores of keys that not every query sees, ``[element, 1, n, all_see to some_see]``.
 
@@ -502,7 +513,7 @@ def _later(asked: _Asked) -> torch.Tensor:
 
 def _as_it_is(tensor: torch.Tensor) -> AbstractContextManager:
     """In this context products have the type of their factors: under autocast they would be rounded."""
-    kind = tensor.device.type
+    kind = "cpu" if tensor.is_cpu else tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _PLAIN
 
 

@@ -14,7 +14,7 @@ import torch
 
 from vlm_core.errors import SubjectError
 from vlm_core.images import as_rgb, require_image
-from vlm_core.seam.views import MASK_KEPT, Tokens
+from vlm_core.seam.views import Tokens
 from vlm_core.subjects.wording import require_texts
 
 if TYPE_CHECKING:
@@ -74,11 +74,9 @@ class Batch:
         return self._tokens[1]
 
     def lay_out(self) -> Batch:
-        """The same, with the positions of image and text worked out, and what the text cannot see: once, where the prompt is encoded."""
+        """The same, with the positions of image and text worked out: once, where the prompt is encoded."""
         for group in ("image", "text"):
-            positions, _ = self.tokens.members(group)
-        if len(self) == 1 and positions.shape[1] * self.valid.shape[1] <= MASK_KEPT:
-            self.tokens.later("text")
+            self.tokens.members(group)
         return self
 
     @property
