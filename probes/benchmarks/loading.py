@@ -144,7 +144,8 @@ def _items(benchmark: Benchmark, split: str, n: int | None, seed: int, source: P
         where = f"the image of item '{name}' of {benchmark.name}"
         stored, image = _picture(shown, where, folder)
         fields = benchmark.item(row, name, seed)
-        if not fields["references"] or any(not isinstance(one, str) for one in fields["references"]):
+        answers = fields["references"]
+        if any(not isinstance(one, str) for one in answers) or not any(one.strip() for one in answers):
             raise ValueError(f"item '{name}' of {benchmark.name} has no answer: the split '{split}' seems to keep them, choose another")
         yield {
             "id": name,

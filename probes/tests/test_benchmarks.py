@@ -585,6 +585,12 @@ def test_a_split_that_is_not_there_is_named(tmp_path, hub):
         load("pope", split="train", source=tmp_path / "hub")
 
 
+def test_a_split_whose_answers_are_blank_keeps_them(tmp_path):
+    written(tmp_path, "textvqa", [{**ROWS["textvqa"], "answers": [""] * 10}], split="test")
+    with pytest.raises(ValueError, match="of textvqa has no answer: the split 'test' seems to keep them"):
+        load("textvqa", split="test", source=tmp_path)
+
+
 def test_the_declared_split_is_read_of_a_folder_with_several(tmp_path):
     written(tmp_path, "docvqa", [{**ROWS["docvqa"], "answers": None}], split="test")
     written(tmp_path, "docvqa", [ROWS["docvqa"]])

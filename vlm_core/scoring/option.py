@@ -9,7 +9,7 @@ The first rule that finds a letter decides; where it finds two different ones no
 2. it begins with two letters that it does not choose between, ``A or B``, ``(A) and (B)``, ``A/B``: none, whatever follows; else it
    begins with a marked capital letter: ``B. cat``, ``(B) cat``, ``B: cat``, ``B) cat``, ``B, cat``, or the letter and a line break;
 3. it says that a letter is the answer: ``the answer is B``, ``Answer: (b)``, ``option B``, ``I choose B``; of an answer that is withdrawn
-   ("B? No, the answer is C") each such saying counts;
+   ("B? No, the answer is C") each such saying counts; a small "a" before another word is none ("the answer is a cat");
 4. it holds a letter in brackets, ``(B)``, or in stars, ``**B**``;
 5. it holds a capital letter as a word of its own; "A" and "I" count here only where they end the text or a mark follows, since they are
    words as well;
@@ -51,22 +51,27 @@ def letter_in(output: str, letters: Sequence[str], texts: Sequence[str] = ()) ->
     begins = re.match(rf"[\[(*]*({either})(?:[.):\]*,]|\s*\n)", said)
     if begins:
         return begins[1]
-    named = r"\b(?:answer|choice|option|choose|select|pick)\b(?:\s+(?:is|was|would\s+be|must\s+be))?\s*:?\s*(?:option\s+)?"
-    for pattern, flags in (
-        (rf"{named}[(\[*\"]*({small})\b(?!')", re.I),
-        (rf"\(({either})\)|\[({either})\]|\*\*({either})\*\*", 0),
-        (_alone(letters), 0),
+    named = r"\b(?i:answer|choice|option|choose|select|pick)\b(?i:\s+(?:is|was|would\s+be|must\s+be))?\s*:?\s*(?i:option\s+)?"
+    for pattern in (
+        rf"{named}[(\[*\"'`]*({either}|{_small(letters)})\b(?!'\w)",
+        rf"\(({either})\)|\[({either})\]|\*\*({either})\*\*",
+        _alone(letters),
     ):
-        found = {next(part for part in one.groups() if part).upper() for one in re.finditer(pattern, said, flags)}
+        found = {next(part for part in one.groups() if part).upper() for one in re.finditer(pattern, said)}
         if found:
             return found.pop() if len(found) == 1 else None
     return _by_text(said, letters, texts)
 
 
+def _small(letters: Sequence[str]) -> str:
+    """Small letters; "a" and "i" are words as well, unless a mark, the end of the line or nothing follows."""
+    return "|".join(rf"{one}(?=[^\w\s]|[^\S\n]*(?:\n|$))" if one in ("a", "i") else re.escape(one) for one in map(str.lower, letters))
+
+
 def _alone(letters: Sequence[str]) -> str:
     words = [letter for letter in letters if letter in ("A", "I")]
     others = [letter for letter in letters if letter not in words]
-    parts = [rf"\b({'|'.join(others)})\b(?!')"] if others else []
+    parts = [rf"\b({'|'.join(others)})\b(?!'\w)"] if others else []
     parts += [rf"\b({'|'.join(words)})(?=[.,:;)!]|\s*$)"] if words else []
     return "|".join(parts)
 

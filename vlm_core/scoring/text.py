@@ -68,6 +68,11 @@ def _relaxed(output: str, item: Any) -> float:
     return 0.0
 
 
+def _written(item: Any) -> list[str]:
+    """Accepted answers that say something: a blank one lies in every text."""
+    return [reference for reference in accepted(item) if reference.strip()]
+
+
 def _ocrbench(output: str, item: Any) -> float:
     """Formulas (HME100k) with their case and without spaces, all else in small letters, line breaks as spaces."""
     formula = (item.get("dataset") if isinstance(item, Mapping) else getattr(item, "dataset", None)) == "HME100k"
@@ -76,7 +81,7 @@ def _ocrbench(output: str, item: Any) -> float:
         text = (text if formula else text.lower()).strip().replace("\n", " ")
         return text.replace(" ", "") if formula else text
 
-    return float(any(read(reference) in read(output) for reference in accepted(item)))
+    return float(any(read(reference) in read(output) for reference in _written(item)))
 
 
 def _points(table: pd.DataFrame) -> dict[str, float]:
@@ -95,7 +100,7 @@ def _gqa(output: str, item: Any) -> float:
 
 def _contains(output: str, item: Any) -> float:
     said = output.casefold()
-    return float(any(re.search(rf"\b{re.escape(reference.casefold())}(?:e?s)?\b", said) for reference in accepted(item)))
+    return float(any(re.search(rf"\b{re.escape(reference.casefold())}(?:e?s)?\b", said) for reference in _written(item)))
 
 
 ANLS = Scorer("anls", "average normalised Levenshtein similarity, Biten et al. 2019, as rrc.cvc.uab.es evaluates DocVQA", _anls)

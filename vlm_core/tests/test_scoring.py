@@ -208,6 +208,12 @@ def test_ocrbench_looks_for_the_text_anywhere(output, reference, dataset, expect
     assert score("ocrbench", output, "nothing of it", reference, dataset=dataset) == expected
 
 
+@pytest.mark.parametrize("scorer", ["ocrbench", "contains"])
+def test_a_blank_reference_is_in_no_text(scorer):
+    assert score(scorer, "whatever", " ") == score(scorer, "", "") == 0.0
+    assert score(scorer, "a dog", "", "dog") == 1.0
+
+
 def test_ocrbench_counts_points():
     assert SCORERS["ocrbench"].summary(pd.DataFrame({"score": [1.0, 0.0, 1.0]})) == {"points": 2.0}
 
@@ -299,6 +305,15 @@ LETTERED = [
     ("E", None),
     ("", None),
     ("The answer isn't clear", None),
+    ("The answer is a dog.", "B"),
+    ("I choose a bird", "C"),
+    ("Answer: a fish", "D"),
+    ("the answer is a", "A"),
+    ("The answer is a.", "A"),
+    ("answer: a\nbecause it purrs", "A"),
+    ("The answer is 'B'.", "B"),
+    ("It is 'B'", "B"),
+    ("The answer is B's twin", None),
 ]
 
 
