@@ -1,7 +1,8 @@
 """A family resolved on one loaded model: modules in hand, sizes checked, ``require(capability)``.
 
-``Anatomy``    where things are in this model
-``HeadId``     one attention head
+``Anatomy``                          where things are in this model
+``HeadId``                           one attention head
+``image_token_of(config, family)``   the image token's id
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vlm_core.families.family import CAPABILITIES, Family, find_family
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Anatomy", "HeadId"]
+__all__ = ["Anatomy", "HeadId", "image_token_of"]
 
 # Layers whose attention the seam sees. Anything else (linear attention, state spaces, convolutions) mixes tokens elsewhere.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -214,13 +215,7 @@ class Anatomy:
             "cross_attention" if cross else kind
             for cross, kind in zip(crossed, layer_types or _one_kind(text) * len(layers), strict=True)
         )
-        ids = (getattr(config, key, None) for key in family.image_token)
-        image_token_id = next((found for found in ids if found is not None), None)
-        if image_token_id is None:
-            raise SubjectError(
-                f"subject '{name}' has no image token in its config (looked for {', '.join(family.image_token)}): "
-                f"it cannot be asked about images."
-            )
+        image_token_id = image_token_of(config, family, name)
         n_heads = text.num_attention_heads
         head_dim = getattr(attentions[0], "head_dim", None) or text.hidden_size // n_heads
         return cls(
@@ -232,7 +227,7 @@ class Anatomy:
             norm=_walk(language_model, family.norm, name),
             head=_walk(model, family.head, name),
             embedding=model.get_input_embeddings(),
-            image_token_id=int(image_token_id),
+            image_token_id=image_token_id,
             n_layers=len(layers),
             n_heads=n_heads,
             n_kv_heads=n_heads // getattr(attentions[0], "num_key_value_groups", 1),
@@ -243,6 +238,24 @@ class Anatomy:
             logit_softcap=_logit_softcap(family, text),
             spatial_merge=getattr(config.vision_config, "spatial_merge_size", 1),
         )
+
+
+def image_token_of(config: Any, family: Family, name: str = "subject") -> int:
+    """The image token's id in a model's config.
+
+    Raises
+    ------
+    SubjectError
+        One sentence, where it has none.
+    """
+    ids = (getattr(config, key, None) for key in family.image_token)
+    image_token_id = next((found for found in ids if found is not None), None)
+    if image_token_id is None:
+        raise SubjectError(
+            f"subject '{name}' has no image token in its config (looked for {', '.join(family.image_token)}): "
+            f"it cannot be asked about images."
+        )
+    return int(image_token_id)
 
 
 def _logit_softcap(family: Family, text: Any) -> float | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,8 @@ from vlm_core.errors import SubjectError
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.families.processing import load_processor
 from vlm_core.reduction.costs import prefill_flops
-from vlm_core.subjects.batch import encode
 from vlm_core.subjects.checkpoint import SAFE
-from vlm_core.subjects.wording import Wording
+from vlm_core.subjects.weightless import Weightless
 
 __all__ = ["Sizes", "sizes_of"]
 
@@ -124,16 +122,9 @@ def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, in
         ) from error
     anatomy = Anatomy.of(model, name)
     processor = load_processor(path, revision)
-    asked = SimpleNamespace(
-        name=name,
-        anatomy=anatomy,
-        processor=processor,
-        tokenizer=processor.tokenizer,
-        device=torch.device("cpu"),
-        wording=Wording(processor, anatomy.family, name),
-    )
+    asked = Weightless(processor, config, name)
     picture = Image.fromarray(np.zeros((image_size[1], image_size[0], 3), dtype=np.uint8))
-    batches = [encode(asked, [picture], [prompt], None, "right") for prompt in prompts]
+    batches = [asked.encode([picture], [prompt]) for prompt in prompts]
     lengths = [int(batch.valid.sum()) for batch in batches]
     images = [int(batch.image.sum()) for batch in batches]
     tails = [length - 1 - int(batch.image[0].nonzero()[-1]) for batch, length in zip(batches, lengths, strict=True)]

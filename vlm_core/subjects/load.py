@@ -76,17 +76,18 @@ def load_vlm(
     stored = getattr(torch, str(checkpoint.dtype), torch.float32)
     dtype = wanted or (torch.float32 if device.type == "cpu" else stored)
     spread = device_map is not None
-    footprint = require_room(checkpoint, device, dtype, quantization, spread)
     quantized = quantization_config(quantization, dtype)
     files = {"revision": checkpoint.commit or revision, **SAFE}
     # Quantized weights are made where they stay.
     placed = {"": device} if quantized is not None and not spread else device_map
     try:
+        require_room(checkpoint, device, dtype, quantization, spread)  # of the weights, before anything else is downloaded
+        processor = load_processor(checkpoint.source, files["revision"])
+        footprint = require_room(checkpoint, device, dtype, quantization, spread, processor)
         model, loading = AutoModelForImageTextToText.from_pretrained(
             checkpoint.source, dtype=dtype, device_map=placed, quantization_config=quantized, use_safetensors=True,
             output_loading_info=True, **files,
         )  # fmt: skip
-        processor = load_processor(checkpoint.source, files["revision"])
     except _UNLOADABLE as error:
         _refuse_own_code(path_or_id, error)
         raise SubjectError(f"subject '{path_or_id}' could not be loaded by transformers: {_one_line(error)}") from error

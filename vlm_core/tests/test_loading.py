@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from transformers import LlamaConfig
 
-from vlm_core import DirectLogits, SubjectError, ZeroHeads, load_vlm, observe, sweep
+from vlm_core import DirectLogits, Subject, SubjectError, ZeroHeads, load_vlm, observe, sweep
 from vlm_core.evaluation import greedy_answers
 from vlm_core.reduction.costs import prefill_flops, prompt_lengths
 from vlm_core.reduction.gate import marks
@@ -20,7 +23,6 @@ from vlm_core.subjects import footprint as memory
 from vlm_core.subjects.checkpoint import inspect_checkpoint
 from vlm_core.subjects.footprint import Footprint, require_room
 from vlm_core.subjects.load import require_loadable
-from vlm_core.tests.family_processors import save
 from vlm_core.tests.oracles import logits
 from vlm_core.tests.tiny import make_items, tiny_llava
 
@@ -115,22 +117,37 @@ def test_the_hub_tells_the_size_before_anything_is_downloaded(saved, monkeypatch
 
 
 def test_the_footprint_is_that_of_weights_and_one_prompt(saved):
-    checkpoint, model = inspect_checkpoint(saved), tiny_llava(hidden=64)[0]
-    found = Footprint.of(checkpoint, torch.float32)
+    checkpoint, (model, processor) = inspect_checkpoint(saved), tiny_llava(hidden=64)
+    found = Footprint.of(checkpoint, torch.float32, processor=processor)
     assert found.n_parameters == sum(one.numel() for one in model.parameters())
     assert found.weights == int(4 * found.n_parameters * 1.1)
-    tokens = 17 + 64
-    assert found.n_tokens == tokens
-    # Two of keys and values, 3 layers, 4 heads of 16; inside a layer 12 times the width and 4 times the inner one; the logits.
-    assert found.prompt == tokens * 4 * (2 * 3 * 64 + 12 * 64 + 4 * 128) + 4 * model.config.text_config.vocab_size
-    half = Footprint.of(checkpoint, torch.bfloat16)
+    batch = Subject(model, processor).encode([Image.new("RGB", memory.PICTURE)], ["?"])
+    tokens = int(batch.valid.sum()) + 64
+    assert (found.n_tokens, found.n_image) == (tokens, int(batch.image.sum()))
+    # Two of keys and values, 3 layers, 4 heads of 16; inside a layer 12 times the width and 4 times the inner one; the logits; the pixels.
+    decoder = tokens * 4 * (2 * 3 * 64 + 12 * 64 + 4 * 128) + 4 * model.config.text_config.vocab_size
+    assert found.prompt == decoder + 4 * batch.inputs["pixel_values"].numel()
+    half = Footprint.of(checkpoint, torch.bfloat16, processor=processor)
     assert abs(2 * half.weights - found.weights) <= 1 and half.prompt < found.prompt
     assert half.weights > Footprint.of(checkpoint, torch.bfloat16, "8bit").weights > Footprint.of(checkpoint, torch.bfloat16, "4bit").weights
 
 
-def test_a_picture_that_is_cut_into_tiles_counts_as_many(tmp_path):
-    checkpoint = inspect_checkpoint(save(tmp_path, "llava_next"))
-    assert Footprint.of(checkpoint, torch.float32).n_tokens == 5 * checkpoint.config["image_seq_length"] + 64
+def test_sizes_that_a_config_leaves_to_its_class_count(saved, tmp_path):
+    """A config says what differs from the defaults; LLaVA-1.5's names no width."""
+    processor, checkpoint = tiny_llava(hidden=64)[1], inspect_checkpoint(saved)
+    silent = {**checkpoint.config["text_config"]}
+    del silent["hidden_size"]
+    found = Footprint.of(replace(checkpoint, config={**checkpoint.config, "text_config": silent}), torch.float32, processor=processor)
+    own = Footprint.of(checkpoint, torch.float32, processor=processor)
+    assert found.prompt - own.prompt == own.n_tokens * 4 * 12 * (LlamaConfig().hidden_size - 64)
+
+
+def test_a_processor_that_fails_on_a_picture_is_said_to_and_no_number_given(saved):
+    checkpoint, processor = inspect_checkpoint(saved), tiny_llava(hidden=64)[1]
+    processor.image_processor.crop_size = None
+    with pytest.warns(UserWarning, match="'tiny-vlm': what a picture of 896 x 896 pixels takes in memory is not known, since its processor fails"):
+        found = Footprint.of(checkpoint, torch.float32, processor=processor)
+    assert (found.prompt, found.n_tokens, found.n_image) == (0, 0, 0) and memory.rows_that_fit(found, "cpu", 32) == 32
 
 
 def test_parameters_that_nobody_tells_are_counted_without_memory(saved):
@@ -141,24 +158,25 @@ def test_parameters_that_nobody_tells_are_counted_without_memory(saved):
 
 def test_room_over_all_devices_counts_them_together(saved, monkeypatch):
     checkpoint = inspect_checkpoint(saved)
-    needed = Footprint.of(checkpoint, torch.float32)
+    processor = tiny_llava(hidden=64)[1]
+    needed = Footprint.of(checkpoint, torch.float32, processor=processor)
     one = (needed.weights + needed.prompt) // 3 + 1
     monkeypatch.setattr(memory, "free_memory", lambda: one)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (one, one))
-    assert require_room(checkpoint, "cpu", torch.float32, spread=True) == needed
+    assert require_room(checkpoint, "cpu", torch.float32, spread=True, processor=processor) == needed
     with pytest.raises(SubjectError, match="needs about .* on cuda:1"):
-        require_room(checkpoint, "cuda:1", torch.float32)
+        require_room(checkpoint, "cuda:1", torch.float32, processor=processor)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SubjectError, match="needs about .* on all devices and the host together"):
-        require_room(checkpoint, "cpu", torch.float32, spread=True)
+        require_room(checkpoint, "cpu", torch.float32, spread=True, processor=processor)
     with pytest.raises(SubjectError, match="all devices and the host together"):
         load_vlm(saved, device_map="auto")
 
 
 def test_short_memory_makes_smaller_batches_and_the_same_answers(saved, monkeypatch):
     plain, items = load_vlm(saved, check=False), make_items(5)
-    room = Footprint.of(plain.checkpoint, torch.float32)
+    room = Footprint.of(plain.checkpoint, torch.float32, processor=plain.processor)
     sizes = []
     monkeypatch.setattr(memory, "free_memory", lambda: room.weights + 6 * room.prompt)
     tight = load_vlm(saved, check=False)
