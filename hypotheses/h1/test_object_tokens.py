@@ -51,7 +51,7 @@ def test_an_object_is_in_its_own_tokens(object_tokens, identification_floors, se
     baseline = identification_floors.of("identification")
     splits = {split: object_tokens(split) for split in ("discovery", "confirmation")}
     exhibits.masks.object_tokens(evidence, splits, ring, baseline.chance)
-    evidence.table("baseline-metrics.csv", pd.DataFrame(identification_floors.rows()))
+    evidence.table("baseline-metrics.csv", pd.DataFrame(identification_floors.rows))
     options = {"limits": (-1.0, 1.0), "smallest_alpha": evidence.alpha, "rng": seed}
     evidence.decide(
         OBJECT_TOKENS,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,19 +27,23 @@ __all__ = ["processor_settings", "settings_digest", "weights_digest", "weights_s
 def weights_state(model: nn.Module) -> tuple:
     """What tells of weights that were changed in memory: equal as long as they were not."""
     # Version counters tell of edits in place, a sample of values of those that pass them by (``.data``).
-    return tuple(
-        (tensor.data_ptr(), tensor._version, _sample(tensor.detach()).double().sum().item())
-        for tensor in model.parameters()
-        if not tensor.is_meta
-    )
+    tensors = [tensor for tensor in model.parameters() if not tensor.is_meta]
+    samples: dict[tuple, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        samples.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach().flatten()[:: _step(tensor.numel())])
+    digest = hashlib.sha256()
+    for alike in samples.values():
+        digest.update(torch.cat(alike).cpu().view(torch.uint8).numpy())
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors), digest.digest()
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """About 256 values from all rows and all columns: the step has no factor in common with the shape."""
-    step = max(1, tensor.numel() // 256)
-    while step > 1 and math.gcd(step, tensor.numel()) > 1:
+@cache
+def _step(n: int) -> int:
+    """A step that takes about 256 of ``n`` values from all rows and all columns: it has no factor in common with the shape."""
+    step = max(1, n // 256)
+    while step > 1 and math.gcd(step, n) > 1:
         step -= 1
-    return tensor.flatten()[::step]
+    return step
 
 
 def weights_digest(model: nn.Module) -> str:
