@@ -4,6 +4,7 @@
 ``require_names``                                   refuse what is no token group's name
 ``require_layers``, ``require_groups``              refuse a layer that the model, a token group that the batch does not have
 ``require_images``, ``require_positions``           refuse a prompt without image tokens, or without a numbered token
+``OnImage``                                         what observers of attention on image tokens refuse
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vlm_core.interventions.numeric import integers
 from vlm_core.seam.views import GROUPS, Tokens
 
 __all__ = [
+    "OnImage",
     "freeze",
     "freeze_groups",
     "freeze_numbers",
@@ -74,6 +76,16 @@ def require_groups(observer: Any, tokens: Tokens, *groups: str) -> None:
             raise ValueError(f"{type(observer).__name__}: there is no token group '{group}', this batch knows {', '.join(tokens.known)}")
     if getattr(observer, "queries", None) == "image":
         require_images(observer, tokens)
+
+
+class OnImage:
+    """An observer of the attention of its ``queries`` on image tokens."""
+
+    def require_there(self, anatomy: Any, tokens: Tokens | None = None) -> None:
+        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
+        if tokens is not None:
+            require_groups(self, tokens, self.queries)
+            require_images(self, tokens)
 
 
 def require_images(observer: Any, tokens: Tokens) -> None:

@@ -13,14 +13,14 @@ import torch
 
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions.numeric import real
-from vlm_core.observation.declaring import freeze, require_groups, require_images, require_names
+from vlm_core.observation.declaring import OnImage, freeze, require_groups, require_images, require_names
 from vlm_core.seam.views import AttentionView, Tokens
 
 __all__ = ["ImageAttention", "MaskIoU", "TopShare"]
 
 
 @dataclass(frozen=True)
-class ImageAttention:
+class ImageAttention(OnImage):
     """Attention on every image token, averaged over a group of queries: ``[item, layer, head, image token]``.
 
     Rows with fewer image tokens than the widest of their batch are padded with NaN.
@@ -32,12 +32,6 @@ class ImageAttention:
 
     def __post_init__(self) -> None:
         require_names(self, "queries")
-
-    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
-        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
-        if tokens is not None:
-            require_groups(self, tokens, self.queries)
-            require_images(self, tokens)
 
     @property
     def ragged(self) -> dict[int, str]:
@@ -51,7 +45,7 @@ class ImageAttention:
 
 
 @dataclass(frozen=True)
-class TopShare:
+class TopShare(OnImage):
     """Share of a head's image attention that its most attended image tokens hold: ``[item, layer, head]``.
 
     Attention is averaged over the queries first. NaN where a head gives the image no attention. Keys of a cross-attention that no head
@@ -76,12 +70,6 @@ class TopShare:
         object.__setattr__(self, "share", real(self.share, "share of TopShare"))
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share of TopShare must lie above 0 and be at most 1, got {self.share}")
-
-    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
-        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
-        if tokens is not None:
-            require_groups(self, tokens, self.queries)
-            require_images(self, tokens)
 
     @property
     def axes(self) -> tuple:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm_core.families.anatomy import Anatomy
-from vlm_core.observation.declaring import require_groups, require_images, require_names
+from vlm_core.observation.declaring import OnImage, require_groups, require_names
 from vlm_core.seam.views import AttentionView, Tokens
 
 __all__ = ["RelativeDistance", "RotaryBias"]
@@ -69,7 +69,7 @@ class RelativeDistance:
 
 
 @dataclass(frozen=True)
-class RotaryBias:
+class RotaryBias(OnImage):
     """What rotary positions do to a head's attention: ``[item, layer, head, kind]``.
 
     The kinds are ``moved``, the share of attention that lands on other keys than it would if all tokens stood at one position (total
@@ -96,12 +96,6 @@ class RotaryBias:
 
     def __post_init__(self) -> None:
         require_names(self, "queries")
-
-    def require_there(self, anatomy: Anatomy, tokens: Tokens | None = None) -> None:
-        """Refuse a token group that the batch does not have, and a prompt without image tokens."""
-        if tokens is not None:
-            require_groups(self, tokens, self.queries)
-            require_images(self, tokens)
 
     @property
     def axes(self) -> tuple:
