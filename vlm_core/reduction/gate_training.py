@@ -30,7 +30,7 @@ from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.subjects.subject import Subject
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import choose_path
-from vlm_core.sweeps.prefix import grow_stems
+from vlm_core.sweeps.prefix import Sprout, grow_stems
 from vlm_core.sweeps.resume import forward_resumed
 from vlm_core.sweeps.trunk import Unshareable, record_trunks
 
@@ -161,7 +161,8 @@ def _from_the_layer_on(subject: Subject, encoded: Sequence[Encoded], numbers: Se
         recording = record_trunks(subject, encoded, hidden_at=[row.layer])
     except Unshareable:
         return None
-    stems = grow_stems(subject, recording, [(k, one, number) for k, (one, number) in enumerate(zip(encoded, numbers, strict=True))], [row.layer])
+    sprouts = [Sprout(k, (one,), number) for k, (one, number) in enumerate(zip(encoded, numbers, strict=True))]
+    stems = grow_stems(subject, recording, sprouts, [row.layer])
 
     def last_hidden(chosen: Sequence[int]) -> torch.Tensor:
         rows = np.arange(len(chosen))

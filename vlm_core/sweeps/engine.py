@@ -13,7 +13,7 @@ Paths
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,8 +25,9 @@ from vlm_core.interventions import DropTokens, ImageKV, MergeTokens, ReplaceImag
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.branches import Branches
 from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches, out_of_memory
-from vlm_core.sweeps.prefix import forward_shared, grow_stems
+from vlm_core.sweeps.prefix import Sprout, forward_shared, grow_stems
 from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
 from vlm_core.sweeps.sharing import SuffixRow, why_not_shared
 from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks, same_prefixes
@@ -374,7 +375,9 @@ class _Engine:
         starts = {number: self._start(number) for number in resumed}
         entries = {number: min(self._first_touched(self.rows[number].intervention), self.anatomy.n_layers - 1) for number in shared}
         layers = sorted({*starts.values(), *entries.values()})
-        grown = len(keys) > len(trunks)
+        branched = self._branched(shared)
+        single = dict.fromkeys(self._key(number) for number in (*shared, *resumed) if number in starts or self.rows[number].prompt not in branched)
+        grown = len(single) > len(trunks) or bool(branched)
         recording = record_trunks(
             self.subject,
             [max((self.sequence(*key) for key in together), key=len) for together in trunks.values()],
@@ -383,15 +386,30 @@ class _Engine:
             hidden_at=sorted(set(starts.values())),
             suffix_at=sorted(set(entries.values())),
         )
-        stems = grow_stems(self.subject, recording, [(place[key], self.sequence(*key), self.items[key[0]]) for key in keys], layers)
-        stem_of = dict(zip(keys, stems, strict=True))
+        sprouts = {key: Sprout(place[key], (self.sequence(*key),), self.items[key[0]]) for key in single}
+        for prompt, branches in branched.items():
+            sequences = tuple(self.sequence(prompt, prefix) for prefix in branches.prefixes)
+            whole = self.sequence(prompt, branches.tokens)
+            sprouts[prompt] = Sprout(place[prompt, branches.prefixes[0]], sequences, self.items[prompt], whole, branches)
+        stem_of = dict(zip(sprouts, grow_stems(self.subject, recording, list(sprouts.values()), layers), strict=True))
 
         def stem(number: int) -> Stem:
-            return stem_of[self.rows[number].prompt, self.rows[number].prefix]
+            return stem_of[self._key(number)]
 
-        def shared_batch(numbers: Sequence[int]) -> None:
-            batch = [SuffixRow(stem(number), self.rows[number].intervention, self.rows[number].reads) for number in numbers]
-            self.deliver(numbers, forward_shared(self.subject, recording, batch, [entries[number] for number in numbers]))
+        # Rows that differ in nothing but their answers are one.
+        together: dict[object, list[int]] = {}
+        for number in shared:
+            row = self.rows[number]
+            together.setdefault((row.prompt, id(row.intervention)) if row.prompt in branched else number, []).append(number)
+        units = {members[0]: members for members in together.values()}
+
+        def shared_stem(number: int) -> Stem:
+            return stem_of[self.rows[number].prompt] if self.rows[number].prompt in branched else stem(number)
+
+        def shared_batch(firsts: Sequence[int]) -> None:
+            batch = [SuffixRow(shared_stem(first), self.rows[first].intervention, self._reads(units[first], branched)) for first in firsts]
+            numbers = [number for first in firsts for number in units[first]]
+            self.deliver(numbers, forward_shared(self.subject, recording, batch, [entries[first] for first in firsts]))
 
         def resumed_batch(numbers: Sequence[int]) -> None:
             distinct = list(dict.fromkeys(map(stem, numbers)))
@@ -407,8 +425,8 @@ class _Engine:
             self.deliver(numbers, hidden)
 
         if shared:
-            ordered = sorted(shared, key=lambda number: (entries[number], stem(number).trunk.number))
-            self._batched("shared prefix", ordered, self.budget.batch(max(stem(number).n_suffix for number in shared)), shared_batch)
+            ordered = sorted(units, key=lambda number: (entries[number], shared_stem(number).trunk.number))
+            self._batched("shared prefix", ordered, self.budget.batch(max(shared_stem(number).n_suffix for number in units)), shared_batch)
         if resumed:
             # A batch cuts its last layer short where all its rows allow it, and carries no places that only some of its rows need.
             alike: dict[tuple, list[int]] = {}
@@ -420,6 +438,24 @@ class _Engine:
                 longest = max(self._left(stem(number).sequence, shortened) for number in numbers)
                 ordered = sorted(numbers, key=lambda number: stem(number).trunk.number)
                 self._batched("resume", ordered, self.budget.batch(longest), resumed_batch)
+
+    def _key(self, number: int) -> tuple[int, tuple[int, ...]]:
+        return self.rows[number].prompt, self.rows[number].prefix
+
+    def _branched(self, shared: Sequence[int]) -> dict[int, Branches]:
+        """The answer prefixes of each prompt that has several among the rows ``shared``."""
+        prefixes: dict[int, dict[tuple[int, ...], None]] = {}
+        for number in shared:
+            prefixes.setdefault(self.rows[number].prompt, {})[self.rows[number].prefix] = None
+        return {prompt: Branches(tuple(several)) for prompt, several in prefixes.items() if len(several) > 1}
+
+    def _reads(self, numbers: Sequence[int], branched: Mapping[int, Branches]) -> tuple[int, ...]:
+        """What rows that run as one read, row by row."""
+        found: list[int] = []
+        for row in (self.rows[number] for number in numbers):
+            branches = branched.get(row.prompt)
+            found += row.reads if branches is None else branches.reads(row.prefix, row.reads, self.prompts[row.prompt].n_prompt)
+        return tuple(found)
 
     def _left(self, sequence: Encoded, shortened: tuple[tuple[int, float], ...]) -> int:
         """Tokens that a row has left from where it is first shortened on."""

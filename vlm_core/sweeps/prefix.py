@@ -1,7 +1,8 @@
 """Rows that share their prompt's prefix, stored once.
 
 ``forward_shared(...)``    rows that leave the prefix untouched: only the tokens after the last image token run
-``grow_stems(...)``        a stem per sequence of every trunk
+``Sprout``                 a stem that is asked for: a prompt with one answer prefix, or with several that do not see each other
+``grow_stems(...)``        the stems of sprouts
 
 In a shared pass the prefix keys and values of a prompt exist once (``vlm_core.sweeps.suffix_attention``). A row enters at the first layer
 that it touches, from the stored suffix of its stem. In the last layer only the tokens that are read go on after keys and values are known.
@@ -10,6 +11,7 @@ that it touches, from the stored suffix of its stem. In the last layer only the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,46 +20,88 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_core.seam.seam import active
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.branches import Branches
 from vlm_core.sweeps.layers import KeysKnown, call_layer
 from vlm_core.sweeps.sharing import SuffixRow, entry_layer, require_runnable
 from vlm_core.sweeps.suffix_attention import SuffixAttention
 from vlm_core.sweeps.trunk import Recording, Stem, enter_first_layer
 
-__all__ = ["forward_shared", "grow_stems"]
+__all__ = ["Sprout", "forward_shared", "grow_stems"]
 
 
-def grow_stems(subject: Subject, recording: Recording, sequences: Sequence[tuple[int, Encoded, int]], layers: Sequence[int]) -> list[Stem]:
-    """A stem per (trunk number, sequence, item number): the suffix of each, as it enters each of ``layers``.
+@dataclass(frozen=True, eq=False)
+class Sprout:
+    """A stem that is asked for.
+
+    Parameters
+    ----------
+    trunk : int
+        Number of its trunk.
+    sequences : tuple of Encoded
+        The prompt with its answer prefix, or with each of several.
+    item : int
+        Seed of random token choices.
+    prompt : Encoded, optional
+        With several answer prefixes, the prompt with the tokens of ``branches``.
+    branches : Branches, optional
+        These prefixes.
+    """
+
+    trunk: int
+    sequences: tuple[Encoded, ...]
+    item: int
+    prompt: Encoded | None = None
+    branches: Branches | None = None
+
+    def stem(self, recording: Recording) -> Stem:
+        """The stem, of which nothing is known yet."""
+        return Stem(recording.trunks[self.trunk], self.sequences[0] if self.prompt is None else self.prompt, item=self.item, branches=self.branches)
+
+
+def grow_stems(subject: Subject, recording: Recording, sprouts: Sequence[Sprout], layers: Sequence[int]) -> list[Stem]:
+    """The stem of every sprout: its suffix, as it enters each of ``layers``.
 
     The suffix of a trunk's only sequence is recorded with it; where there are several, their suffixes run once over the shared prefix (from
     layer 0, so their trunk must hold the keys and values of every layer before the last of ``layers``).
     """
     stems: list[Stem] = []
-    grown: list[Stem] = []
-    counts = np.bincount([number for number, _, _ in sequences], minlength=len(recording.trunks))
-    for number, sequence, item in sequences:
-        trunk = recording.trunks[number]
-        stem = Stem(trunk, sequence, item=item)
-        if counts[number] == 1:
+    grown: list[tuple[Stem, Sprout]] = []
+    counts = np.bincount([sprout.trunk for sprout in sprouts], minlength=len(recording.trunks))
+    for sprout in sprouts:
+        stem = sprout.stem(recording)
+        if counts[sprout.trunk] == 1 and sprout.branches is None:
             for layer in layers:
-                known = trunk.hidden[layer]
-                stem.suffix[layer] = known if known.shape[0] == stem.n_suffix else known[trunk.n_prefix :]
+                known = stem.trunk.hidden[layer]
+                stem.suffix[layer] = known if known.shape[0] == stem.n_suffix else known[stem.trunk.n_prefix :]
         else:
-            grown.append(stem)
+            grown.append((stem, sprout))
         stems.append(stem)
     if grown:
-        for stem, entering in zip(grown, enter_first_layer(subject, [stem.sequence for stem in grown]), strict=True):
-            stem.suffix[0] = entering[stem.trunk.n_prefix : len(stem.sequence)]
-        rows = [SuffixRow(stem, None, ()) for stem in grown]
+        entering = iter(enter_first_layer(subject, [sequence for _, sprout in grown for sequence in sprout.sequences]))
+        for stem, sprout in grown:
+            stem.suffix[0] = _before_layers(stem, sprout, [next(entering) for _ in sprout.sequences])
+        rows = [SuffixRow(stem, None, ()) for stem, _ in grown]
         kept: dict[int, torch.Tensor] = {}
         run = SuffixAttention(subject.anatomy, recording, rows)
         with torch.inference_mode(), active(run):
             _run_layers(run, np.zeros(len(rows), dtype=int), None, kept, max(layers))
-        for number, stem in enumerate(grown):
+        for number, (stem, _) in enumerate(grown):
             for layer in layers:
                 stem.suffix[layer] = kept[layer][number, : stem.n_suffix]
     recording.stems = stems
     return stems
+
+
+def _before_layers(stem: Stem, sprout: Sprout, entering: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The suffix before the first layer, ``[suffix token, hidden]``, from what its sequences are there, each ``[token, hidden]``."""
+    start = stem.trunk.n_prefix
+    if sprout.branches is None:
+        return entering[0][start : len(stem.sequence)]
+    answers: dict[int, torch.Tensor] = {}
+    for prefix, whole in zip(sprout.branches.prefixes, entering, strict=True):
+        for length, place in enumerate(sprout.branches.places[prefix]):
+            answers.setdefault(place, whole[stem.n_prompt + length])
+    return torch.cat([entering[0][start : stem.n_prompt], *(answers[place][None] for place in range(len(answers)))])
 
 
 def forward_shared(
@@ -117,11 +161,8 @@ def _run_layers(
         After the final norm, at ``reads``.
     """
     anatomy, last = run.anatomy, run.anatomy.n_layers - 1
-    prefix = np.array([row.stem.trunk.n_prefix for row in run.rows])
     numbers = np.array([row.stem.trunk.number for row in run.rows])
-    steps = torch.arange(run.n_suffix, device=run.rows[0].stem.trunk.order.device)
-    positions = torch.as_tensor(prefix, device=steps.device)[:, None] + steps
-    alike = len(set(numbers.tolist())) == 1
+    positions, alike = _positions(run)
     hidden, chosen, entered = None, {}, 0
     for layer in range(int(firsts[0]), anatomy.n_layers):
         n = int(np.searchsorted(firsts, layer, side="right"))
@@ -146,6 +187,20 @@ def _run_layers(
     kwargs = run.recording.layer_kwargs(last, numbers, positions.gather(1, reads), {}, mask=False)
     hidden = torch.take_along_dim(hidden, reads[..., None].to(hidden.device), dim=1)
     return anatomy.norm(call_layer(anatomy.layers[last], hidden, kwargs))
+
+
+def _positions(run: SuffixAttention) -> tuple[torch.Tensor, bool]:
+    """Where the suffix tokens of each row stand in their sequences, ``[row, suffix token]``, and whether that is the same for all rows of one trunk."""
+    stems = [row.stem for row in run.rows]
+    device = stems[0].trunk.order.device
+    prefix = torch.tensor([stem.trunk.n_prefix for stem in stems], device=device)
+    positions = prefix[:, None] + torch.arange(run.n_suffix, device=device)
+    branched = {stem: stem.positions(device) for stem in dict.fromkeys(stems) if stem.branches is not None}
+    for number, stem in enumerate(stems):
+        if stem in branched:
+            positions[number, : stem.n_suffix] = branched[stem]
+    alike = all(stem is stems[0] for stem in stems) if branched else len({stem.trunk.number for stem in stems}) == 1
+    return positions, alike
 
 
 def _entering(rows: Sequence[SuffixRow], layer: int, length: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm_core.sweeps.layers import KeysKnown
 from vlm_core.sweeps.sharing import SuffixRow, compile_rows
-from vlm_core.sweeps.trunk import Recording, Trunk
+from vlm_core.sweeps.trunk import Recording, Stem, Trunk
 
 __all__ = ["SuffixAttention"]
 
@@ -172,6 +172,17 @@ class SuffixAttention:
             blocked = torch.zeros(1, n, trunk.n_prefix, dtype=torch.bool, device=device)
             size = min(n, prefix.shape[0])
             blocked[0, :size] = ~prefix[:size].to(device)
+        branched = self._branched(rows)
+        if branched:
+            n_rows = rows.stop - rows.start
+            causal, blocked_own = blocked_own[0], blocked_own.expand(n_rows, n, n).clone()
+            before, blocked = blocked, None if blocked is None else blocked.expand(n_rows, -1, -1).clone()
+            for stem, numbers in branched.items():
+                size, at = stem.n_suffix, stem.positions(device) - trunk.n_prefix
+                unseen = ~stem.branches.seen(stem.n_prompt - trunk.n_prefix, device)
+                blocked_own[numbers, :size, :size] = causal[at][:, at] | unseen
+                if blocked is not None:
+                    blocked[numbers, :size] = before[0, at]
         if knocks:
             n_rows = rows.stop - rows.start
             blocked_own = blocked_own.expand(n_rows, n, n).clone()
@@ -192,6 +203,14 @@ class SuffixAttention:
             blocked = None if blocked is None else torch.take_along_dim(blocked.expand(index.shape[0], -1, -1), index, dim=1)
         n_seen = None if blocked is None else (~blocked[..., trunk.n_other :]).sum(-1).to(torch.float32)
         return blocked, blocked_own, n_seen
+
+    def _branched(self, rows: slice) -> dict[Stem, list[int]]:
+        """Stems with several answers among ``rows``, and which of these are theirs."""
+        found: dict[Stem, list[int]] = {}
+        for number, row in enumerate(self.rows[rows]):
+            if row.stem.branches is not None:
+                found.setdefault(row.stem, []).append(number)
+        return found
 
     def _suffix_group(self, group: str) -> torch.Tensor | None:
         """Suffix queries that belong to a group, ``[row, query]``; None for all."""

@@ -29,6 +29,7 @@ from vlm_core.seam.seam import active
 from vlm_core.seam.views import Tokens
 from vlm_core.subjects.embed import Encoded, batch_sequences
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.branches import Branches
 
 __all__ = ["Recording", "Stem", "Trunk", "Unshareable", "enter_first_layer", "record_trunks", "same_prefixes"]
 
@@ -93,18 +94,33 @@ class Stem:
         The residual stream that enters a layer, after the last image token.
     item : int
         Seed of random token choices.
+    branches : Branches or None
+        The answer prefixes, where the sequence is a prompt with several of them.
     """
 
     trunk: Trunk
     sequence: Encoded
     suffix: dict[int, torch.Tensor] = field(default_factory=dict)
     item: int = 0
+    branches: Branches | None = None
     _members: dict[Positions, torch.Tensor] = field(default_factory=dict)
 
     @property
     def n_suffix(self) -> int:
         """Tokens after the last image token."""
         return len(self.sequence) - self.trunk.n_prefix
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.sequence) - (0 if self.branches is None else len(self.branches.tokens))
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Where each suffix token stands in its own sequence, ``[suffix token]``."""
+        start = self.trunk.n_prefix
+        if self.branches is None:
+            return torch.arange(start, len(self.sequence), device=device)
+        return self.branches.positions(self.n_prompt, start, device)
 
     def members(self, group: Positions) -> torch.Tensor:
         """Which of the sequence's tokens belong to a token group (or are at positions), ``[token]``."""

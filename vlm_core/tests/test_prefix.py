@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_core import HeadMeans, ImageKV, ImageKVMeans, KnockOut, MeanHeads, ReplaceImageKV, Subject, SubjectError, ZeroHeads
@@ -14,8 +16,10 @@ from vlm_core.interventions import DropTokens, GaussianNoise, MergeTokens, Patch
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
 from vlm_core.sweeps import engine
+from vlm_core.sweeps.branches import Branches
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
+from vlm_core.sweeps.prefix import forward_shared
 from vlm_core.sweeps.resume import spares_last_layer
 from vlm_core.sweeps.sharing import why_not_shared
 from vlm_core.sweeps.trunk import Unshareable, same_prefixes
@@ -136,11 +140,42 @@ def test_answers_of_several_tokens_grow_on_one_trunk(family):
     rows = [None, ZeroHeads([(1, 1)]), KnockOut("last", "bos", (0, 2))]
     if in_sequence:
         rows += [*question_rows(subject.anatomy)[1:4], KnockOut("last", "image", (1, 2)), DropTokens(2, 0.5)]
-    prefixes = {(): (n - 1,), (20,): (n - 1, n), (21, 22, 23): (n - 1, n, n + 1, n + 2)}
+    prefixes = {(): (n - 1,), (20,): (n - 1, n), (21, 22, 23): (n - 1, n, n + 1, n + 2), (21, 24): (n + 1, n)}
     jobs = [RowJob(0, prefix, row, reads) for row in rows for prefix, reads in prefixes.items()]
     fast, slow, counts = compare(subject, sequences, jobs)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     assert ("whole" in counts["paths"]) == (not in_sequence)
+
+
+def test_answers_after_one_prompt_run_as_one_row(subject, monkeypatch):
+    """The prompt's own tokens run once an intervention, whatever its answers begin with."""
+    sequences = encode_items(subject, make_items(2))
+    rows = question_rows(subject.anatomy)[:4]
+    jobs = [RowJob(k, prefix, row, (len(sequences[k]) - 1,)) for k in (0, 1) for row in rows for prefix in ((5,), (6, 7), (6, 8))]
+    tokens = []
+
+    def counting(subject, recording, batch, entries):
+        tokens.extend(row.stem.n_suffix for row in batch)
+        return forward_shared(subject, recording, batch, entries)
+
+    monkeypatch.setattr(engine, "forward_shared", counting)
+    fast, slow, counts = compare(subject, sequences, jobs, replace(BUDGET, rows=3))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    asked = [len(one) - 1 - int(one.image.nonzero()[-1]) for one in sequences]
+    assert sorted(tokens) == sorted(n + 4 for n in asked for _ in rows) and counts["paths"] == {"shared prefix": len(jobs)}
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=4).map(tuple), min_size=1, max_size=6, unique=True), st.integers(1, 4))
+def test_an_answer_sees_the_prompt_and_itself_among_branches(prefixes, n_prompt):
+    branches = Branches(tuple(prefixes))
+    seen, tokens = branches.seen(n_prompt, "cpu"), [*range(100, 100 + n_prompt), *branches.tokens]
+    at = branches.positions(n_prompt, 0, torch.device("cpu"))
+    assert len(branches.tokens) == len({prefix[:length] for prefix in prefixes for length in range(1, len(prefix) + 1)})
+    for prefix in prefixes:
+        alone = [*range(100, 100 + n_prompt), *prefix]
+        for last, where in enumerate(branches.reads(prefix, range(len(alone)), n_prompt)):
+            among = seen[where].nonzero()[:, 0].tolist()
+            assert [tokens[place] for place in among] == alone[: last + 1] and at[among].tolist() == list(range(last + 1))
 
 
 def questions_about(subject, sequence):
