@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,16 @@ from vlm_core.sweeps.features import KnownFeatures, recalling
 from vlm_core.sweeps.scoring import candidate_metric
 from vlm_core.sweeps.sweep import sweep
 
-__all__ = ["Generated", "accuracy_table", "evaluate", "generated", "greedy_answers", "shown_items"]
+__all__ = ["UNALTERED", "Generated", "accuracy_table", "evaluate", "generated", "greedy_answers", "shown_items"]
+
+_ALTERING = (
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens",
+    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config",
+)  # fmt: skip
+UNALTERED = MappingProxyType(dict.fromkeys(_ALTERING))
+"""For ``generate``: the model's own logits, whatever its generation_config.json asks to be made of them. Qwen2.5-VL's penalises tokens that
+were there before, those of the question's options among them."""
 
 COLUMNS = ("item", "cluster", "task", "prompt", "image", "output", "answer", "correct", "score")
 
@@ -233,10 +243,13 @@ class Generated:
         Without special tokens and surrounding spaces.
     tokens : int
         How many it took, the one that ends the answer among them.
+    cut_off : bool
+        Whether there was no such token: it had not ended when it had as many tokens as it may.
     """
 
     text: str
     tokens: int
+    cut_off: bool = False
 
 
 def greedy_answers(
@@ -260,7 +273,7 @@ def generated(
     batch_rows: int | None = None,
     max_new_tokens: int = 16,
 ) -> list[Generated]:
-    """What the subject generates for each item, token by token the likeliest.
+    """What the subject generates for each item, token by token the likeliest by its own logits (`UNALTERED`).
 
     Parameters
     ----------
@@ -299,10 +312,11 @@ def generated(
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=subject.tokenizer.pad_token_id,
+                **UNALTERED,
             )[:, n_prompt:]
         texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for index, text, length in zip(chosen, texts, _lengths(subject, tokens), strict=True):
-            outputs[index] = Generated(text.strip(), length)
+        for index, text, (length, ended) in zip(chosen, texts, _lengths(subject, tokens), strict=True):
+            outputs[index] = Generated(text.strip(), length, not ended)
 
     # Prompts of alike length share a batch: less padding.
     order = sorted(range(len(items)), key=lambda index: len(item_field(items[index], "prompt")))
@@ -310,10 +324,11 @@ def generated(
     return outputs
 
 
-def _lengths(subject: Subject, tokens: torch.Tensor) -> list[int]:
-    """Tokens of each row of what ``generate`` gave up to the one that ends it; of one that was cut off, all."""
+def _lengths(subject: Subject, tokens: torch.Tensor) -> list[tuple[int, bool]]:
+    """Tokens of each row of what ``generate`` gave up to the one that ends it, and whether there is one; of one that was cut off, all."""
     ends = subject.model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=tokens.device, dtype=tokens.dtype).reshape(-1)
-    ended = torch.isin(tokens, ends)
-    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
-    return first.tolist()
+    found = torch.isin(tokens, ends)
+    ended = found.any(1)
+    first = torch.where(ended, found.int().argmax(1) + 1, tokens.shape[1])
+    return list(zip(first.tolist(), ended.tolist(), strict=True))

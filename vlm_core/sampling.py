@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_core.evaluation import UNALTERED
 from vlm_core.interventions.numeric import integer, real
 from vlm_core.items import SHOWN, item_field, item_number, require_item, require_items, take
 from vlm_core.subjects.subject import Subject, require_subject
@@ -39,7 +40,7 @@ def sample_answers(
     n : int
         Answers an item.
     temperature : float
-        Logits are divided by it.
+        The model's own logits (`vlm_core.evaluation.UNALTERED`) are divided by it.
     seed : int
         With an item's id it decides the item's draws, whatever else is in the batch; the first of more samples are the same.
     max_new_tokens : int
@@ -85,6 +86,7 @@ def sample_answers(
                 do_sample=False,
                 pad_token_id=subject.tokenizer.pad_token_id,
                 custom_generate=draw,
+                **UNALTERED,
             )
         texts = [text.strip() for text in subject.tokenizer.batch_decode(draw.said, skip_special_tokens=True)]
         for place, index in enumerate(chosen):

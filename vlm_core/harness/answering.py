@@ -48,8 +48,8 @@ def answer(
     list of dict
         The facts with ``mode``, ``output`` and ``score`` in [0, 1]. In mode ``"candidates"`` the score is 1 where the right candidate scores
         above every other, ``margin`` is its summed log-probability minus the best wrong one's, and ``logits``, where asked for, has every
-        candidate's. In mode ``"greedy"`` the item's scorer scores, and ``tokens`` is how many were generated. A number that is not
-        finite is None.
+        candidate's. In mode ``"greedy"`` the item's scorer scores, ``tokens`` is how many were generated, and
+        ``cut_off`` whether there would have been more. A number that is not finite is None.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def _chosen(subject: Subject, items: Sequence[dict], logits: bool, batch_rows: i
 def _written(subject: Subject, items: Sequence[dict], max_new_tokens: int, batch_rows: int | None) -> list[dict[str, Any]]:
     found = generated(subject, items, max_new_tokens=max_new_tokens, batch_rows=batch_rows)
     return [
-        {"output": one.text, "score": float(score_answer(one.text, item)), "tokens": one.tokens}
+        {"output": one.text, "score": float(score_answer(one.text, item)), "tokens": one.tokens, "cut_off": one.cut_off}
         for item, one in zip(items, found, strict=True)
     ]
 

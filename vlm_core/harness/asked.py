@@ -37,7 +37,7 @@ class AskedSet:
         How they are answered.
     facts : tuple of dict
         Of each item the fields of an answer that follow from it: ``item, cluster, task, prompt, image, answer, scorer`` and, where it has
-        them, ``references``. ``image`` is the hash of its pixels (`vlm_core.identity.picture_digest`).
+        them, ``references`` and ``candidates``. ``image`` is the hash of its pixels (`vlm_core.identity.picture_digest`).
     digest : str
         Of all that is asked, in order, pictures included.
     """
@@ -98,7 +98,7 @@ class _ScoredBy(Sequence):
 
 
 def _fact(item: dict) -> dict[str, Any]:
-    references = item.get("references")
+    lists = {name: item.get(name) for name in ("references", "candidates")}
     return {
         "item": str(item["id"]),
         "cluster": str(item["scene_id"]),
@@ -106,6 +106,6 @@ def _fact(item: dict) -> dict[str, Any]:
         "prompt": item["prompt"],
         "image": picture_digest(item["image"]),
         "answer": item["answer"],
-        **({} if references is None else {"references": [str(one) for one in references]}),
+        **{name: [str(one) for one in values] for name, values in lists.items() if values is not None},
         "scorer": scorer_of(item).name,
     }

@@ -14,6 +14,7 @@ import pandas as pd
 from vlm_core.harness.asked import ASKED_ALIKE
 from vlm_core.harness.run_folder import RunFolder, differing
 from vlm_core.harness.tables import OVERALL
+from vlm_core.scoring import SCORERS
 from vlm_core.stats import interval
 
 __all__ = ["COLUMNS", "Comparison", "compare", "runs_in"]
@@ -97,7 +98,7 @@ def runs_in(path: str | Path) -> dict[str, RunFolder]:
 
 
 def _compared(a: RunFolder, b: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    one, other = (_with_references(run.finished_answers()) for run in (a, b))
+    one, other = (_with_lists(run.finished_answers()) for run in (a, b))
     modes = [mode for mode in one["mode"].unique() if mode in set(other["mode"])]
     if not modes:
         raise ValueError(
@@ -110,7 +111,7 @@ def _compared(a: RunFolder, b: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
         both = pair[pair["in"] == "both"].copy()
         if both.empty:
             raise ValueError(f"{a.path} and {b.path} have no item in common: there is nothing to compare")
-        _require_alike(both, a, b)
+        _require_alike(both, mode, a, b)
         both["difference"] = both["score_b"].astype(float) - both["score_a"].astype(float)
         pair["task"] = pair["task_a"].fillna(pair["task_b"])
         both["task"], both["answer"] = both["task_a"], both["answer_a"]
@@ -138,9 +139,11 @@ def _difference(both: pd.DataFrame) -> dict[str, float]:
     return {**counts, **means, "difference": found.estimate, "lower": found.lower, "upper": found.upper}
 
 
-def _require_alike(both: pd.DataFrame, a: RunFolder, b: RunFolder) -> None:
-    """Refuse items that were not the same question to both."""
-    for name in (*ASKED_ALIKE, "references"):
+def _require_alike(both: pd.DataFrame, mode: str, a: RunFolder, b: RunFolder) -> None:
+    """Refuse items that were not the same question to both, or are not scored alike."""
+    among = mode == "candidates" or any("candidates" in SCORERS[name].needs for name in set(both["scorer_a"]) & set(SCORERS))
+    scored = (*(() if mode == "candidates" else ("scorer",)), *(("candidates",) if among else ()))
+    for name in (*ASKED_ALIKE, "references", *scored):
         others = [item for item, one, other in zip(both["item"], both[f"{name}_a"], both[f"{name}_b"], strict=True) if one != other]
         if others:
             raise ValueError(
@@ -149,7 +152,7 @@ def _require_alike(both: pd.DataFrame, a: RunFolder, b: RunFolder) -> None:
             )
 
 
-def _with_references(answers: pd.DataFrame) -> pd.DataFrame:
-    """Answers in which an item without further accepted answers has none, whatever other items have."""
-    given = answers["references"] if "references" in answers else [None] * len(answers)
-    return answers.assign(references=[one if isinstance(one, list) else [] for one in given])
+def _with_lists(answers: pd.DataFrame) -> pd.DataFrame:
+    """Answers in which an item without further accepted answers, or candidates, has none, whatever other items have."""
+    lists = {name: answers[name] if name in answers else [None] * len(answers) for name in ("references", "candidates")}
+    return answers.assign(**{name: [one if isinstance(one, list) else [] for one in given] for name, given in lists.items()})

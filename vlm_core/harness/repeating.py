@@ -84,7 +84,7 @@ def repeat(
     tolerance : float, optional
         In place of the one of the subject's dtype.
     batch_rows : int, optional
-        Rows per batch: whether answers depend on it.
+        Rows per batch, in place of those that the run was given: whether answers depend on it.
     say : callable, optional
         Told, in words, what happens.
 
@@ -114,7 +114,7 @@ def repeat(
                 asked.modes,
                 max_new_tokens=about["asked"]["max_new_tokens"] or 1,
                 logits=about["asked"]["logits"],
-                batch_rows=batch_rows,
+                batch_rows=about["asked"].get("batch_rows") if batch_rows is None else batch_rows,
                 seed=about["asked"]["seed"],
             )
             if say is not None:

@@ -53,6 +53,11 @@ class RunFolder:
         """``metrics.csv``."""
         return self.path / "metrics.csv"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there are answers."""
+        return self.answers_file.is_file() and self.answers_file.stat().st_size > 0
+
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def about(self) -> dict[str, Any]:
@@ -80,7 +85,7 @@ class RunFolder:
         ValueError
             One sentence: they follow from something else.
         """
-        if self.answers_file.is_file() and self.answers_file.stat().st_size:
+        if self.begun:
             others = differing(self.about(), about)
             if others:
                 raise ValueError(f"{self.path} holds answers of another run ({'; '.join(others)}): evaluate into a new folder (out)")
@@ -88,7 +93,7 @@ class RunFolder:
     def begin(self, about: dict[str, Any]) -> None:
         """Write what the answers will follow from; where there are answers already, see `require`."""
         self.require(about)
-        if not self.answers_file.is_file() or not self.answers_file.stat().st_size:
+        if not self.begun:
             write_whole(self.path / "run.json", json.dumps(about, indent=1, ensure_ascii=False))
 
     # -- what was answered --------------------------------------------------------------------------------------------

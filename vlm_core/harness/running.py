@@ -7,7 +7,7 @@
     out/summary.csv           mean scores of all subjects that are in ``out``
 
 Answers follow from weights, items, settings and versions, and ``run.json`` says which by their hashes: a folder that holds answers of
-others is refused, and nothing in it is changed. All subjects in a folder answer the same items.
+others is refused, and nothing in it is changed. All subjects in a folder answer the same items, asked alike.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def run_evaluation(config: EvaluationConfig, *, say: Callable[[str], None] | Non
         _require_same_data(Path(config.out), asked)
     for run in runs:
         run.refuse(sets)
+    for asked in sets:
+        _require_asked_alike(config, asked)
     for run in runs:
         run.answer(sets)
     write_whole(Path(config.out) / "summary.csv", summary_table(config.out).to_csv(index=False))
@@ -95,7 +97,8 @@ def described(subject: SubjectAt, weights: str, asked: AskedSet, config: Evaluat
             "max_new_tokens": config.max_new_tokens if "greedy" in asked.modes else None,
             "logits": config.logits and "candidates" in asked.modes,
             "seed": config.seed,
-            "decoding": "greedy: the likeliest token, no beams",
+            "batch_rows": config.batch_rows,
+            "decoding": "greedy: the likeliest token by the model's own logits, no beams, no penalties",
         },
         "versions": versions(),
     }
@@ -158,6 +161,8 @@ class _SubjectRun:
         n, known = len(asked.items), folder.whole(due, WINDOW * len(asked.modes)) // len(asked.modes)
         if known:
             self.say(f"{known} of {n} items of {asked.name} found, answered before")
+        if known < n:
+            folder.metrics_file.unlink(missing_ok=True)  # whoever reads it takes the run for finished
         start = perf_counter()
         for first in range(known, n, WINDOW):
             some = range(first, min(first + WINDOW, n))
@@ -174,7 +179,11 @@ class _SubjectRun:
             folder.append(rows)
             rate = (some.stop - known) / (perf_counter() - start)
             self.say(f"{some.stop} of {n} items of {asked.name}, {rate:.1f} a second")
-        write_whole(folder.metrics_file, metrics_table(folder.all_answers(), asked.name).to_csv(index=False))
+        answers = folder.all_answers()
+        write_whole(folder.metrics_file, metrics_table(answers, asked.name).to_csv(index=False))
+        cut = int(answers.loc[answers["mode"] == "greedy", "cut_off"].sum()) if "greedy" in asked.modes else 0
+        if cut:
+            self.say(f"{cut} of {n} generated answers to {asked.name} had not ended after {self.config.max_new_tokens} tokens (max_new_tokens)")
 
     def _loaded(self) -> Subject:
         if self.subject is None:
@@ -186,13 +195,30 @@ class _SubjectRun:
 
 def _require_same_data(out: Path, asked: AskedSet) -> None:
     """Refuse a set of which another subject's folder in ``out`` holds answers to other items."""
-    for file in sorted(out.glob(f"*/{asked.name}/run.json")):
-        about = RunFolder(file.parent).about()
+    for folder in _begun(out, asked):
+        about = folder.about()
         if about["data"]["digest"] != asked.digest:
             raise ValueError(
-                f"{file.parent} holds answers to other items than sets.{asked.name} has now ({about['data']['items']} there, "
+                f"{folder.path} holds answers to other items than sets.{asked.name} has now ({about['data']['items']} there, "
                 f"{len(asked.items)} now): all subjects in a folder answer the same; evaluate into a new folder (out)"
             )
+
+
+def _require_asked_alike(config: EvaluationConfig, asked: AskedSet) -> None:
+    """Refuse a set to which another subject in ``out`` was given another length to answer, or another seed: one table has them side by side."""
+    for folder in _begun(Path(config.out), asked):
+        then = folder.about()["asked"]
+        for name, now in (("max_new_tokens", config.max_new_tokens if "greedy" in asked.modes else None), ("seed", config.seed)):
+            if None not in (now, then.get(name)) and then[name] != now:
+                raise ValueError(
+                    f"{folder.path} holds answers by {name} = {then[name]}, not {now}: all subjects in a folder are asked alike; evaluate into a "
+                    f"new folder (out)"
+                )
+
+
+def _begun(out: Path, asked: AskedSet) -> list[RunFolder]:
+    """Of all subjects in ``out``, the folders with answers to a set."""
+    return [folder for file in sorted(out.glob(f"*/{asked.name}/run.json")) if (folder := RunFolder(file.parent)).begun]
 
 
 @cache

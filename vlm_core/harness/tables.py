@@ -35,7 +35,8 @@ def metrics_table(answers: pd.DataFrame, name: str) -> pd.DataFrame:
     -------
     DataFrame
         ``set, task, mode, n, clusters, score, lower, upper``: a 95 % interval, and one row over all tasks (``"all"``). Further columns are
-        what the scorers sum up (`vlm_core.scoring.Scorer.summary`), where all answers of a row have the same scorer.
+        ``cut_off``, the share of generated answers that had not ended, and what the scorers sum up (`vlm_core.scoring.Scorer.summary`), where
+        all answers of a row have the same scorer.
     """
     tables = []
     for mode, rows in answers.groupby("mode", sort=False):
@@ -53,7 +54,8 @@ def metrics_table(answers: pd.DataFrame, name: str) -> pd.DataFrame:
 def _summary(rows: pd.DataFrame) -> dict[str, float]:
     scorers = set(rows["scorer"])
     summary = SCORERS[scorers.pop()].summary if len(scorers) == 1 else None
-    return {} if summary is None else summary(rows)
+    generated = "cut_off" in rows and rows["cut_off"].notna().all()
+    return {**({"cut_off": float(rows["cut_off"].astype(float).mean())} if generated else {}), **({} if summary is None else summary(rows))}
 
 
 def summary_table(out: str | Path) -> pd.DataFrame:

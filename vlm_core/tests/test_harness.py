@@ -24,6 +24,7 @@ from vlm_core.harness.config import ItemSet
 from vlm_core.harness.run_folder import RunFolder
 from vlm_core.harness.tables import metrics_table
 from vlm_core.identity import picture_digest
+from vlm_core.sampling import sample_answers
 from vlm_core.scoring import SCORERS, Scorer
 from vlm_core.stats import interval
 from vlm_core.sweeps.features import vision_tower
@@ -127,7 +128,9 @@ def test_answers_are_those_of_the_library(declared, models, tmp_path):
             assert second["output"] == greedy["output"][number] and second["score"] == float(greedy["correct"][number])
             batch = subject.encode_items([item])
             tokens = subject.model.generate(**batch.inputs, max_new_tokens=3, do_sample=False)[0, batch.image.shape[1] :].tolist()
-            assert second["tokens"] == len(tokens)
+            ended = tokens[-1] == subject.model.generation_config.eos_token_id
+            assert second["tokens"] == len(tokens) and second["cut_off"] is not ended
+        assert {row["cut_off"] for row in rows[1::2]} >= {True}
     about = json.loads((out / "one" / "patches" / "run.json").read_text())
     assert about["subject"]["path"] == models[0] and about["data"]["items"] == 8 and about["versions"]["torch"] == torch.__version__
     summary = pd.read_csv(out / "summary.csv")
@@ -139,13 +142,32 @@ def test_tokens_are_counted_up_to_the_end(subject):
     said = torch.tensor([[7, ends, 0, 0], [7, 8, 9, 7], [ends, 0, 0, 0]])
     from vlm_core.evaluation import _lengths
 
-    assert _lengths(subject, said) == [2, 4, 1]
+    assert _lengths(subject, said) == [(2, True), (4, False), (1, True)]
+
+
+def test_what_a_checkpoint_asks_to_be_made_of_its_logits_is_left_away(subject, items, monkeypatch):
+    plain = answering.generated(subject, items[:4], max_new_tokens=6), sample_answers(subject, items[:2], 2, max_new_tokens=6)
+    for name, value in {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "min_new_tokens": 5, "suppress_tokens": [3, 4, 5, 6]}.items():
+        monkeypatch.setattr(subject.model.generation_config, name, value)
+    assert plain == (answering.generated(subject, items[:4], max_new_tokens=6), sample_answers(subject, items[:2], 2, max_new_tokens=6))
+
+
+def test_answers_that_are_cut_off_are_counted(declared, monkeypatch):
+    said = [vlm_core.evaluation.Generated("red", 2), *[vlm_core.evaluation.Generated("it is a", 3, True)] * 3]
+    monkeypatch.setattr(answering, "generated", lambda subject, items, **options: said)
+    told = []
+    content = declared(sets={"patches": {"factory": MAKE, "arguments": {"n": 4}}})
+    out = run_evaluation(EvaluationConfig.from_dict(content), say=told.append)
+    assert [row.get("cut_off") for row in lines(out / "one" / "patches")] == [None, False, None, True, None, True, None, True]
+    metrics = pd.read_csv(out / "one" / "patches" / "metrics.csv").query("task == 'all'").set_index("mode")
+    assert metrics.loc["greedy", "cut_off"] == 0.75 and np.isnan(metrics.loc["candidates", "cut_off"])
+    assert "one: 3 of 4 generated answers to patches had not ended after 3 tokens (max_new_tokens)" in told
 
 
 def test_metrics_are_mean_scores_with_clustered_intervals(declared):
     out = ran(declared(sets={"patches": {"factory": MAKE, "arguments": {"n": 30}}}))
     metrics = pd.read_csv(out / "one" / "patches" / "metrics.csv")
-    assert metrics.columns.tolist() == ["set", "task", "mode", "n", "clusters", "score", "lower", "upper"]
+    assert metrics.columns.tolist() == ["set", "task", "mode", "n", "clusters", "score", "lower", "upper", "cut_off"]
     answers = RunFolder(out / "one" / "patches").finished_answers()
     for row in metrics.itertuples():
         part = answers[(answers["mode"] == row.mode) & ((row.task == "all") | (answers["task"] == row.task))]
@@ -312,6 +334,35 @@ def test_subjects_that_join_later_answer_the_same(declared, models):
     assert not (out / "third").exists()
 
 
+def test_subjects_that_join_later_are_asked_alike(declared, models):
+    out = ran(declared())
+    for changes, words in (({"max_new_tokens": 9}, "holds answers by max_new_tokens = 3, not 9"), ({"seed": 2}, "by seed = 0, not 2")):
+        with pytest.raises(ValueError, match=words):
+            ran(declared(subjects=[{"path": models[1]}], **changes))
+    assert not (out / "other").exists()
+    ran(declared(subjects=[{"path": models[1]}], mode="candidates", max_new_tokens=9))
+
+
+def test_a_run_without_answers_holds_up_nobody(declared, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "answer", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ran(declared())
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "one" / "patches" / "run.json").is_file()
+    out = ran(declared(sets={"patches": {"factory": MAKE, "arguments": {"n": 4}}}, max_new_tokens=2))
+    assert len(lines(out / "one" / "patches")) == 8
+
+
+def test_a_run_whose_answers_are_gone_is_not_finished(declared, monkeypatch):
+    folder = ran(declared()) / "one" / "patches"
+    (folder / "answers.jsonl").write_text("")
+    monkeypatch.setattr(running, "answer", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ran(declared())
+    with pytest.raises(ValueError, match="holds no finished run"):
+        RunFolder(folder).finished_answers()
+
+
 def test_a_damaged_file_of_answers_is_refused(declared):
     out = ran(declared())
     file = out / "one" / "patches" / "answers.jsonl"
@@ -373,7 +424,9 @@ def test_answers_do_not_depend_on_the_batch(how, declared, tmp_path, monkeypatch
     if how == "measured":
         monkeypatch.setattr("vlm_core.sweeps.budget.free_bytes", lambda device: 1)  # 192 tokens are the least that is tried
     rows = {"batch_rows": 2} if how == "asked for" else {}
-    again = lines(ran(declared(sets=sets, logits=True, out=str(tmp_path / "again"), **rows)) / "one" / "patches")
+    out = ran(declared(sets=sets, logits=True, out=str(tmp_path / "again"), **rows))
+    assert json.loads((out / "one" / "patches" / "run.json").read_text())["asked"]["batch_rows"] == rows.get("batch_rows")
+    again = lines(out / "one" / "patches")
     assert [(row["item"], row["mode"]) for row in again] == [(row["item"], row["mode"]) for row in whole], "none lost, none twice"
     for one, other in zip(whole, again, strict=True):
         assert (one["output"], one["score"], one.get("tokens")) == (other["output"], other["score"], other.get("tokens"))

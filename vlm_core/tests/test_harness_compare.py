@@ -88,9 +88,9 @@ def test_items_that_only_one_answered_are_counted(out):
     assert table.loc[("greedy", "color"), ["only_a", "only_b"]].tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("field", ["prompt", "image", "answer", "references"])
-def test_what_was_not_asked_alike_is_refused(field, out, capsys):
-    value = ["red"] if field == "references" else "something else"
+@pytest.mark.parametrize("field", ["prompt", "image", "answer", "references", "candidates", "scorer"])
+def test_what_was_not_asked_or_scored_alike_is_refused(field, out, capsys):
+    value = ["red"] if field in ("references", "candidates") else "something else"
     changed(out / "other" / "patches" / "answers.jsonl", lambda row: {**row, field: value} if row["item"] == "item-3" else row)
     assert main(["compare", str(out / "one"), str(out / "other")]) == 2
     said = capsys.readouterr().err
@@ -175,6 +175,13 @@ def test_a_part_is_repeated_in_other_batches(evaluated, monkeypatch):
     found = repeat(evaluated / "one", items=5, batch_rows=3)
     assert sizes == [(WINDOW, 3)] and found.table["items"].tolist() == [WINDOW, WINDOW], "whole windows"
     assert found.agrees and found.table["largest"].max() <= repeating.TOLERANCES["float32"]
+    file = evaluated / "one" / "patches" / "run.json"
+    about = json.loads(file.read_text())
+    about["asked"]["batch_rows"] = 7
+    monkeypatch.setattr(repeating.RunFolder, "about", lambda folder: about)
+    repeat(evaluated / "one", items=5)
+    assert sizes[-1] == (WINDOW, 7), "as it was asked then"
+    monkeypatch.undo()
     noisy(monkeypatch, 1 + 1e-6)
     strict = repeat(evaluated / "one", items=5, tolerance=1e-12)
     assert not strict.agrees and "(tolerance 1e-12): the run is not reproduced" in str(strict)
