@@ -37,8 +37,8 @@ _ALTERING = (
     "exponential_decay_length_penalty", "guidance_scale", "watermarking_config",
 )  # fmt: skip
 UNALTERED = MappingProxyType(dict.fromkeys(_ALTERING))
-"""For ``generate``: the model's own logits, whatever its generation_config.json asks to be made of them. Qwen2.5-VL's penalises tokens that
-were there before, those of the question's options among them."""
+"""For ``generate``: the model's own logits, whatever its generation_config.json asks to be made of them. A repetition penalty, say, lowers tokens
+that were there before, those of the question's options among them."""
 
 COLUMNS = ("item", "cluster", "task", "prompt", "image", "output", "answer", "correct", "score")
 

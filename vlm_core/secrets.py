@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["hidden", "hidden_in", "secrets"]
 
-_NAMES = re.compile(r"(^|_)(TOKENS?|API_?KEY|ACCESS_?KEY|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+_NAMES = re.compile(r"(^|_)(TOKENS?|API_?KEY|ACCESS_?KEY|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)|_(KEY|PAT)$", re.IGNORECASE)
 _SHORTEST = 8  # characters: shorter values are words that stand everywhere
 
 

@@ -83,11 +83,9 @@ def located(path: str, revision: str | None = None) -> str:
 
 
 def checkpoint_digest(path: str) -> str:
-    """Hash of the weights and settings in a directory."""
+    """Hash of the weights and of the settings of model, processor and tokenizer in a directory."""
     checkpoint = inspect_checkpoint(path)
-    settings = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(path).iterdir()) if file.suffix in (".json", ".jinja")}
-    settings.pop("training.json", None)
-    return digest([checkpoint.sha256(), settings])
+    return digest([checkpoint.sha256(), checkpoint.content()])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vlm_core.command_line import one_line
 from vlm_core.scale.backends import BACKENDS, run_jobs
 from vlm_core.scale.config import ScaleConfig
 from vlm_core.scale.jobs import jobs_of
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = ScaleConfig.from_file(options.config)
         return COMMANDS[options.command](config, options)
     except (ValueError, ImportError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 
+from vlm_core.command_line import one_line
 from vlm_core.scale.config import ScaleConfig
 from vlm_core.scale.jobs import Job
 from vlm_core.scale.running import Outcome, take_up
@@ -63,8 +64,8 @@ def run_jobs(jobs: Sequence[Job], config: ScaleConfig, backend: str = "local", s
 def _outcome(future: Future, job: Job) -> Outcome:
     try:
         return future.result()
-    except RuntimeError as error:
-        return Outcome(job.number, "failed", True, reason=str(error))
+    except (RuntimeError, OSError) as error:  # a worker that is gone, a disk that is full: the other jobs go on
+        return Outcome(job.number, "failed", True, reason=one_line(error))
 
 
 def _words(job: Job, outcome: Outcome) -> str:

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import yaml
 from filelock import FileLock, Timeout
 
-from vlm_core.scale.jobs import OUT, Job
+from vlm_core.scale.jobs import Job
+from vlm_core.secrets import hidden
 
 __all__ = ["Outcome", "claim_runs", "output_digests", "result", "state", "take_up"]
 
@@ -153,7 +155,8 @@ def _attempt(job: Job, attempt: Path) -> int:
     """Exit status of the command."""
     attempt.mkdir()
     if job.settings is not None:
-        (attempt / "settings.yaml").write_text(job.settings.replace(OUT, str(attempt)), encoding="utf-8")
+        settings = {**yaml.safe_load(job.settings), "out": str(attempt)}
+        (attempt / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
     # -S and -I: the leash needs nothing but the standard library, and starts in no time.
     command = [sys.executable, "-I", "-S", str(LEASH), *job.command_line(attempt)]
     with (job.folder / "log.txt").open("ab") as log:
@@ -180,7 +183,7 @@ def _trouble(job: Job, attempt: Path, status: int) -> str | None:
 
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f" ({lines[-1][:200]})" if lines else ""
+    return f" ({hidden(lines[-1])[:200]})" if lines else ""
 
 
 def _write(path: Path, content: dict) -> None:

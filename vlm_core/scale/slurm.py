@@ -8,6 +8,7 @@ requeued, does only what is missing. The scripts name a copy of the configuratio
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 import sys
@@ -37,7 +38,9 @@ def write_scripts(config: ScaleConfig, file: str | Path, root: str | Path = ".")
     """
     folder = Path(config.out).absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"config{Path(file).suffix}"
+    # By its content: elements that wait read the one that they were handed in with, also where another is handed in since.
+    content = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    copy = folder / f"config-{content}{Path(file).suffix}"
     shutil.copyfile(file, copy)
     last = len(jobs_of(config)) - 1
     at_once = "" if config.resources.at_once is None else f"%{config.resources.at_once}"

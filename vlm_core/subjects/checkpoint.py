@@ -27,6 +27,7 @@ SAFE = {"trust_remote_code": False}
 _SETTINGS = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json",
     "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
+    "added_tokens.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "video_preprocessor_config.json",
 )  # fmt: skip
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 

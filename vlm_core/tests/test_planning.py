@@ -242,7 +242,7 @@ def test_the_command_says_operations_memory_hours_and_how_wrong_it_was(stored, s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/at/all", "smoke"], "has no configuration of a vision-language model"),
+        (["nowhere/at/all", "smoke"], "subject '<SOME_TOKEN>' has no configuration of a vision-language model"),
         ([str(EMBEDDED), "nightly"], "the work of profile 'nightly' was not counted, that of smoke was: python -m fixtures.workload"),
         ([str(EMBEDDED), "smoke", "--benchmark", "many"], "--benchmark is a number of prompts"),
         ([str(EMBEDDED), "smoke", "--utilisation", "3"], "--utilisation is a share above 0 and at most 1, got 3.0"),
@@ -252,5 +252,6 @@ def test_the_command_says_operations_memory_hours_and_how_wrong_it_was(stored, s
 )
 def test_what_cannot_be_planned_is_one_sentence(stored, arguments, message, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("SOME_TOKEN", "nowhere/at/all")
     assert plan.main(["--workload", str(stored), *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -210,7 +210,8 @@ def test_secrets_are_known_by_the_names_of_their_variables(monkeypatch):
     for name in list(secrets().values()):
         monkeypatch.delenv(name)
     given = {"HF_TOKEN": TOKEN, "OPENAI_API_KEY": "sk-abcdefgh", "MY_PASSWORD": "long enough", "WANDB_API_KEY": TOKEN + "more"}
-    other = {"TOKENIZERS_PARALLELISM": "falsefalse", "HF_HOME": "/somewhere/else", "A_TOKEN": "short", "KEYBOARD": "qwertyuiop"}
+    given |= {"AZURE_OPENAI_KEY": "0123456789", "GITHUB_PAT": "ghp_abcdefgh"}
+    other = {"TOKENIZERS_PARALLELISM": "falsefalse", "HF_HOME": "/somewhere/else", "A_TOKEN": "short", "KEYBOARD": "qwertyuiop", "A_KEY_FILE": "/a/b/c/d/e"}
     for name, value in {**given, **other}.items():
         monkeypatch.setenv(name, value)
     assert {name: value for value, name in secrets().items()} == given

@@ -23,7 +23,7 @@ from vlm_core.scale.backends import run_jobs
 from vlm_core.scale.config import ScaleConfig, SubjectAt
 from vlm_core.scale.jobs import jobs_of
 from vlm_core.scale.merging import merge
-from vlm_core.scale.running import output_digests, result, state, take_up
+from vlm_core.scale.running import Outcome, output_digests, result, state, take_up
 from vlm_core.scale.slurm import write_scripts
 from vlm_core.tests.scale_jobs import StandIn, gone, subjects, write_config
 
@@ -287,8 +287,12 @@ def test_the_scripts_of_a_slurm_array_run_its_jobs(stand_in, config, tmp_path):
     file.write_text("edited meanwhile")
     done = subprocess.run(["bash", scripts / "jobs.sbatch"], env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, check=False)
     assert done.returncode == 0
-    first, second = jobs_of(ScaleConfig.from_file(scripts / "config.yaml"))
+    (copy,) = scripts.glob("config-*.yaml")
+    first, second = jobs_of(ScaleConfig.from_file(copy))
     assert (state(first), state(second)) == ("missing", "done")
+    later = config(claims={"other": {"profile": "nightly"}})
+    write_scripts(ScaleConfig.from_file(later), later)
+    assert jobs_of(ScaleConfig.from_file(copy)) == [first, second], "what waits does what it was handed in for"
     # What sbatch would be told.
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
@@ -298,6 +302,38 @@ def test_the_scripts_of_a_slurm_array_run_its_jobs(stand_in, config, tmp_path):
     assert (tmp_path / "asked").read_text().splitlines() == [
         f"--parsable {scripts}/jobs.sbatch", f"--dependency=afterany:4711 {scripts}/merge.sbatch",
     ]  # fmt: skip
+
+
+def script(config, code, out=None):
+    """A job of a benchmark that runs some code instead, with the path of its settings."""
+    file = config(claims={}, benchmarks={"vqa": {"sets": {"x": {"path": "x"}}}}, **({} if out is None else {"out": str(out)}))
+    return dataclasses.replace(jobs_of(ScaleConfig.from_file(file))[0], command=("-c", code, "{out}/settings.yaml"))
+
+
+def test_settings_say_where_outputs_go_whatever_the_folder_is_called(config, tmp_path):
+    code = "import sys, pathlib, yaml; out = yaml.safe_load(open(sys.argv[1]))['out']; pathlib.Path(out, 'came').touch()"
+    job = script(config, code, tmp_path / "o'brien: {a}" / ("long " * 30).strip())
+    assert take_up(job) == Outcome(job.number, "done", True, pytest.approx(0, abs=60))
+    assert (result(job) / "came").is_file()
+
+
+def test_no_secret_is_recorded_of_a_job_that_fails(config, monkeypatch, capsys):
+    monkeypatch.setenv("SOME_TOKEN", "a-token-to-be-hidden")
+    job = script(config, "print('refused for a-token-to-be-hidden'); raise SystemExit(2)")
+    assert "(refused for <SOME_TOKEN>)" in take_up(job).reason
+    assert "a-token-to-be-hidden" not in (job.folder / "failed.json").read_text()
+    assert main(["plan", "a-token-to-be-hidden.toml"]) == 2 and "<SOME_TOKEN>.toml" in capsys.readouterr().err
+
+
+def test_what_one_worker_meets_does_not_end_the_others(stand_in, config, monkeypatch):
+    def full(job, *args):
+        if job.number == 0:
+            raise OSError("No space left on device")
+        return take_up(job, *args)
+
+    monkeypatch.setattr("vlm_core.scale.backends.take_up", full)
+    first, second = run(config())
+    assert (first.state, first.reason, second.state) == ("failed", "No space left on device", "done")
 
 
 def test_a_report_is_made_of_what_is_done_and_says_what_is_not(stand_in, config, monkeypatch, capsys):

@@ -32,6 +32,17 @@ def test_a_checkpoint_is_known_by_weights_and_settings(tmp_path):
     assert checkpoint_digest(again) != checkpoint_digest(first)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "merges.txt", "vocab.txt"])
+def test_a_checkpoint_is_known_by_its_tokenizer(tmp_path, name):
+    folder = save_student(tmp_path / "a")
+    before = checkpoint_digest(str(folder))
+    (folder / "notes.txt").write_text("of no consequence")
+    assert checkpoint_digest(str(folder)) == before
+    with (folder / name).open("ab") as file:
+        file.write(b"\n")
+    assert checkpoint_digest(str(folder)) != before
+
+
 def test_items_are_read_when_they_are_asked_for(monkeypatch):
     made, read = make_items(6), []
 
