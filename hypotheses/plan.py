@@ -93,7 +93,7 @@ Procedural scenes whose every answer is known ([data card](../probes/CARD.md)). 
 * **Tokens**: accuracy by layer and share kept, effective rank, nearest-neighbour similarity, operations and time of the prefill. Policies that look at the tokens are compared with random, evenly spaced and pooled ones at equal numbers of tokens; object tokens
   become the mean token, against as many other tokens.
 * **Flow**: edges between token groups cut in windows of layers, activations patched both ways under two corruptions, logit lens.
-* **Students**: accuracy before and after, per task, over training runs; tokens, operations and seconds. The arms:
+* **Students**: accuracy before and after, per task, over training runs; tokens, operations and seconds of training, beside them the operations of making the data (the teacher's answers, samples of a student, their ranking). The arms:
 
 | arm | trained on | after | steps |
 |---|---|---|---|

@@ -243,12 +243,15 @@ class Generated:
         Without special tokens and surrounding spaces.
     tokens : int
         How many it took, the one that ends the answer among them.
+    prompt : int
+        Tokens of the prompt, padding not counted.
     cut_off : bool
         Whether there was no such token: it had not ended when it had as many tokens as it may.
     """
 
     text: str
     tokens: int
+    prompt: int
     cut_off: bool = False
 
 
@@ -315,8 +318,9 @@ def generated(
                 **UNALTERED,
             )[:, n_prompt:]
         texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for index, text, (length, ended) in zip(chosen, texts, _lengths(subject, tokens), strict=True):
-            outputs[index] = Generated(text.strip(), length, not ended)
+        prompts = batch.valid.sum(1).tolist()
+        for index, text, (length, ended), prompt in zip(chosen, texts, _lengths(subject, tokens), prompts, strict=True):
+            outputs[index] = Generated(text.strip(), length, prompt, not ended)
 
     # Prompts of alike length share a batch: less padding.
     order = sorted(range(len(items)), key=lambda index: len(item_field(items[index], "prompt")))

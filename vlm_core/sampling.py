@@ -1,6 +1,7 @@
 """What a subject says when it is drawn from rather than asked for its best: many samples an item, at a temperature.
 
 ``sample_answers(subject, items, n)``   ``n`` sampled answers an item
+``sampled(subject, items, n)``          the same with their tokens and the length of the prompt: `Sampled`
 
 Samples of an item that have said the same so far have the same next-token distribution: they are one row of the batch until they part, and
 a row all of whose samples have ended leaves it. A prompt runs once however many samples are drawn.
@@ -9,6 +10,7 @@ a row all of whose samples have ended leaves it. A prompt runs once however many
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,26 @@ from vlm_core.items import SHOWN, item_field, item_number, require_item, require
 from vlm_core.subjects.subject import Subject, require_subject
 from vlm_core.sweeps.features import KnownFeatures, recalling
 
-__all__ = ["sample_answers"]
+__all__ = ["Sampled", "sample_answers", "sampled"]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was drawn for one item.
+
+    Parameters
+    ----------
+    answers : tuple of str
+        Without special tokens and surrounding spaces.
+    tokens : tuple of tuples of int
+        Of each answer, the one that ends it among them.
+    prompt : int
+        Tokens of the prompt, padding not counted.
+    """
+
+    answers: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    prompt: int
 
 
 def sample_answers(
@@ -33,6 +54,21 @@ def sample_answers(
     max_new_tokens: int = 16,
     batch_rows: int | None = None,
 ) -> list[tuple[str, ...]]:
+    """The texts that `sampled` gives."""
+    drawn = sampled(subject, items, n, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, batch_rows=batch_rows)
+    return [one.answers for one in drawn]
+
+
+def sampled(
+    subject: Subject,
+    items: Sequence,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 16,
+    batch_rows: int | None = None,
+) -> list[Sampled]:
     """Draw answers from a subject.
 
     Parameters
@@ -50,7 +86,7 @@ def sample_answers(
 
     Returns
     -------
-    list of tuple of str
+    list of Sampled
         ``n`` answers an item, in the order of ``items``.
 
     Raises
@@ -70,7 +106,7 @@ def sample_answers(
     shown = take(items, range(len(items)))
     for item in shown:
         require_item(item, SHOWN)
-    said: list[tuple[str, ...]] = [()] * len(shown)
+    found: list[Sampled | None] = [None] * len(shown)
     known = KnownFeatures.of(subject)
     size = batch_rows or subject.batch_rows
     order = sorted(range(len(shown)), key=lambda index: len(item_field(shown[index], "prompt")))
@@ -89,9 +125,11 @@ def sample_answers(
                 **UNALTERED,
             )
         texts = [text.strip() for text in subject.tokenizer.batch_decode(draw.said, skip_special_tokens=True)]
+        prompts = batch.valid.sum(1).tolist()
         for place, index in enumerate(chosen):
-            said[index] = tuple(texts[place * n : (place + 1) * n])
-    return said
+            own = slice(place * n, (place + 1) * n)
+            found[index] = Sampled(tuple(texts[own]), tuple(map(tuple, draw.said[own])), prompts[place])
+    return found
 
 
 class _Draw:

@@ -210,9 +210,10 @@ def ablations(evidence, contrasts: pd.DataFrame) -> None:
 
 
 _COSTS = (
-    "arm", "label", "reduced", "steps", "images", "tokens", "supervised_tokens", "training_flops", "seconds", "accuracy", "lower", "upper",
-    "inference_flops",
+    "arm", "label", "reduced", "steps", "images", "tokens", "supervised_tokens", "training_flops", "seconds", "answering_flops", "sampling_flops",
+    "ranking_flops", "accuracy", "lower", "upper", "inference_flops",
 )  # fmt: skip
+_MAKING = {"answering_flops": "the teacher's answers", "sampling_flops": "samples of a student", "ranking_flops": "the teacher's ranking of them"}
 
 
 def costs(evidence, table: pd.DataFrame) -> None:
@@ -222,7 +223,9 @@ def costs(evidence, table: pd.DataFrame) -> None:
     ----------
     table : DataFrame
         One row an arm: ``arm, label, reduced, steps, images, tokens, supervised_tokens, training_flops`` (of all its stages; 0 before training),
-        ``seconds, accuracy, lower, upper, inference_flops`` (of a prompt).
+        ``seconds`` (of training), ``answering_flops, sampling_flops, ranking_flops`` (of making the data of all its stages: the teacher's answers,
+        samples of a student, the teacher's ranking of them; not part of ``training_flops``), ``accuracy, lower, upper, inference_flops`` (of a
+        prompt).
     """
     _require(table, _COSTS, "costs")
     evidence.table("distill-costs.csv", table[list(_COSTS)])
@@ -236,7 +239,7 @@ def costs(evidence, table: pd.DataFrame) -> None:
             "lower": _known(row.lower),
             "upper": _known(row.upper),
             "tip": f"{row.label}, {_TOKENS[bool(row.reduced)]}: {number(float(row.accuracy))} for {with_unit(row.training_flops, 'FLOP')} of training, "
-            f"{with_unit(row.inference_flops, 'FLOP')} a prompt",
+            f"{with_unit(row.inference_flops, 'FLOP')} a prompt{_making(row)}",
         }
         for row in table.itertuples()
     ]
@@ -246,8 +249,26 @@ def costs(evidence, table: pd.DataFrame) -> None:
         "quality_per_flop",
         {"points": points},
         title="Quality for operations",
-        caption=f"Accuracy over the floating-point operations of all training so far (left) and of one prompt (right), with 95 % intervals.{reduced}{untrained}",
+        caption=f"Accuracy over the floating-point operations of all training so far (left) and of one prompt (right), with 95 % intervals.{reduced}{untrained} "
+        f"{_not_counted(table)}",
         alt="Accuracy over operations: " + "; ".join(point["tip"] for point in points) + ".",
+    )
+
+
+def _making(row):
+    """What making an arm's data took, for a tip."""
+    took = sum(getattr(row, name) for name in _MAKING)
+    return f", {with_unit(took, 'FLOP')} to make its data" if took else ""
+
+
+def _not_counted(table):
+    """What the operations of training leave out, and how much at most that came to for an arm."""
+    took = [f"{said} {with_unit(most, 'FLOP')}" for name, said in _MAKING.items() if (most := float(table[name].max())) > 0]
+    found = f" (for an arm, at most: {listing(took)}; see distill-costs.csv)" if took else ""
+    return (
+        "Training counts the language model, in a preference stage with its reference, on-policy with the student's answers and the teacher's reading of them. "
+        f"It does not count making the data{found}, image encoders, what the choice of layers or of a token recipe took, nor, with reduced tokens, the training "
+        "of the student with all tokens that pairs of answers are drawn from."
     )
 
 

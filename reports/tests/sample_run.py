@@ -365,7 +365,9 @@ def of_students(rng):
             mean = float(np.mean([run["correct"].mean() for run in answers[name]]))
             costs.append(
                 {"arm": name, "label": label, "reduced": reduced, "steps": 80 * spent, "images": 1280 * spent, "tokens": 900_000 * spent,
-                 "supervised_tokens": 18_000 * spent, "training_flops": 4e12 * spent * (0.7 if reduced else 1), "seconds": 9.0 * spent, "accuracy": mean,
+                 "supervised_tokens": 18_000 * spent, "training_flops": 4e12 * spent * (0.7 if reduced else 1), "seconds": 9.0 * spent,
+                 "answering_flops": 6e10 * bool(spent), "sampling_flops": 2e10 * (arm == "preference"), "ranking_flops": 5e10 * (arm == "preference"),
+                 "accuracy": mean,
                  "lower": mean - 0.03, "upper": mean + 0.03, "inference_flops": 1.1e8 * (0.62 if reduced else 1)}
             )  # fmt: skip
     exhibits.students.students(evidence, answers, stages)

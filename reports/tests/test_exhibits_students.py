@@ -213,7 +213,8 @@ def spent():
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=["arm", "label", "reduced", "steps", "training_flops", "accuracy", "inference_flops"])
     more = {"images": 16, "tokens": 1000, "supervised_tokens": 20, "seconds": 9.0, "lower": frame["accuracy"] - 0.05, "upper": frame["accuracy"] + 0.05}
-    return frame.assign(**more)
+    making = {"answering_flops": [0, 5e11, 5e11, 5e11], "sampling_flops": [0, 0, 0, 2e10], "ranking_flops": [0, 0, 0, 3e11]}
+    return frame.assign(**more, **making)
 
 
 def test_costs_are_drawn_over_training_and_over_a_prompt(evidence):
@@ -225,7 +226,9 @@ def test_costs_are_drawn_over_training_and_over_a_prompt(evidence):
     assert [(p["label"], p["reduced"], p["training"], p["inference"], p["value"]) for p in plot["data"]["points"]] == [
         ("baseline", False, 0.0, 2e8, 0.3), ("SFT", False, 4e12, 2e8, 0.55), ("SFT", True, 3e12, 1.2e8, 0.53), ("SFT + preference", False, 1.2e13, 2e8, 0.62),
     ]  # fmt: skip
-    assert "SFT, reduced visual tokens: 0.53 for 3 TFLOP of training, 120 MFLOP a prompt" in plot["alt"]
+    assert "SFT, reduced visual tokens: 0.53 for 3 TFLOP of training, 120 MFLOP a prompt, 500 GFLOP to make its data" in plot["alt"]
+    assert "200 MFLOP a prompt;" in plot["alt"] and "200 MFLOP a prompt, 820 GFLOP to make its data" in plot["alt"]
+    assert "does not count making the data (for an arm, at most: the teacher's answers 500 GFLOP, samples of a student 20 GFLOP and the teacher's ranking of them 300 GFLOP; " in plot["caption"]
     assert "Dashed lines: not trained" in plot["caption"] and "hollow: reduced ones" in plot["caption"]
     figure, tips = drawings_students.quality_per_flop(plot["data"])
     training, prompt = figure.axes

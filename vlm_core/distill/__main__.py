@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if together is not None:
             together.leave()
     if together.is_first:
-        print(f"the student is {out / 'student'}; beside it student-metrics.csv, training-costs.csv, costs.csv and data-card.md")
+        print(f"the student is {out / 'student'}; beside it student-metrics.csv, training-costs.csv, data-costs.csv, costs.csv and data-card.md")
     return 0
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,19 @@ class AskedOnce:
     folder : Path
     say : callable
         Told, in words, how far it is.
+
+    Attributes
+    ----------
+    operations : dict of str to float
+        Floating-point operations of the answers, samples and scores that were asked for here, also of those that were found: of each piece
+        once. NaN where the teacher itself counts none.
     """
 
     def __init__(self, make: Callable[[], Teacher], key: Any, folder: Path, say: Callable[[str], None]) -> None:
         self._make, self._folder, self._say = make, folder / digest(key), say
         self._teacher: Teacher | None = None
+        self.operations: dict[str, float] = {}
+        self._added: set[str] = set()
 
     def identity(self) -> dict[str, Any]:
         """The teacher's."""
@@ -82,10 +92,21 @@ class AskedOnce:
             asked = [(str(item_field(item, "id")), picture_digest(item_field(item, "image")), item_field(item, "prompt")) for item in some]
             name = f"{what}-{digest([how, asked, said])}"
             new = not self._path(name).is_file()
-            found += self._kept(name, lambda some=some, said=said: ask(some, said))
+            piece = self._kept(name, lambda some=some, said=said: self._counted(what, partial(ask, some, said)))
+            if name not in self._added:
+                self._added.add(name)
+                self.operations[what] = self.operations.get(what, 0) + (math.nan if piece["flops"] is None else piece["flops"])
+            found += piece["said"]
             if new and start // PIECE % 8 == 7:
                 self._say(f"{what}: {min(start + PIECE, len(items))} of {len(items)}")
         return found
+
+    def _counted(self, what: str, ask: Callable[[], list]) -> dict[str, Any]:
+        """What is said, and the operations that it took."""
+        before = getattr(self._asked, "operations", {}).get(what, 0)
+        said = ask()
+        after = getattr(self._asked, "operations", {}).get(what)
+        return {"said": said, "flops": None if after is None else after - before}
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.json"

@@ -8,7 +8,8 @@
     out/student                   the last stage's student (a link)
     out/stages/1-sft-<hash>/      each stage's student: model, processor, training.json
     out/student-metrics.csv       accuracy per stage, evaluation set and task, with intervals
-    out/training-costs.csv        images, tokens, operations and seconds per stage, and what they bought
+    out/training-costs.csv        images, tokens, operations and seconds of training per stage, and what they bought
+    out/data-costs.csv            operations of making what the stages are trained on: answers, samples, scores
     out/costs.csv                 student beside teacher: size, operations, memory, latency
     out/evaluation/*.jsonl        every answer, before and after
     out/kept/                     what a run that was killed finds again: answers in pieces, data sets
@@ -154,6 +155,7 @@ class _Run:
         self._lock: FileLock | None = None
         self._students: list[tuple[str, str]] = []  # (key, folder) before training and after each stage so far
         self._frames: dict[tuple[str, str, str], pd.DataFrame] = {}  # (stage, recipe, evaluation set)
+        self._asking: list[dict[str, object]] = []  # rows of data-costs.csv
 
     def say(self, words: str) -> None:
         """Tell whoever listens, and the log."""
@@ -194,6 +196,7 @@ class _Run:
                 )
         write_whole(self.out / "config.json", json.dumps(config.to_dict(), indent=1))
         self.lessons = Lessons(config, items_of(config.data, "data"), self.evaluated, self.teacher, load_processor(student).tokenizer, self.say)
+        self._asking += _data_costs("all", "teacher", self.teacher.operations)
         self._measure("before", self._students[0], None)
 
     def _asked_once(self, key: str, path: str) -> AskedOnce:
@@ -212,6 +215,8 @@ class _Run:
         key, start = self._students[-1]
         student = self._asked_once(key, start)
         data = self.lessons.data(stage, student)
+        self._asking += _data_costs(stage.name, "student", student.operations)
+        self._asking += _data_costs(stage.name, "teacher", self.teacher.operations)
         taught = rows_digest(data)
         declared = {**asdict(stage), "kind": stage.kind}
         teacher = checkpoint_digest(self._teacher_path) if isinstance(stage, OnPolicy) else None
@@ -293,6 +298,7 @@ class _Run:
         costs = training_costs({stage.name: folder for stage, (_, folder) in zip(stages, self._students[1:], strict=True)})
         reached = {stage.name: overall[stage.name, stage.recipe or ""] for stage in stages}
         _write_table(quality_per_flop(costs, reached, overall["before", ""]), self.out / "training-costs.csv")
+        _write_table(pd.DataFrame(self._asking), self.out / "data-costs.csv")
         _write_table(self._beside_teacher(), self.out / "costs.csv")
         link = self.out / "student.partial"
         link.unlink(missing_ok=True)
@@ -340,6 +346,13 @@ def _metrics(frames: Mapping[tuple[str, str, str], pd.DataFrame]) -> pd.DataFram
     table = pd.concat(tables, ignore_index=True)
     before = table[table["stage"] == "before"].set_index(["set", "task"])["accuracy"]
     return table.assign(gain=table["accuracy"].to_numpy() - before.loc[list(zip(table["set"], table["task"], strict=True))].to_numpy())
+
+
+def _data_costs(stage: str, model: str, operations: dict[str, float]) -> list[dict[str, object]]:
+    """A row for each thing that a model was asked for a stage, with its operations (NaN where nobody knows), which begin anew."""
+    rows = [{"stage": stage, "model": model, "asked": what, "flops": flops} for what, flops in operations.items()]
+    operations.clear()
+    return rows
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

@@ -64,6 +64,11 @@ class SubjectTeacher:
         Where an answer is cut off that has not ended.
     batch_rows : int, optional
         Prompts per forward pass.
+
+    Attributes
+    ----------
+    operations : dict of str to int
+        Floating-point operations so far of its ``answers``, ``samples`` and ``scores``, by formula (`vlm_core.distill.asking`).
     """
 
     def __init__(self, subject, *, max_new_tokens: int = 16, batch_rows: int | None = None) -> None:
@@ -71,6 +76,7 @@ class SubjectTeacher:
 
         require_subject(subject)
         self.subject, self.max_new_tokens, self.batch_rows = subject, max_new_tokens, batch_rows
+        self.operations: dict[str, int] = {}
 
     def identity(self) -> dict[str, Any]:
         """The subject's, with ``kind`` ``"subject"``."""
@@ -78,17 +84,23 @@ class SubjectTeacher:
 
     def answers(self, items: Sequence) -> list[str]:
         """Greedy answers (`vlm_core.evaluate` in mode ``"greedy"``)."""
-        from vlm_core.evaluation import greedy_answers
+        from vlm_core.distill.asking import answering_flops
+        from vlm_core.evaluation import generated
 
-        return greedy_answers(self.subject, items, max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows)
+        said = generated(self.subject, items, max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows)
+        self._took("answers", answering_flops(self.subject, said))
+        return [one.text for one in said]
 
     def samples(self, items: Sequence, n: int, *, temperature: float = 1.0, seed: int = 0) -> list[tuple[str, ...]]:
-        """See `vlm_core.sampling.sample_answers`."""
-        from vlm_core.sampling import sample_answers
+        """See `vlm_core.sampling.sampled`."""
+        from vlm_core.distill.asking import sampling_flops
+        from vlm_core.sampling import sampled
 
-        return sample_answers(
+        drawn = sampled(
             self.subject, items, n, temperature=temperature, seed=seed, max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows
         )
+        self._took("samples", sampling_flops(self.subject, drawn))
+        return [one.answers for one in drawn]
 
     def scores(self, items: Sequence, answers: Sequence[str]) -> np.ndarray:
         """Summed log-probability of each answer's tokens as they follow the prompt, as a sweep scores candidates.
@@ -96,13 +108,24 @@ class SubjectTeacher:
         The end of the answer is not among the tokens: an answer that begins with another can never be likelier than that one. ``-inf``
         where the subject cannot write the answer: no token, or one that its tokenizer does not know.
         """
+        from vlm_core.distill.asking import scoring_flops
         from vlm_core.sweeps.answers import answer_scores
 
-        return answer_scores(self.subject, items, answers, batch_rows=self.batch_rows)
+        scores = answer_scores(self.subject, items, answers, batch_rows=self.batch_rows)
+        self._took("scores", scoring_flops(self.subject, items, answers))
+        return scores
+
+    def _took(self, what: str, flops: int) -> None:
+        self.operations[what] = self.operations.get(what, 0) + flops
 
 
 class RecordedTeacher:
     """A teacher whose answers were recorded; see the module for the file.
+
+    Attributes
+    ----------
+    operations : dict of str to float
+        Of what it was asked: NaN, nobody knows what its answers took.
 
     Raises
     ------
@@ -112,6 +135,7 @@ class RecordedTeacher:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.operations: dict[str, float] = {}
         if not self.path.is_file():
             raise ValueError(f"there is no file of recorded answers at '{self.path}'")
         content = self.path.read_bytes()
@@ -138,6 +162,7 @@ class RecordedTeacher:
 
     def answers(self, items: Sequence) -> list[str]:
         """The first recorded answer of each item."""
+        self.operations["answers"] = math.nan
         return [line["answers"][0] for line in self._found(items)]
 
     def samples(self, items: Sequence, n: int, *, temperature: float = 1.0, seed: int = 0) -> list[tuple[str, ...]]:
@@ -149,6 +174,7 @@ class RecordedTeacher:
             Where fewer were recorded, or at another temperature.
         """
         integer(n, "n", least=1)
+        self.operations["samples"] = math.nan
         drawn = []
         for item, line in zip(take(items, range(len(items))), self._found(items), strict=True):
             samples = line["answers"][1:]
@@ -170,6 +196,7 @@ class RecordedTeacher:
         from vlm_core.distill.instructions import require_answers
 
         require_answers(items, answers, "a teacher's scores")
+        self.operations["scores"] = math.nan
         found = []
         for item, line, answer in zip(take(items, range(len(items))), self._found(items), answers, strict=True):
             known = dict(zip(line["answers"], line.get("scores", []), strict=False))

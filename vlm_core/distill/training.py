@@ -17,8 +17,10 @@
 ``tokens``               of the sequences that gradients were computed for, padding not counted
 ``supervised_tokens``    those of them that the loss reads
 ``flops``                operations of the language model by formula (`vlm_core.distill.operations`), forward and backward;
-                         of whole sequences, also where answers share a prompt
-``seconds``              from the first step to the last, of all runs that a killed one was resumed in
+                         of whole sequences, also where answers share a prompt; with those of a preference stage's reference, and on-policy
+                         of the student's answers and the teacher's reading; not of making the data (`vlm_core.distill.asking`)
+``seconds``              from the first step to the last, of all runs that a killed one was resumed in; what comes before (the reference of
+                         a preference stage, making the data) is not among them
 ``encoded_once``         whether rows were encoded once (else TRL's collator made every batch)
 """
 

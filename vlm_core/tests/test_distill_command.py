@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 import vlm_core.distill.running as running
 from vlm_core import DropTokens, Recipe, evaluate, load_vlm
-from vlm_core.distill import RecordedTeacher, SubjectTeacher, instruction_set, sft
+from vlm_core.distill import RecordedTeacher, SubjectTeacher, instruction_set, sft, teacher_ranked
 from vlm_core.distill.__main__ import main
 from vlm_core.distill.asked_once import PIECE, AskedOnce
 from vlm_core.distill.config import DistillConfig
@@ -114,6 +114,18 @@ def test_three_stages_from_a_file(declared, models, tmp_path, capsys):
     assert spent["flops_so_far"].tolist() == spent["flops"].cumsum().tolist()
     costs = pd.read_csv(out / "costs.csv")
     assert set(costs["model"]) == {"student", "teacher"} and {"first token", "weights"} <= set(costs["quantity"])
+    made = pd.read_csv(out / "data-costs.csv")
+    assert list(made[["stage", "model", "asked"]].itertuples(index=False, name=None)) == [
+        ("all", "teacher", "answers"), ("dpo", "student", "samples"), ("dpo", "teacher", "scores"),
+    ]  # fmt: skip
+    items = make_items(24, seed=1)
+    teacher, student = (
+        AskedOnce(lambda path=path: SubjectTeacher(load_vlm(path), max_new_tokens=3), str(path), tmp_path / "again", print)
+        for path in (models["teacher"], folders[0])
+    )
+    teacher.answers(items)
+    teacher_ranked(items, student.samples(items, 3), teacher)
+    assert made["flops"].tolist() == [teacher.operations["answers"], student.operations["samples"], teacher.operations["scores"]]
     card = (out / "data-card.md").read_text()
     assert "24" in card and "teacher_ranked" in card and "No picture is shared with test" in card
     assert DistillConfig.from_dict(json.loads((out / "config.json").read_text())) == DistillConfig.from_dict(declared(stages=STAGES))
@@ -164,6 +176,8 @@ def test_a_recorded_teacher_teaches_the_same(declared, asked, tmp_path):
     out = distill(DistillConfig.from_dict(recorded))
     assert same(asked / "student", out / "student")
     assert set(pd.read_csv(out / "costs.csv")["model"]) == {"student"}
+    (made,) = pd.read_csv(out / "data-costs.csv").itertuples(index=False)
+    assert (made.model, made.asked) == ("teacher", "answers") and np.isnan(made.flops), "nobody knows what it took"
     assert "teacher" not in set(pd.read_csv(out / "student-metrics.csv")["stage"])
 
 
@@ -317,9 +331,10 @@ def test_what_is_finished_is_found(declared, monkeypatch):
     monkeypatch.setattr(running, "sft", noting)
     monkeypatch.setattr(running, "evaluate", lambda *args, **options: measured.append(args))
     monkeypatch.setattr(running, "SubjectTeacher", lambda *args, **options: asked.append(args))
-    before = (out / "student-metrics.csv").read_text()
+    tables = [out / "student-metrics.csv", out / "data-costs.csv"]
+    before = [table.read_text() for table in tables]
     distill(config)
-    assert not trained and not measured and not asked and (out / "student-metrics.csv").read_text() == before
+    assert not trained and not measured and not asked and [table.read_text() for table in tables] == before
     monkeypatch.undo()
     monkeypatch.setattr(running, "sft", noting)
     stages[1]["learning_rate"] = 1e-4
@@ -371,6 +386,7 @@ def test_a_teacher_is_asked_once_also_after_a_kill(tmp_path):
     ):
         assert ask(first) == ask(never)
     assert never.scores(items[:3], ["ab", "", "abc"]).tolist() == [2.0, -np.inf, 3.0]
+    assert np.isnan(never.operations["scores"]), "of a teacher that counts nothing"
     assert first.samples(items[:2], 2, temperature=0.5, seed=4) != first.samples(items[:2], 2, temperature=0.5, seed=3)
 
 

@@ -153,7 +153,7 @@ def test_what_a_checkpoint_asks_to_be_made_of_its_logits_is_left_away(subject, i
 
 
 def test_answers_that_are_cut_off_are_counted(declared, monkeypatch):
-    said = [vlm_core.evaluation.Generated("red", 2), *[vlm_core.evaluation.Generated("it is a", 3, True)] * 3]
+    said = [vlm_core.evaluation.Generated("red", 2, 9), *[vlm_core.evaluation.Generated("it is a", 3, 9, True)] * 3]
     monkeypatch.setattr(answering, "generated", lambda subject, items, **options: said)
     told = []
     content = declared(sets={"patches": {"factory": MAKE, "arguments": {"n": 4}}})
@@ -202,7 +202,7 @@ def test_generated_answers_are_scored_by_the_items_scorer(declared, monkeypatch)
 
 def test_a_set_may_name_the_scorer(declared, monkeypatch):
     colour = make_items(1)[0]["answer"]
-    said = [vlm_core.evaluation.Generated(f"it is {colour} .", 4)] * 4
+    said = [vlm_core.evaluation.Generated(f"it is {colour} .", 4, 9)] * 4
     monkeypatch.setattr(answering, "generated", lambda subject, items, **options: said[: len(items)])
     sets = {"as it is": {}, "spoken": {"scorer": "spoken"}}
     sets = {name.replace(" ", "-"): {"factory": MAKE, "arguments": {"n": 4}, "mode": "greedy", **more} for name, more in sets.items()}
@@ -215,7 +215,7 @@ def test_a_set_may_name_the_scorer(declared, monkeypatch):
 
 def test_accepted_answers_count(declared, monkeypatch):
     said = iter(["red", "Red.", "blue or so", "yellow"])
-    monkeypatch.setattr(answering, "generated", lambda subject, items, **options: [vlm_core.evaluation.Generated(next(said), 1) for _ in items])
+    monkeypatch.setattr(answering, "generated", lambda subject, items, **options: [vlm_core.evaluation.Generated(next(said), 1, 9) for _ in items])
     sets = {"open": {"factory": OPEN, "arguments": {"n": 4, "references": True}}}
     rows = lines(ran(declared(sets=sets, mode="greedy")) / "one" / "open")
     assert [row["score"] for row in rows[:3]] == [1.0, 1.0, 0.0]
