@@ -192,6 +192,14 @@ class ScaleConfig:
                 raise ValueError(f"claims and benchmarks are both called '{name}': give each its own name")
         for name in (*self.claims, *self.benchmarks):
             _plain(name, "a selection")
+        holders: dict[str, str] = {}
+        for name, one in self.benchmarks.items():
+            for own in one.sets:
+                if holders.setdefault(own, name) != name:
+                    raise ValueError(
+                        f"benchmarks.{holders[own]} and benchmarks.{name} both have a set called '{own}': the page tells scores apart by it, give "
+                        f"each its own name"
+                    )
 
     @classmethod
     def from_file(cls, path: str | Path) -> ScaleConfig:

@@ -7,7 +7,7 @@ Text and candidates are read alike: small letters, no punctuation, no articles, 
 digits ("two", "2"), "upper" and "lower" as "top" and "bottom". Then, in this order:
 
 1. the whole text is a candidate;
-2. where the candidates are yes and no: the first word decides, unless the other one follows as a word of its own ("Yes and no"). Without such a
+2. where the candidates are yes and no: the first word (after "the answer is") decides, unless the other one follows as a word of its own ("Yes and no"). Without such a
    word a statement is a yes and a negated one ("There is no red circle", "The two are not alike") a no; a text that says it does not know is
    neither;
 3. else every candidate in the text is a mention, also in the plural; the longest one counts where they lie in each other ("dark red" is not "red").
@@ -88,6 +88,9 @@ def _words(text: str) -> list[str]:
 
 
 def _yes_or_no(said: list[str]) -> str | None:
+    place = said.index("answer") + 1 if "answer" in said[:2] else 0
+    if place and said[place : place + 1] in (["is"], [_END]):
+        said = said[place + 1 :]
     words = [word for word in said if word != _END]
     if not words or _UNKNOWING.search(" ".join(words)):
         return None

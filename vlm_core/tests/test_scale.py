@@ -140,6 +140,10 @@ def test_weights_that_change_make_other_jobs(tmp_path):
         ({"workers": 0}, "workers must be 1 or more, got 0"),
         ({"resources": {"time": "4 hours"}}, "time is '4 hours': SLURM takes no spaces there"),
         ({"benchmarks": {"all": {"sets": {"x": {}}}}}, "claims and benchmarks are both called 'all'"),
+        (
+            {"benchmarks": {"a": {"sets": {"x": {"path": "y"}}}, "b": {"sets": {"x": {"path": "y"}}, "settings": {"max_new_tokens": 9}}}},
+            "benchmarks.a and benchmarks.b both have a set called 'x'",
+        ),
         ({"cluster": {}}, "there is no setting 'cluster'"),
     ],
 )

@@ -66,6 +66,10 @@ SENTENCES = [
     (SIDES, "It is left, not right, of the triangle.", "left"),
     # yes and no
     (YES, "Yes.", "yes"),
+    (YES, "Answer: no", "no"),
+    (YES, "The answer is yes, there is no green cross.", "yes"),
+    (YES, "The correct answer is no.", "no"),
+    (YES, "The answer is unclear.", None),
     (YES, "No, there isn't.", "no"),
     (YES, "Yes, there is a purple square and no green cross.", "yes"),
     (YES, "There is a purple square and a green cross.", "yes"),
