@@ -37,6 +37,10 @@ __all__ = ["PATHS", "PathCounts", "RowJob", "choose_path", "run_rows"]
 PATHS = ("shared prefix", "resume", "whole")
 
 
+# Of more answers' tokens in one sequence, the attention among them would cost more than the prompt again.
+_BRANCH_TOKENS = 256
+
+
 @dataclass(frozen=True, eq=False)
 class RowJob:
     """One row to run.
@@ -376,7 +380,7 @@ class _Engine:
         entries = {number: min(self._first_touched(self.rows[number].intervention), self.anatomy.n_layers - 1) for number in shared}
         layers = sorted({*starts.values(), *entries.values()})
         branched = self._branched(shared)
-        single = dict.fromkeys(self._key(number) for number in (*shared, *resumed) if number in starts or self.rows[number].prompt not in branched)
+        single = dict.fromkeys(self._key(number) for number in (*shared, *resumed) if number in starts or self._key(number) not in branched)
         grown = len(single) > len(trunks) or bool(branched)
         recording = record_trunks(
             self.subject,
@@ -386,25 +390,26 @@ class _Engine:
             hidden_at=sorted(set(starts.values())),
             suffix_at=sorted(set(entries.values())),
         )
-        sprouts = {key: Sprout(place[key], (self.sequence(*key),), self.items[key[0]]) for key in single}
-        for prompt, branches in branched.items():
-            sequences = tuple(self.sequence(prompt, prefix) for prefix in branches.prefixes)
-            whole = self.sequence(prompt, branches.tokens)
-            sprouts[prompt] = Sprout(place[prompt, branches.prefixes[0]], sequences, self.items[prompt], whole, branches)
+        sprouts: dict[object, Sprout] = {key: Sprout(place[key], (self.sequence(*key),), self.items[key[0]]) for key in single}
+        for (prompt, _), branches in branched.items():
+            if branches not in sprouts:
+                sequences = tuple(self.sequence(prompt, prefix) for prefix in branches.prefixes)
+                whole = self.sequence(prompt, branches.tokens)
+                sprouts[branches] = Sprout(place[prompt, branches.prefixes[0]], sequences, self.items[prompt], whole, branches)
         stem_of = dict(zip(sprouts, grow_stems(self.subject, recording, list(sprouts.values()), layers), strict=True))
 
         def stem(number: int) -> Stem:
             return stem_of[self._key(number)]
 
-        # Rows that differ in nothing but their answers are one.
-        together: dict[object, list[int]] = {}
-        for number in shared:
-            row = self.rows[number]
-            together.setdefault((row.prompt, id(row.intervention)) if row.prompt in branched else number, []).append(number)
-        units = {members[0]: members for members in together.values()}
-
         def shared_stem(number: int) -> Stem:
-            return stem_of[self.rows[number].prompt] if self.rows[number].prompt in branched else stem(number)
+            return stem_of[branched.get(self._key(number), self._key(number))]
+
+        # Rows that differ in nothing but their answers are one.
+        merged: dict[object, list[int]] = {}
+        for number in shared:
+            branches = branched.get(self._key(number))
+            merged.setdefault(number if branches is None else (branches, id(self.rows[number].intervention)), []).append(number)
+        units = {members[0]: members for members in merged.values()}
 
         def shared_batch(firsts: Sequence[int]) -> None:
             batch = [SuffixRow(shared_stem(first), self.rows[first].intervention, self._reads(units[first], branched)) for first in firsts]
@@ -442,18 +447,23 @@ class _Engine:
     def _key(self, number: int) -> tuple[int, tuple[int, ...]]:
         return self.rows[number].prompt, self.rows[number].prefix
 
-    def _branched(self, shared: Sequence[int]) -> dict[int, Branches]:
-        """The answer prefixes of each prompt that has several among the rows ``shared``."""
-        prefixes: dict[int, dict[tuple[int, ...], None]] = {}
+    def _branched(self, shared: Sequence[int]) -> dict[tuple[int, tuple[int, ...]], Branches]:
+        """The answer prefixes that each prompt and prefix among the rows ``shared`` runs beside; without those that run alone."""
+        asked: dict[int, set[tuple[int, ...]]] = {}
         for number in shared:
-            prefixes.setdefault(self.rows[number].prompt, {})[self.rows[number].prefix] = None
-        return {prompt: Branches(tuple(several)) for prompt, several in prefixes.items() if len(several) > 1}
+            asked.setdefault(self.rows[number].prompt, set()).add(self.rows[number].prefix)
+        found = {}
+        for prompt, prefixes in asked.items():
+            for together in _side_by_side(sorted(prefixes)):
+                if len(together) > 1:
+                    found.update(dict.fromkeys(((prompt, prefix) for prefix in together), Branches(tuple(together))))
+        return found
 
-    def _reads(self, numbers: Sequence[int], branched: Mapping[int, Branches]) -> tuple[int, ...]:
+    def _reads(self, numbers: Sequence[int], branched: Mapping[tuple[int, tuple[int, ...]], Branches]) -> tuple[int, ...]:
         """What rows that run as one read, row by row."""
         found: list[int] = []
-        for row in (self.rows[number] for number in numbers):
-            branches = branched.get(row.prompt)
+        for number in numbers:
+            row, branches = self.rows[number], branched.get(self._key(number))
             found += row.reads if branches is None else branches.reads(row.prefix, row.reads, self.prompts[row.prompt].n_prompt)
         return tuple(found)
 
@@ -472,3 +482,16 @@ class _Engine:
     def _start(self, number: int) -> int:
         row = self.rows[number]
         return _resume_layer(row.intervention, self.anatomy.n_layers, self._shape(row.prompt).contiguous)
+
+
+def _side_by_side(prefixes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Answer prefixes in order, as many together as have few enough tokens."""
+    found: list[list[tuple[int, ...]]] = []
+    n = 0
+    for prefix in prefixes:
+        if not found or n + len(prefix) > _BRANCH_TOKENS:
+            found.append([])
+            n = 0
+        found[-1].append(prefix)
+        n += len(prefix)
+    return found

@@ -165,6 +165,23 @@ def test_answers_after_one_prompt_run_as_one_row(subject, monkeypatch):
     assert sorted(tokens) == sorted(n + 4 for n in asked for _ in rows) and counts["paths"] == {"shared prefix": len(jobs)}
 
 
+def test_many_answers_run_a_few_hundred_tokens_at_a_time(subject, monkeypatch):
+    (sequence,) = encode_items(subject, make_items(1))
+    last, longest = len(sequence) - 1, []
+    prefixes = [(5 + k % 20, 5 + k // 20, 7) for k in range(100)]
+    jobs = [RowJob(0, prefix, row, (last + 3,)) for row in question_rows(subject.anatomy)[:2] for prefix in prefixes]
+
+    def counting(subject, recording, batch, entries):
+        longest.extend(row.stem.n_suffix for row in batch)
+        return forward_shared(subject, recording, batch, entries)
+
+    monkeypatch.setattr(engine, "forward_shared", counting)
+    fast, slow, _ = compare(subject, [sequence], jobs)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    n = last - int(sequence.image.nonzero()[-1])
+    assert len(longest) == 4 and n + 100 < max(longest) <= n + engine._BRANCH_TOKENS
+
+
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4).map(tuple), min_size=1, max_size=6, unique=True), st.integers(1, 4))
 def test_an_answer_sees_the_prompt_and_itself_among_branches(prefixes, n_prompt):
     branches = Branches(tuple(prefixes))
