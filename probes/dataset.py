@@ -4,7 +4,8 @@
 so answers are balanced exactly, by rejection, as in CLEVR.  Splits draw from disjoint streams of seeds; ``assert_disjoint`` checks by
 content hash that no picture is in two of them.
 
-Exports: ``SPLITS``, ``scene_stream``, ``build``, ``debug_set``, ``content_hash``, ``assert_disjoint``, ``target_mask``.
+Exports: ``SPLITS``, ``scene_stream``, ``build``, ``items_of``, ``on_disk``, ``debug_set``,
+``content_hash``, ``assert_disjoint``, ``target_mask``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import hashlib
 import io
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 from PIL import Image
+
+from vlm_core.pictures import PackedPicture
 
 from .render import detail_mask, object_box, object_mask, render
 from .scene import IMAGE_SIZE, Scene, sample_scene
@@ -153,6 +159,34 @@ def _png(image: Image.Image) -> dict:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def items_of(dataset: datasets.Dataset) -> list[dict]:
+    """A probe set as a list of items, each picture decoded when someone looks at it and not before; those of one scene are one object."""
+    table = dataset.with_format("arrow")[:]
+    pictures: dict[str, PackedPicture] = {}
+    items = table.drop_columns(["image", "partner_image"]).to_pylist()
+    for item, *packed in zip(items, _packed(table["image"]), _packed(table["partner_image"]), strict=True):
+        scene = item["scene_id"]
+        if scene not in pictures:
+            pictures[scene] = PackedPicture(packed[0])
+        item["image"], item["partner_image"] = pictures[scene], PackedPicture(packed[1])
+    return [{name: item[name] for name in dataset.features} for item in items]
+
+
+def _packed(column: pyarrow.ChunkedArray) -> Iterator[pyarrow.Buffer]:
+    """The bytes of pictures where the table has them, none copied."""
+    return (stored.as_buffer() for chunk in column.chunks for stored in chunk.field("bytes"))
+
+
+def on_disk(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
+    """The same probe set in a file, memory-mapped: its pictures take no memory but the file's, which all processes that map it share."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    table = dataset.with_format("arrow")[:]
+    with pyarrow.OSFile(str(partial), "wb") as file, pyarrow.ipc.new_stream(file, dataset.features.arrow_schema) as writer:
+        writer.write_table(table)
+    os.replace(partial, path)
+    return datasets.Dataset.from_file(str(path))
 
 
 def debug_set(n: int = 100) -> datasets.Dataset:

@@ -97,8 +97,8 @@ class Footprint:
             batch = subject.encode([Image.new("RGB", picture, (127, 127, 127))], ["?"])
         except _UNANSWERED as error:
             warnings.warn(
-                f"subject '{checkpoint.name}': what a picture of {picture[0]} x {picture[1]} pixels takes in memory is not known, since its "
-                f"processor fails on it ({' '.join(str(error).split())[:200]}): whether a prompt fits beside the weights is not checked",
+                f"subject '{checkpoint.name}': what a picture of {picture[0]} x {picture[1]} pixels takes in memory is not known, for "
+                f"its processor fails on it ({' '.join(str(error).split())[:200]}): whether a prompt fits beside the weights is not checked",
                 stacklevel=2,
             )
             return cls(n, weights)
@@ -186,20 +186,20 @@ def require_room(
         where = "all devices and the host together" if spread else str(device)
         kind = f"{quantization}, the rest " if quantization else ""
         shown = "" if not footprint.prompt else (
-            f", {_size(footprint.prompt)} for pixels, keys, values and activations of one prompt of about {footprint.n_tokens} tokens, to whose "
-            f"picture of {footprint.picture[0]} x {footprint.picture[1]} pixels its processor gives {footprint.n_image}"
+            f", {_size(footprint.prompt)} for pixels, keys, values and activations of one prompt of about {footprint.n_tokens} tokens, to "
+            f"whose picture of {footprint.picture[0]} x {footprint.picture[1]} pixels its processor gives {footprint.n_image}"
         )
         raise SubjectError(
             f"subject '{checkpoint.name}' needs about {_size(needed)} on {where} ({_size(footprint.weights)} for "
-            f"{_number(footprint.n_parameters)} parameters as {kind}{str(dtype).removeprefix('torch.')}{shown}), but only {_size(free)} are "
-            f"free: use a smaller checkpoint, a smaller dtype, 4bit or 8bit weights, or another device."
+            f"{_number(footprint.n_parameters)} parameters as {kind}{str(dtype).removeprefix('torch.')}{shown}), but only {_size(free)} "
+            f"are free: use a smaller checkpoint, a smaller dtype, 4bit or 8bit weights, or another device."
         )
     return footprint
 
 
 def rows_that_fit(footprint: Footprint, device: torch.device | str, usual: int, spread: bool = False) -> int:
-    """Prompts a batch, at most ``usual`` and at least one, in half of what is free once the weights are there; ``usual`` where it is not known
-    what a prompt takes."""
+    """Prompts a batch, at most ``usual`` and at least one, in half of what is free once the weights are there; ``usual`` where it is not
+    known what a prompt takes."""
     if not footprint.prompt:
         return usual
     return max(1, min(usual, int(free_on(device, spread) * _SHARE // footprint.prompt)))

@@ -145,7 +145,7 @@ def test_sizes_that_a_config_leaves_to_its_class_count(saved, tmp_path):
 def test_a_processor_that_fails_on_a_picture_is_said_to_and_no_number_given(saved):
     checkpoint, processor = inspect_checkpoint(saved), tiny_llava(hidden=64)[1]
     processor.image_processor.crop_size = None
-    with pytest.warns(UserWarning, match="'tiny-vlm': what a picture of 896 x 896 pixels takes in memory is not known, since its processor fails"):
+    with pytest.warns(UserWarning, match="'tiny-vlm': what a picture of 896 x 896 pixels takes in memory is not known, for its processor fails"):
         found = Footprint.of(checkpoint, torch.float32, processor=processor)
     assert (found.prompt, found.n_tokens, found.n_image) == (0, 0, 0) and memory.rows_that_fit(found, "cpu", 32) == 32
 
