@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from vlm_core.errors import SubjectError
 from vlm_core.evaluation import Generated
 from vlm_core.identity import picture_digest
 from vlm_core.items import item_field, take
 from vlm_core.quantization import n_weights
 from vlm_core.sampling import Sampled
 from vlm_core.subjects.subject import Subject
+from vlm_core.sweeps.answers import written
 from vlm_core.sweeps.branches import Branches
 from vlm_core.sweeps.features import Prompt, prompts_of
 from vlm_core.sweeps.scoring import CandidateSet, token_set
@@ -84,7 +84,7 @@ def scoring_flops(subject: Subject, items: Sequence, answers: Sequence[str]) -> 
     """
     asked: dict[tuple[str, str], tuple[object, dict[tuple[int, ...], None]]] = {}
     for item, answer in zip(take(items, range(len(items))), answers, strict=True):
-        tokens = _written(subject, answer)
+        tokens = written(subject, answer)
         if tokens is not None:
             key = picture_digest(item_field(item, "image")), item_field(item, "prompt")
             asked.setdefault(key, (item, {}))[1][tokens] = None
@@ -114,11 +114,3 @@ def _beginning(subject: Subject, prompt: Prompt) -> int:
     image = np.flatnonzero(prompt.image.numpy())
     shared = len(image) and image[-1] < len(prompt) - 1 and "shared_prefix" not in subject.anatomy.family.refusals
     return int(image[-1]) + 1 if shared else 0
-
-
-def _written(subject: Subject, answer: str) -> tuple[int, ...] | None:
-    """The answer's tokens; None where the subject cannot write it, which no pass is made for."""
-    try:
-        return subject.continuation(answer) if answer.strip() else None
-    except SubjectError:
-        return None

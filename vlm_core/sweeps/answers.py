@@ -1,6 +1,7 @@
 """What single answers score, whatever candidates the items have.
 
 ``answer_scores(subject, items, answers)``   summed log-probability of one answer an item
+``written(subject, answer)``                 an answer's tokens
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vlm_core.sweeps.engine import RowJob, run_rows
 from vlm_core.sweeps.features import KnownFeatures, encode_distinct
 from vlm_core.sweeps.scoring import RowScores, token_set
 
-__all__ = ["answer_scores"]
+__all__ = ["answer_scores", "written"]
 
 _BLOCK = 64
 
@@ -56,7 +57,7 @@ def answer_scores(subject: Subject, items: Sequence, answers: Sequence[str], *, 
     wanted: list[dict[tuple[int, ...], list[int]]] = []
     found = np.full(len(items), -np.inf)
     for number, (item, answer) in enumerate(zip(items, answers, strict=True)):
-        tokens = _written(subject, answer)
+        tokens = written(subject, answer)
         if tokens is None:
             continue
         place = prompts.setdefault((picture_digest(item_field(item, "image")), item_field(item, "prompt")), len(asked))
@@ -74,11 +75,10 @@ def answer_scores(subject: Subject, items: Sequence, answers: Sequence[str], *, 
     return found
 
 
-def _written(subject: Subject, answer: str) -> tuple[int, ...] | None:
-    if not answer.strip():
-        return None
+def written(subject: Subject, answer: str) -> tuple[int, ...] | None:
+    """The answer's tokens; None where the subject cannot write it, which no pass is made for."""
     try:
-        return subject.continuation(answer)
+        return subject.continuation(answer) if answer.strip() else None
     except SubjectError:
         return None
 
