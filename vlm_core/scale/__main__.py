@@ -82,7 +82,7 @@ def _slurm(config: ScaleConfig, options: argparse.Namespace) -> int:
 
 
 def _merge(config: ScaleConfig, options: argparse.Namespace) -> int:
-    status, missing = merge(config)
+    status, missing = merge(config, _say)
     for sentence in missing:
         _say(f"not in the report: {sentence}")
     return int(bool(status or missing))

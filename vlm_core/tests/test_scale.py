@@ -357,6 +357,17 @@ def test_a_report_is_made_of_what_is_done_and_says_what_is_not(stand_in, config,
     ]
 
 
+def test_answers_of_other_code_are_named(config, monkeypatch, capsys):
+    file = config(claims={}, benchmarks={"vqa": {"sets": {"x": {"path": "x"}}}})
+    for job, torch in zip(jobs_of(ScaleConfig.from_file(file)), ("2.8", "2.9"), strict=True):
+        code = "import json, sys, pathlib; to = pathlib.Path(sys.argv[1]).parent / 'a' / 'x'; to.mkdir(parents=True); "
+        code += f"(to / 'run.json').write_text(json.dumps({{'versions': {{'torch': '{torch}', 'python': '3'}}}}))"
+        assert take_up(dataclasses.replace(job, command=("-c", code, "{out}/settings.yaml"))).state == "done"
+    monkeypatch.setattr(merging.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
+    assert main(["merge", str(file)]) == 0
+    assert capsys.readouterr().err.splitlines() == ["torch differs: a vqa 2.8, b vqa 2.9"]
+
+
 def test_a_job_that_is_not_there_is_refused(config, capsys):
     assert main(["run", str(config()), "--job", "2"]) == 2
     assert "there is no job 2" in capsys.readouterr().err
