@@ -394,8 +394,8 @@ class _Engine:
         for (prompt, _), branches in branched.items():
             if branches not in sprouts:
                 sequences = tuple(self.sequence(prompt, prefix) for prefix in branches.prefixes)
-                whole = self.sequence(prompt, branches.tokens)
-                sprouts[branches] = Sprout(place[prompt, branches.prefixes[0]], sequences, self.items[prompt], whole, branches)
+                laid_out = self.sequence(prompt, branches.tokens)
+                sprouts[branches] = Sprout(place[prompt, branches.prefixes[0]], sequences, self.items[prompt], laid_out, branches)
         stem_of = dict(zip(sprouts, grow_stems(self.subject, recording, list(sprouts.values()), layers), strict=True))
 
         def stem(number: int) -> Stem:

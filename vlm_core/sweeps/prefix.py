@@ -41,7 +41,7 @@ class Sprout:
         The prompt with its answer prefix, or with each of several.
     item : int
         Seed of random token choices.
-    prompt : Encoded, optional
+    laid_out : Encoded, optional
         With several answer prefixes, the prompt with the tokens of ``branches``.
     branches : Branches, optional
         These prefixes.
@@ -50,12 +50,12 @@ class Sprout:
     trunk: int
     sequences: tuple[Encoded, ...]
     item: int
-    prompt: Encoded | None = None
+    laid_out: Encoded | None = None
     branches: Branches | None = None
 
     def stem(self, recording: Recording) -> Stem:
         """The stem, of which nothing is known yet."""
-        return Stem(recording.trunks[self.trunk], self.sequences[0] if self.prompt is None else self.prompt, item=self.item, branches=self.branches)
+        return Stem(recording.trunks[self.trunk], self.sequences[0] if self.laid_out is None else self.laid_out, item=self.item, branches=self.branches)
 
 
 def grow_stems(subject: Subject, recording: Recording, sprouts: Sequence[Sprout], layers: Sequence[int]) -> list[Stem]:
