@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -63,13 +62,13 @@ class Tokens:
     named: dict[str, torch.Tensor] = field(default_factory=dict)
     _kept: dict = field(init=False, repr=False, default_factory=dict)
 
-    def kept(self, key: tuple, compute: Callable):
-        """``compute()`` on the first call with ``key``, the same afterwards: layers share their tokens, so most is asked often."""
+    def kept(self, key: tuple, compute: Callable, *args):
+        """``compute(*args)`` on the first call with ``key``, the same afterwards: layers share their tokens, so most is asked often."""
         found = self._kept.get(key)
         if found is None:
             # Not as inference tensors: a run with gradients may ask next.
             with torch.inference_mode(False):
-                found = self._kept[key] = compute()
+                found = self._kept[key] = compute(*args)
         return found
 
     def on(self, device: torch.device) -> Tokens:
@@ -338,28 +337,26 @@ class AttentionView:
 
     def shares(self, queries: str, groups: tuple[str, ...]) -> torch.Tensor:
         """Attention on groups of keys, averaged over a group of queries, ``[element, head, group]``; NaN where that has no member."""
-        tokens, query, key = self.tokens, self.query, self.key
-        asked = tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), lambda: self._shared(queries, groups))
+        query, key = self.query, self.key
+        asked = self.tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), self._shared, queries, groups)
         if asked is _BY_MEAN or self.softcap is not None or ("mean", queries) in self._kept:
             mean = self.mean(queries)
-            members = tokens.kept(("groups", groups, key.shape, self.crossed), lambda: self._members(groups))
+            members = self.tokens.kept(("groups", groups, key.shape, self.crossed), self._members, groups)
             with _as_it_is(mean):
                 return mean @ members
-        query, key = _constant(query), _constant(key)
-        if query.dtype != torch.float32:
-            query, key = query.float(), key.float()
-        if asked.values is not None:
-            attention = nn.functional.scaled_dot_product_attention
-            with _as_it_is(query):
-                return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
-        where = asked.where
-        few = query[0][:, where] if isinstance(where, slice) else query[0].index_select(1, where)
-        if few.shape[0] > key.shape[1]:
-            # Heads that share keys are neighbours: their queries stand under one another.
-            few = few.reshape(key.shape[1], -1, key.shape[3])
+        if query.dtype != torch.float32 or query.requires_grad or key.requires_grad:
+            query, key = query.detach().float(), key.detach().float()
         with _as_it_is(query):
-            found = torch.baddbmm(asked.later, few, key[0].transpose(1, 2), alpha=self.scaling).softmax(-1)
-            return (found.view(query.shape[1], -1) @ asked.weights)[None]
+            if asked.values is not None:
+                attention = nn.functional.scaled_dot_product_attention
+                return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
+            where = asked.where
+            few = query[0, :, where] if isinstance(where, slice) else query[0].index_select(1, where)
+            if few.shape[0] > key.shape[1]:
+                # Heads that share keys are neighbours: their queries stand under one another.
+                few = few.reshape(key.shape[1], -1, key.shape[3])
+            found = torch.baddbmm(asked.later, few, key[0].mT, alpha=self.scaling).softmax(-1)
+            return torch.mm(found.view(query.shape[1], -1), asked.weights)[None]
 
     def _members(self, groups: tuple[str, ...]) -> torch.Tensor:
         """Which keys belong to which group, ``[element, key, group]``."""
@@ -378,8 +375,7 @@ class AttentionView:
             return _Shared(values=values.expand(self.key.shape))
         if sharing * len(at) * n_keys > MASK_KEPT:
             return _BY_MEAN
-        keys = tuple(tuple(self.tokens.members(group)[0][0].tolist()) for group in groups)
-        return _few(tuple(at.tolist()), keys, n_keys, sharing, at.device)
+        return _few(at, [self.tokens.members(group)[0][0] for group in groups], n_keys, sharing)
 
     def narrowed(self, heads: Sequence[int]) -> AttentionView:
         """The same attention with some of its heads only."""
@@ -406,8 +402,8 @@ class AttentionView:
 
     def _asked_of(self, queries: str) -> list[_Asked]:
         # Layers with the same tokens ask the same.
-        key = ("asked", queries, self.query.shape, self.key.shape, self._causal)
-        return self.tokens.kept(key, lambda: self._in_blocks(queries))
+        key = ("asked", queries, self.query.shape, self.key.shape, self._causal, self.softcap is None)
+        return self.tokens.kept(key, self._in_blocks, queries)
 
     def _in_blocks(self, queries: str) -> list[_Asked]:
         positions, real = self.tokens.members(queries)
@@ -483,19 +479,19 @@ class AttentionView:
         return scores.softmax(-1)
 
 
-@lru_cache(maxsize=32)
-def _few(queries: tuple[int, ...], groups: tuple[tuple[int, ...], ...], n_keys: int, sharing: int, device: torch.device) -> _Shared:
-    """Attention of queries at some positions on groups of keys, of one sequence in causal order: prompts of one layout have this in common."""
+def _few(queries: torch.Tensor, groups: Sequence[torch.Tensor], n_keys: int, sharing: int) -> _Shared:
+    """Attention of queries at some positions on groups of keys, of one sequence in causal order."""
+    device, numbers, members = queries.device, queries.tolist(), [group.tolist() for group in groups]
     # A query before all members of the groups gives them nothing.
-    first = min((group[0] for group in groups if group), default=n_keys)
-    seeing = queries[bisect_left(queries, first) :]
+    first = min((group[0] for group in members if group), default=n_keys)
+    seeing = numbers[bisect_left(numbers, first) :]
     if not seeing:
         return _BY_MEAN
     start, stop = seeing[0], seeing[-1] + 1
     at = torch.tensor(seeing, device=device)
     weights = torch.zeros(len(seeing), n_keys, len(groups), device=device)
-    for number, group in enumerate(groups):
-        weights[:, list(group), number] = 1 / len(queries)
+    for number, group in enumerate(members):
+        weights[:, group, number] = 1 / len(numbers)
     later = (torch.arange(n_keys, device=device) > at[:, None]) * _LOWEST
     where = slice(start, stop) if stop - start == len(seeing) else at
     return _Shared(where=where, later=later.repeat(sharing, 1)[None], weights=weights.flatten(0, 1))

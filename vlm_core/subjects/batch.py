@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,24 +66,33 @@ class Batch:
 
     @property
     def tokens(self) -> Tokens:
-        """Which token is what, with what is worked out from it once for every run on this batch."""
+        """Which token is what, with what is worked out from it once for every run on prompts that are laid out like these."""
         state = self.state
         if self._tokens is None or self._tokens[0] != state:
-            with torch.inference_mode(False):
-                found = Tokens(self.image & self.valid, self.valid, torch.arange(len(self), device=self.valid.device))
-            object.__setattr__(self, "_tokens", (state, found))
+            masks = tuple(mask.cpu().numpy().tobytes() for mask in (self.image & self.valid, self.valid))
+            object.__setattr__(self, "_tokens", (state, _laid_out(*masks, tuple(self.valid.shape), self.valid.device)))
         return self._tokens[1]
 
     def lay_out(self) -> Batch:
-        """The same, with the positions of image and text worked out: once, where the prompt is encoded."""
-        for group in ("image", "text"):
-            self.tokens.members(group)
+        """The same, with its tokens known: once, where the prompt is encoded."""
+        _ = self.tokens
         return self
 
     @property
     def state(self) -> tuple[int, int]:
         """What tells of a change in place of ``image`` or ``valid``."""
         return tuple(-1 if mask.is_inference() else mask._version for mask in (self.image, self.valid))
+
+
+@lru_cache(maxsize=64)
+def _laid_out(image: bytes, valid: bytes, shape: tuple[int, int], device: torch.device) -> Tokens:
+    """Tokens of a layout; batches that have it share them, for most prompts of a set are laid out alike."""
+    with torch.inference_mode(False):
+        masks = [torch.frombuffer(bytearray(mask), dtype=torch.bool).view(shape).to(device) for mask in (image, valid)]
+        tokens = Tokens(*masks, torch.arange(shape[0], device=device))
+        for group in ("image", "text"):
+            tokens.members(group)
+        return tokens
 
 
 def encode(subject: Subject, images: Sequence, prompts: Sequence[str], answers: Sequence[str] | None, padding_side: str) -> Batch:

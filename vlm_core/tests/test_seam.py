@@ -648,6 +648,19 @@ def test_what_a_batch_keeps_serves_gradients_and_follows_changes_in_place(batch)
     assert torch.equal(mass(), mass())
 
 
+def test_prompts_laid_out_alike_share_what_is_worked_out_from_where_tokens_are(batch):
+    again = replace(batch, inputs=dict(batch.inputs), image=batch.image.clone(), valid=batch.valid.clone())
+    assert again.tokens is batch.tokens
+    other = replace(batch, image=batch.image.roll(1, 1))
+    assert other.tokens is not batch.tokens
+    assert torch.equal(other.tokens.image, other.image & other.valid)
+    # What is shared is nobody's own tensor.
+    known = batch.tokens.valid.clone()
+    again.valid[:] = False
+    assert torch.equal(batch.tokens.valid, known)
+    assert not again.tokens.valid.any()
+
+
 def test_records_are_those_of_the_last_pass_and_asked_for_too_early_are_refused(batch):
     subject = Subject(*tiny_llava())
     with subject.intervene(None, batch, observers=[AttentionMass()]) as run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,11 +11,20 @@ import torch
 from vlm_core import Batch, Subject
 from vlm_core.seam import views
 from vlm_core.seam.views import Tokens
+from vlm_core.subjects import batch as batches
 from vlm_core.tests.family_models import AFTER, IMAGE_TOKEN, TINY
 
 # Text before, two images with text between, text after; then one filled up on the left; then one whose image was dropped.
 IMAGE = torch.tensor([[0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()
 VALID = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]).bool()
+
+
+@pytest.fixture(autouse=True)
+def layouts_of_its_own():
+    """Layouts are shared between batches, and with them blocks, whose size some tests change."""
+    batches._laid_out.cache_clear()
+    yield
+    batches._laid_out.cache_clear()
 
 
 def tokens(**extra) -> Tokens:
@@ -136,6 +146,18 @@ def test_blocks_are_the_rows_of_the_map(monkeypatch, name, side, attention, quer
         torch.testing.assert_close(view.mean(queries), mean, rtol=1e-4, atol=1e-6)
 
 
+def test_models_with_and_without_capped_scores_share_a_layout():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 7, 4)
+    tokens = Tokens(IMAGE[:1], torch.ones_like(IMAGE[:1]), torch.zeros(1, dtype=torch.long))
+    later = torch.full((7, 7), -torch.inf).triu(1)
+    for softcap in (None, 0.5, None):
+        view = views.AttentionView(0, query, key, key, query.transpose(1, 2), None, 0.5, softcap, tokens)
+        scores = query @ key.mT * 0.5
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        torch.testing.assert_close(view.mean("all"), (scores + later).softmax(-1).mean(2), rtol=1e-5, atol=1e-6)
+
+
 def test_attention_is_computed_once_for_all_who_ask():
     view = seen_and_expected("llava", "left", "sdpa")[0][1]
     assert next(view.blocks("last")).probabilities is next(view.blocks("last")).probabilities
@@ -194,8 +216,8 @@ def test_shares_of_groups_are_those_of_the_whole_map(name, kept, monkeypatch):
                 if groups == GROUPS_ASKED and ("mean", queries) not in view._kept:
                     fused.add(queries)
         wide = tuple(f"all{i}" for i in range(view.key.shape[3] + 1))
-        view.tokens.named.update({group: view.tokens.valid for group in wide})
-        assert torch.allclose(view.shares("last", wide), torch.ones(()), atol=1e-6)
+        many = replace(view, tokens=replace(view.tokens, named={group: view.tokens.valid for group in wide}))
+        assert torch.allclose(many.shares("last", wide), torch.ones(()), atol=1e-6)
     causal = all(view.mask is None and view.softcap is None for view in grab.views.values())
     grouped = any(view.query.shape != view.key.shape for view in grab.views.values())
     assert causal == (name in ("llava", "qwen2_5_vl")) and grouped
