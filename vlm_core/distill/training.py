@@ -27,6 +27,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -304,6 +305,8 @@ def train(
     with _quiet("transformers.trainer", "trl"), _tensorboard_folder(run.log_to):
         trainer, once = make(run.arguments(len(data)), callbacks)
         trainer.remove_callback(PrinterCallback)
+        # Asked at every step, by a walk over all weights, whose number stays.
+        trainer.model.num_parameters = functools.cache(trainer.model.num_parameters)
         with contextlib.ExitStack() as stack:
             if student.row is not None:
                 student.kept = stack.enter_context(keep_tokens(student.subject, student.row))

@@ -4,13 +4,15 @@
 
 Per key/value head, the queries of all rows (and of all query heads of the group) are one matrix; one product with the prefix keys, one
 softmax over prefix and own suffix together, one product with the prefix values. Where a head's image keys and values are replaced by one
-mean, its image part has a closed form: ``n`` equal scores ``c`` weigh as one score ``c + log n``, with the mean value.
+mean, its image part has a closed form: ``n`` equal scores ``c`` weigh as one score ``c + log n``, with the mean value. The mean stands behind the
+prefix as one more key, closed to all but the replaced heads, to which the image is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +24,20 @@ from vlm_core.sweeps.trunk import Recording, Stem, Trunk
 __all__ = ["SuffixAttention"]
 
 _EVERY_SUFFIX_TOKEN = frozenset(("all", "text", "question"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Replaced:
+    """Means that replaced heads attend to in place of the image.
+
+    ``keys``, ``values`` ``[kv head, column, head_dim]``; added to scores, 0 or minus infinity: ``image`` ``[kv head, row, group, query or 1, 1]`` to
+    those of the image tokens; ``columns`` ``[kv head, row, group, query or 1, column]`` to those of the means, there the weight of the image.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    image: torch.Tensor
+    columns: torch.Tensor
 
 
 class SuffixAttention:
@@ -100,54 +116,62 @@ class SuffixAttention:
         n_kv, n_prefix, head_dim = prefix_key.shape
         n_queries, n_own = query.shape[2], key.shape[2]
         groups = query.shape[1] // n_kv
+        blocked_prefix, blocked_own, n_seen = self._masks(layer, plan, trunk, rows, query.device)
+        replaced = self._replaced(plan, trunk, rows, n_kv, n_seen, query.device, precise)
+        prefix_key, prefix_value = prefix_key.to(precise), prefix_value.to(precise)
+        n_stored = n_prefix
+        if replaced is not None:
+            prefix_key, prefix_value = torch.cat([prefix_key, replaced.keys], dim=1), torch.cat([prefix_value, replaced.values], dim=1)
+            n_stored = prefix_key.shape[1]
         folded = torch.empty(n_kv, n, groups, n_queries, head_dim, dtype=precise, device=query.device)
         torch.mul(query[rows].unflatten(1, (n_kv, groups)).transpose(0, 1), scaling, out=folded)
-        scores = torch.empty(n_kv, n, groups, n_queries, n_prefix + n_own, dtype=precise, device=query.device)
-        flat = scores.view(n_kv, n * groups * n_queries, n_prefix + n_own)
-        torch.bmm(folded.view(n_kv, -1, head_dim), prefix_key.to(precise).transpose(1, 2), out=flat[..., :n_prefix])
+        scores = torch.empty(n_kv, n, groups, n_queries, n_stored + n_own, dtype=precise, device=query.device)
+        flat = scores.view(n_kv, n * groups * n_queries, n_stored + n_own)
+        torch.bmm(folded.view(n_kv, -1, head_dim), prefix_key.transpose(1, 2), out=flat[..., :n_stored])
         own_key = key[rows].transpose(0, 1).to(precise).reshape(n_kv * n, n_own, head_dim)
         own = torch.bmm(folded.view(n_kv * n, groups * n_queries, head_dim), own_key.transpose(1, 2))
-        scores[..., n_prefix:] = own.view(n_kv, n, groups, n_queries, n_own)
+        scores[..., n_stored:] = own.view(n_kv, n, groups, n_queries, n_own)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        blocked_prefix, blocked_own, n_seen = self._masks(layer, plan, trunk, rows, query.device)
-        scores[..., n_prefix:].masked_fill_(blocked_own[None, :, None], -torch.inf)
+        scores[..., n_stored:].masked_fill_(blocked_own[None, :, None], -torch.inf)
         if blocked_prefix is not None:
             scores[..., :n_prefix].masked_fill_(blocked_prefix[None, :, None], -torch.inf)
-        replaced = [] if plan is None else [self._replace(part, trunk, rows, folded, scores, n_seen, softcap) for part in plan.image_kv]
+        if replaced is not None:
+            scores[..., trunk.n_other : n_prefix].add_(replaced.image)
+            scores[..., n_prefix:n_stored].add_(replaced.columns)
         weights = torch.softmax(flat, dim=-1)
-        whole = weights.view_as(scores)
-        taken = [(where, _take_column(whole, where, trunk.n_other, chosen), values) for where, chosen, values in filter(None, replaced)]
-        result = torch.bmm(weights[..., :n_prefix], prefix_value.to(precise))
+        result = torch.bmm(weights[..., :n_stored], prefix_value)
         own_value = value[rows].transpose(0, 1).to(precise).reshape(n_kv * n, n_own, -1)
-        own_weights = whole[..., n_prefix:].reshape(n_kv * n, groups * n_queries, n_own)
+        own_weights = weights.view_as(scores)[..., n_stored:].reshape(n_kv * n, groups * n_queries, n_own)
         result = result.view(n_kv * n, groups * n_queries, -1).baddbmm_(own_weights, own_value).view(n_kv, n, groups, n_queries, -1)
-        for (kv, row, group), weight, values in taken:
-            result[kv, row, group] += weight[..., None] * values[:, None]
         output[rows].unflatten(2, (n_kv, groups)).copy_(result.permute(1, 3, 0, 2, 4))
 
-    def _replace(self, part, trunk: Trunk, rows: slice, folded, scores, n_seen, softcap):
-        """Give replaced heads one image column ``c + log n``; what is needed to give it the mean value afterwards."""
-        group, chosen, mean_key, mean_value = part
-        # Found on the CPU, where the plan is: a GPU would have to be waited for.
-        row, head = (index.to(folded.device) for index in chosen[rows].nonzero(as_tuple=True))
-        if not len(row) or not trunk.n_image:
+    def _replaced(self, plan, trunk: Trunk, rows: slice, n_kv: int, n_seen, device: torch.device, dtype: torch.dtype) -> _Replaced | None:
+        """What replaced heads of some rows attend to in place of the image; None where there are none."""
+        # Asked on the CPU, where the plan is: a GPU would have to be waited for.
+        replacing = [part for part in (plan.image_kv if plan else ()) if bool(part[1][rows].any())]
+        if not replacing or not trunk.n_image:
             return None
-        groups = folded.shape[2]
-        where = head // groups, row, head % groups
-        score = (folded[where] * mean_key.to(folded)[head][:, None]).sum(-1)
-        if softcap is not None:
-            score = torch.tanh(score / softcap) * softcap
-        score = score + (math.log(trunk.n_image) if n_seen is None else n_seen[row if n_seen.shape[0] > 1 else 0].log())
-        image = slice(trunk.n_other, trunk.n_prefix)
-        new = torch.full((*score.shape, trunk.n_image), -torch.inf, dtype=score.dtype, device=score.device)
-        new[..., 0] = score
-        queries = self._suffix_group(group)
-        if queries is not None:
-            queries = queries.to(row.device)[rows][row]
-            new = torch.where(queries[..., None], new, scores[..., image][where])
-        scores[..., image][where] = new
-        return where, queries, mean_value.to(folded)[head]
+        weight = torch.tensor(math.log(trunk.n_image), dtype=dtype, device=device) if n_seen is None else n_seen.to(dtype).log()[None, :, None]
+        closed, columns, keys, values = None, [], [], []
+        for group, chosen, mean_key, mean_value in replacing:
+            groups = chosen.shape[1] // n_kv
+            where = chosen[rows].to(device).view(-1, n_kv, groups).transpose(0, 1)[..., None]
+            asking = self._suffix_group(group)
+            if asking is not None:
+                where = where & asking.to(device)[rows][None, :, None]
+            closed = where if closed is None else closed | where
+            score = torch.where(where, weight, -torch.inf)
+            for number in range(groups):
+                # One column a query head that shares these keys, closed to the others.
+                own = torch.full_like(score, -torch.inf)
+                own[:, :, number] = score[:, :, number]
+                columns.append(own)
+                keys.append(mean_key[number::groups, None])
+                values.append(mean_value[number::groups, None])
+        image = torch.zeros(closed.shape, dtype=dtype, device=device).masked_fill_(closed, -torch.inf)
+        stacked = (torch.cat(means, dim=1).to(device, dtype) for means in (keys, values))
+        return _Replaced(*stacked, image[..., None], torch.stack(torch.broadcast_tensors(*columns), dim=-1))
 
     def _masks(self, layer, plan, trunk: Trunk, rows: slice, device: torch.device):
         """Blocked prefix columns (None for none), suffix columns ``[row or 1, query, column]``, and how many image tokens are seen."""
@@ -227,13 +251,6 @@ class SuffixAttention:
         queries = self._suffix_group(group)
         heads = chosen[:n_rows, None, :, None].to(output.device)
         return heads if queries is None else heads & queries[:n_rows, :, None, None].to(output.device)
-
-
-def _take_column(weights: torch.Tensor, where: tuple, column: int, queries: torch.Tensor | None) -> torch.Tensor:
-    # The one image column that stands for all of them: its weight goes to the mean value, not to the first image token's.
-    taken = weights[..., column][where]
-    weights[..., column][where] = 0.0 if queries is None else taken.masked_fill(queries, 0.0)
-    return taken if queries is None else taken.masked_fill(~queries, 0.0)
 
 
 def _segments(rows: Sequence[SuffixRow]) -> list[tuple[Trunk, int, int]]:
