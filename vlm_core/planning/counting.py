@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from vlm_core.families.anatomy import Anatomy
 from vlm_core.interventions import Row, parts
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps import engine, sweep
+from vlm_core.sweeps import recorded, sweep
 from vlm_core.sweeps.features import prompts_of
 
 __all__ = ["Counting", "Work", "driver_of"]
@@ -131,7 +131,7 @@ class Counting:
 
         self._replace(Subject, "__init__", made)
         self._replace(sweep, "_measure", self._driven(sweep._measure))
-        self._replace(engine, "forward_shared", self._on_tails(engine.forward_shared))
+        self._replace(recorded, "forward_shared", self._on_tails(recorded.forward_shared))
         self._stack.callback(register_module_forward_hook(self._count).remove)
         return self
 

@@ -13,7 +13,7 @@ Paths
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,20 +25,14 @@ from vlm_core.interventions import DropTokens, ImageKV, MergeTokens, ReplaceImag
 from vlm_core.subjects.embed import Encoded
 from vlm_core.subjects.rows import forward_rows
 from vlm_core.subjects.subject import Subject
-from vlm_core.sweeps.branches import Branches
 from vlm_core.sweeps.budget import NOTHING_FITS, Budget, in_batches, out_of_memory
-from vlm_core.sweeps.prefix import Sprout, forward_shared, grow_stems
-from vlm_core.sweeps.resume import forward_resumed, spares_last_layer
-from vlm_core.sweeps.sharing import SuffixRow, why_not_shared
-from vlm_core.sweeps.trunk import Stem, Unshareable, record_trunks, same_prefixes
+from vlm_core.sweeps.recorded import RecordedRows
+from vlm_core.sweeps.sharing import why_not_shared
+from vlm_core.sweeps.trunk import Unshareable, same_prefixes
 
 __all__ = ["PATHS", "PathCounts", "RowJob", "choose_path", "run_rows"]
 
 PATHS = ("shared prefix", "resume", "whole")
-
-
-# Of more answers' tokens in one sequence, the attention among them would cost more than the prompt again.
-_BRANCH_TOKENS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +162,12 @@ def run_rows(
     -------
     PathCounts
     """
-    return _Engine(subject, prompts, rows, items, consume, budget).run()
+    return Engine(subject, prompts, rows, items, consume, budget).run()
 
 
-class _Engine:
+class Engine:
+    """Rows of some prompts, on their way; see ``run_rows`` for what it is made of."""
+
     def __init__(self, subject, prompts, rows, items, consume, budget: Budget) -> None:
         self.subject, self.prompts, self.rows, self.items, self.consume, self.budget = subject, prompts, rows, items, consume, budget
         self.anatomy: Anatomy = subject.anatomy
@@ -227,14 +223,14 @@ class _Engine:
         # A trunk pays where some row starts after the first layer.
         pays = {row.prompt for row, (path, _) in zip(self.rows, decided, strict=True) if path == "shared prefix"}
         resumed = [number for number, (path, _) in enumerate(decided) if path == "resume"]
-        pays |= {self.rows[number].prompt for number in resumed if self._start(number) > 0}
+        pays |= {self.rows[number].prompt for number in resumed if self.start(number) > 0}
         for number in resumed:
             if self.rows[number].prompt not in pays:
                 decided[number] = ("whole", f"{decided[number][1]}, from the first layer on")
         return decided
 
     def _untouched_prompts(self) -> set[int]:
-        touched = {row.prompt for row in self.rows if self._first_touched(row.intervention) < self.anatomy.n_layers}
+        touched = {row.prompt for row in self.rows if self.first_touched(row.intervention) < self.anatomy.n_layers}
         return set(range(len(self.prompts))) - touched
 
     def _shape(self, prompt: int) -> _Shape:
@@ -248,13 +244,13 @@ class _Engine:
             self._began = same_prefixes(self.prompts) if "shared_prefix" not in self.anatomy.family.refusals else {}
         return self._began.get(prompt) if self._shape(prompt).why_whole is None else None
 
-    def _first_touched(self, intervention: Row) -> int:
+    def first_touched(self, intervention: Row) -> int:
         """The first layer that an intervention touches; the number of layers for none."""
         if id(intervention) not in self._touched:
             self._touched[id(intervention)] = touches(intervention, self.anatomy.n_layers).layer
         return self._touched[id(intervention)]
 
-    def _shortened(self, intervention: Row) -> tuple[tuple[int, float], ...]:
+    def shortened(self, intervention: Row) -> tuple[tuple[int, float], ...]:
         """Where an intervention shortens its row, and to what share of the image tokens: rows alike in this stay of one length."""
         return tuple(sorted((part.layer, part.keep) for part in parts(intervention) if isinstance(part, DropTokens | MergeTokens)))
 
@@ -276,16 +272,16 @@ class _Engine:
         def cost(number: int) -> tuple:
             row = self.rows[number]
             length = len(self.prompts[row.prompt]) + len(row.prefix)
-            return self._shortened(row.intervention), length, row.prompt, row.prefix, self._first_touched(row.intervention)
+            return self.shortened(row.intervention), length, row.prompt, row.prefix, self.first_touched(row.intervention)
 
         ordered = sorted(numbers, key=cost)
         longest = max((len(self.prompts[self.rows[number].prompt]) + len(self.rows[number].prefix) for number in ordered), default=1)
-        self._batched("whole", ordered, self.budget.whole(longest, self.subject.batch_rows), self._whole_batch)
+        self.batched("whole", ordered, self.budget.whole(longest, self.subject.batch_rows), self._whole_batch)
 
     def _whole_batch(self, numbers: Sequence[int]) -> None:
         sequences, items, trunk = self._distinct(numbers)
         hidden, _ = forward_rows(
-            self.subject, sequences, trunk, [self.rows[number].intervention for number in numbers], items, self._wanted(numbers)
+            self.subject, sequences, trunk, [self.rows[number].intervention for number in numbers], items, self.wanted(numbers)
         )
         self.deliver(numbers, hidden)
 
@@ -301,12 +297,14 @@ class _Engine:
             np.array(trunk),
         )
 
-    def _wanted(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def wanted(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Which hidden states rows read: places among ``numbers``, and positions."""
         pairs = [(place, read) for place, number in enumerate(numbers) for read in self.rows[number].reads]
         places, reads = zip(*pairs, strict=True)
         return np.array(places), np.array(reads)
 
-    def _batched(self, path: str, numbers: list[int], size: int, run: Callable[[Sequence[int]], None]) -> None:
+    def batched(self, path: str, numbers: list[int], size: int, run: Callable[[Sequence[int]], None]) -> None:
+        """Run rows of a path in batches of at most ``size``, of fewer where one ran out of memory."""
         for together in self._stackable(numbers):
             # A size that ran out of memory once is not tried again.
             size = min(size, self._sizes.get(path, size))
@@ -366,132 +364,19 @@ class _Engine:
             self._run_fast(half, *([n for n in numbers if self.rows[n].prompt in members] for numbers in (shared, resumed)))
 
     def _run_group(self, group: list[int], shared: list[int], resumed: list[int]) -> None:
-        prefixes: dict[int, dict[tuple[int, ...], None]] = {prompt: {} for prompt in group}
-        for number in (*shared, *resumed):
-            prefixes[self.rows[number].prompt][self.rows[number].prefix] = None
-        # Where the prompt sees itself both ways, nothing can grow on a trunk: each sequence runs as a trunk of its own.
-        forked = "shared_prefix" in self.anatomy.family.refusals
-        keys = [(prompt, prefix) for prompt in group for prefix in prefixes[prompt]]
-        trunks: dict[object, list[tuple]] = {}
-        for key in keys:
-            trunks.setdefault(key if forked else self._trunk_of(key[0]), []).append(key)
-        place = {key: number for number, together in enumerate(trunks.values()) for key in together}
-        starts = {number: self._start(number) for number in resumed}
-        entries = {number: min(self._first_touched(self.rows[number].intervention), self.anatomy.n_layers - 1) for number in shared}
-        layers = sorted({*starts.values(), *entries.values()})
-        branched = self._branched(shared)
-        single = dict.fromkeys(self._key(number) for number in (*shared, *resumed) if number in starts or self._key(number) not in branched)
-        grown = len(single) > len(trunks) or bool(branched)
-        recording = record_trunks(
-            self.subject,
-            [max((self.sequence(*key) for key in together), key=len) for together in trunks.values()],
-            keys_from=0 if grown else min(entries.values(), default=self.anatomy.n_layers),
-            keys_to=self.anatomy.n_layers if shared else layers[-1],
-            hidden_at=sorted(set(starts.values())),
-            suffix_at=sorted(set(entries.values())),
-        )
-        sprouts: dict[object, Sprout] = {key: Sprout(place[key], (self.sequence(*key),), self.items[key[0]]) for key in single}
-        for (prompt, _), branches in branched.items():
-            if branches not in sprouts:
-                sequences = tuple(self.sequence(prompt, prefix) for prefix in branches.prefixes)
-                laid_out = self.sequence(prompt, branches.tokens)
-                sprouts[branches] = Sprout(place[prompt, branches.prefixes[0]], sequences, self.items[prompt], laid_out, branches)
-        stem_of = dict(zip(sprouts, grow_stems(self.subject, recording, list(sprouts.values()), layers), strict=True))
-
-        def stem(number: int) -> Stem:
-            return stem_of[self._key(number)]
-
-        def shared_stem(number: int) -> Stem:
-            return stem_of[branched.get(self._key(number), self._key(number))]
-
-        # Rows that differ in nothing but their answers are one.
-        merged: dict[object, list[int]] = {}
-        for number in shared:
-            branches = branched.get(self._key(number))
-            merged.setdefault(number if branches is None else (branches, id(self.rows[number].intervention)), []).append(number)
-        units = {members[0]: members for members in merged.values()}
-
-        def shared_batch(firsts: Sequence[int]) -> None:
-            batch = [SuffixRow(shared_stem(first), self.rows[first].intervention, self._reads(units[first], branched)) for first in firsts]
-            numbers = [number for first in firsts for number in units[first]]
-            self.deliver(numbers, forward_shared(self.subject, recording, batch, [entries[first] for first in firsts]))
-
-        def resumed_batch(numbers: Sequence[int]) -> None:
-            distinct = list(dict.fromkeys(map(stem, numbers)))
-            hidden = forward_resumed(
-                self.subject,
-                recording,
-                distinct,
-                np.array([distinct.index(stem(number)) for number in numbers]),
-                [self.rows[number].intervention for number in numbers],
-                min(starts[number] for number in numbers),
-                self._wanted(numbers),
-            )
-            self.deliver(numbers, hidden)
-
+        rows = RecordedRows(self, group, shared, resumed)
+        rows.record(self.subject)
         if shared:
-            ordered = sorted(units, key=lambda number: (entries[number], shared_stem(number).trunk.number))
-            self._batched("shared prefix", ordered, self.budget.batch(max(shared_stem(number).n_suffix for number in units)), shared_batch)
-        if resumed:
-            # A batch cuts its last layer short where all its rows allow it, and carries no places that only some of its rows need.
-            alike: dict[tuple, list[int]] = {}
-            for number in resumed:
-                intervention = self.rows[number].intervention
-                spares = spares_last_layer(intervention, self.anatomy.n_layers)
-                alike.setdefault((spares, starts[number], self._shortened(intervention)), []).append(number)
-            for (_, _, shortened), numbers in sorted(alike.items()):
-                longest = max(self._left(stem(number).sequence, shortened) for number in numbers)
-                ordered = sorted(numbers, key=lambda number: stem(number).trunk.number)
-                self._batched("resume", ordered, self.budget.batch(longest), resumed_batch)
+            self.batched(PATHS[0], rows.ordered(), self.budget.batch(rows.longest), rows.run_shared)
+        for longest, numbers in rows.alike():
+            self.batched(PATHS[1], numbers, self.budget.batch(longest), rows.run_resumed)
 
-    def _key(self, number: int) -> tuple[int, tuple[int, ...]]:
-        return self.rows[number].prompt, self.rows[number].prefix
-
-    def _branched(self, shared: Sequence[int]) -> dict[tuple[int, tuple[int, ...]], Branches]:
-        """The answer prefixes that each prompt and prefix among the rows ``shared`` runs beside; without those that run alone."""
-        asked: dict[int, set[tuple[int, ...]]] = {}
-        for number in shared:
-            asked.setdefault(self.rows[number].prompt, set()).add(self.rows[number].prefix)
-        found = {}
-        for prompt, prefixes in asked.items():
-            for together in _side_by_side(sorted(prefixes)):
-                if len(together) > 1:
-                    found.update(dict.fromkeys(((prompt, prefix) for prefix in together), Branches(tuple(together))))
-        return found
-
-    def _reads(self, numbers: Sequence[int], branched: Mapping[tuple[int, tuple[int, ...]], Branches]) -> tuple[int, ...]:
-        """What rows that run as one read, row by row."""
-        found: list[int] = []
-        for number in numbers:
-            row, branches = self.rows[number], branched.get(self._key(number))
-            found += row.reads if branches is None else branches.reads(row.prefix, row.reads, self.prompts[row.prompt].n_prompt)
-        return tuple(found)
-
-    def _left(self, sequence: Encoded, shortened: tuple[tuple[int, float], ...]) -> int:
-        """Tokens that a row has left from where it is first shortened on."""
-        if not shortened:
-            return len(sequence)
-        n_image = int(sequence.image.sum())
-        return len(sequence) - n_image + round(n_image * shortened[0][1])
-
-    def _trunk_of(self, prompt: int) -> tuple[str, int]:
+    def trunk_of(self, prompt: int) -> tuple[str, int]:
         """What tells trunks apart: the prefix, or a prompt that shares none."""
         beginning = self._beginning(prompt)
         return ("prompt", prompt) if beginning is None else ("prefix", beginning)
 
-    def _start(self, number: int) -> int:
+    def start(self, number: int) -> int:
+        """The layer that a row has to start at where it resumes."""
         row = self.rows[number]
         return _resume_layer(row.intervention, self.anatomy.n_layers, self._shape(row.prompt).contiguous)
-
-
-def _side_by_side(prefixes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Answer prefixes in order, as many together as have few enough tokens."""
-    found: list[list[tuple[int, ...]]] = []
-    n = 0
-    for prefix in prefixes:
-        if not found or n + len(prefix) > _BRANCH_TOKENS:
-            found.append([])
-            n = 0
-        found[-1].append(prefix)
-        n += len(prefix)
-    return found

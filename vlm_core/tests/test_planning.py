@@ -113,14 +113,14 @@ def test_counting_leaves_nothing_behind():
     from torch.nn.modules import module
 
     from vlm_core.subjects.subject import Subject
-    from vlm_core.sweeps import engine
+    from vlm_core.sweeps import recorded
     from vlm_core.sweeps import sweep as sweeps
 
-    before = (Subject.__init__, sweeps._measure, engine.forward_shared, dict(module._global_forward_hooks))
+    before = (Subject.__init__, sweeps._measure, recorded.forward_shared, dict(module._global_forward_hooks))
     with pytest.raises(ValueError, match="stop"), Counting(lambda one: True):
         assert Subject.__init__ is not before[0]
         raise ValueError("stop")
-    assert (Subject.__init__, sweeps._measure, engine.forward_shared, dict(module._global_forward_hooks)) == before
+    assert (Subject.__init__, sweeps._measure, recorded.forward_shared, dict(module._global_forward_hooks)) == before
 
 
 def test_what_rows_follow():

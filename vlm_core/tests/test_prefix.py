@@ -15,7 +15,7 @@ from vlm_core import HeadMeans, ImageKV, ImageKVMeans, KnockOut, MeanHeads, Repl
 from vlm_core.interventions import DropTokens, GaussianNoise, MergeTokens, Patch, ReplaceTokens, Steer
 from vlm_core.subjects.embed import capture, encode_items
 from vlm_core.subjects.rows import forward_rows, read_logits
-from vlm_core.sweeps import engine
+from vlm_core.sweeps import recorded
 from vlm_core.sweeps.branches import Branches
 from vlm_core.sweeps.budget import Budget
 from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
@@ -158,7 +158,7 @@ def test_answers_after_one_prompt_run_as_one_row(subject, monkeypatch):
         tokens.extend(row.stem.n_suffix for row in batch)
         return forward_shared(subject, recording, batch, entries)
 
-    monkeypatch.setattr(engine, "forward_shared", counting)
+    monkeypatch.setattr(recorded, "forward_shared", counting)
     fast, slow, counts = compare(subject, sequences, jobs, replace(BUDGET, rows=3))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     asked = [len(one) - 1 - int(one.image.nonzero()[-1]) for one in sequences]
@@ -175,11 +175,11 @@ def test_many_answers_run_a_few_hundred_tokens_at_a_time(subject, monkeypatch):
         longest.extend(row.stem.n_suffix for row in batch)
         return forward_shared(subject, recording, batch, entries)
 
-    monkeypatch.setattr(engine, "forward_shared", counting)
+    monkeypatch.setattr(recorded, "forward_shared", counting)
     fast, slow, _ = compare(subject, [sequence], jobs)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     n = last - int(sequence.image.nonzero()[-1])
-    assert len(longest) == 4 and n + 100 < max(longest) <= n + engine._BRANCH_TOKENS
+    assert len(longest) == 4 and n + 100 < max(longest) <= n + recorded._BRANCH_TOKENS
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4).map(tuple), min_size=1, max_size=6, unique=True), st.integers(1, 4))
@@ -569,18 +569,18 @@ def test_batches_that_run_out_of_memory_are_halved(subject, path, full):
 def test_a_group_halved_for_memory_and_then_refused_hands_over_every_row_once(subject, monkeypatch):
     sequences = encode_items(subject, make_items(4))
     jobs = [RowJob(prompt, (), ZeroHeads([(1, head)], "question"), (len(sequences[prompt]) - 1,)) for prompt in range(4) for head in range(2)]
-    recorded, record = [], engine.record_trunks
+    seen, record = [], recorded.record_trunks
 
     def fails(subject, sequences, **wanted):
-        recorded.append(len(sequences))
+        seen.append(len(sequences))
         if len(sequences) > 2:
             raise FULL["device"]
-        if len(recorded) > 2:
+        if len(seen) > 2:
             raise Unshareable("the second half is refused")
         return record(subject, sequences, **wanted)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "record_trunks", fails)
+        patched.setattr(recorded, "record_trunks", fails)
         fast = [None] * len(jobs)
 
         def consume(numbers, hidden):
@@ -589,7 +589,7 @@ def test_a_group_halved_for_memory_and_then_refused_hands_over_every_row_once(su
                 fast[number] = one
 
         counts = run_rows(subject, sequences, jobs, [0] * 4, consume, BUDGET)
-    assert recorded == [4, 2, 2]
+    assert seen == [4, 2, 2]
     assert counts.to_dict() == {
         "paths": {"shared prefix": 4, "whole": 4}, "reasons": {"whole: the second half is refused": 4},
     }
