@@ -178,8 +178,9 @@ class RelevanceBudget(Policy):
         return seen.once(("relevance", self.digest), lambda: self._relevance(seen))
 
     def _relevance(self, seen: Seen) -> Relevance:
-        unit, coupling, region = _unit(seen), self.couplings(seen), self._regions(seen)
-        scores = torch.stack([*_image_scores(seen, unit), coupling])
+        coupling = self.couplings(seen)
+        region = seen.once(("regions", self.regions), lambda: self._regions(seen))
+        scores = torch.stack([*seen.once(("image scores",), lambda: _image_scores(seen, _unit(seen))), coupling])
         scores = scores / scores.mean(1, keepdim=True)
         sizes = region.bincount()
         mean = torch.zeros(3, len(sizes), device=scores.device).index_add_(1, region, scores) / sizes

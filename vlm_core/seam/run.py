@@ -66,6 +66,8 @@ class Run:
         What is known of their image tokens outside the decoder, for policies that ask.
     restores : bool
         Whether sequences that got shorter have their length again when they enter the final norm, zero where tokens are gone.
+    seen : sequence of dict, one per sequence, optional
+        What policies see of them, where other runs on the same sequences are to find it again.
     tokens : Tokens, optional
         Those of the incoming batch, where they are at hand: what they keep serves every run on it. Taken where there are no
         named groups and nothing is dropped.
@@ -95,6 +97,7 @@ class Run:
         tokens: Tokens | None = None,
         visual: Sequence[Visual | None] | None = None,
         restores: bool = False,
+        seen: Sequence[dict] | None = None,
     ) -> None:
         n_sequences = image.shape[0]
         self.anatomy = anatomy
@@ -106,7 +109,7 @@ class Run:
             raise ValueError(f"{program.n_rows} interventions for {len(self.trunk)} rows: give one per row")
         self.items = list(range(n_sequences) if items is None else items)
         self.observers = tuple(observers)
-        self._visual = visual
+        self._visual, self._seen = visual, seen
         self._restores = restores
         # The first layer whose keys are the sequence's: its cache counts tokens.
         self._own = anatomy.first_own_layer
@@ -157,7 +160,7 @@ class Run:
         self._stream = StreamEdits(program, self._where, self.trunk, self.items, widths)
         self._attention = AttentionEdits(program, anatomy.n_heads)
         self._inputs = LayerInputs(anatomy)
-        self._shortening = Shortening(program, self._where, self.trunk, self.items, self._visual)
+        self._shortening = Shortening(program, self._where, self.trunk, self.items, self._visual, self._seen)
         self.hears_attentions |= bool(self._shortening.unrotated)
         self._check_image_tokens()
 

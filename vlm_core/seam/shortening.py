@@ -58,16 +58,25 @@ class Shortening:
         Seeds of random choices.
     visual : sequence of Visual or None, one per sequence
         What is known of their image tokens outside the decoder.
+    seen : sequence of dict, one per sequence, optional
+        What policies see of them, kept from pass to pass by whoever runs the same sequences again. Default: only within a pass.
     """
 
     def __init__(
-        self, program: Program, where: Positioned, trunk: np.ndarray, items: Sequence[int], visual: Sequence[Visual | None] | None = None
+        self,
+        program: Program,
+        where: Positioned,
+        trunk: np.ndarray,
+        items: Sequence[int],
+        visual: Sequence[Visual | None] | None = None,
+        seen: Sequence[dict] | None = None,
     ) -> None:
         self.program = program
         self.where = where
         self.trunk = trunk
         self.items = items
         self.visual = visual
+        self._known = seen
         self.layers = frozenset((*program.drops, *program.merges))
         self.scored = frozenset(
             layer - 1
@@ -176,7 +185,8 @@ class Shortening:
 
     def _choose(self, layer: int, hidden, tokens: Tokens, drops: Sequence[DropTokens | None], candidates, started: Sequence[int], kept):
         """Ask the policies, each about its own prompt; what stays, and what that carries."""
-        kept, changed, seen = kept.clone(), None, {}
+        kept, changed = kept.clone(), None
+        passing: list[dict] = [{} for _ in self.items]
         for element, drop in enumerate(drops):
             at = candidates[element].nonzero()[:, 0]
             if drop is None or (count := drop.count(started[element])) >= len(at):
@@ -184,7 +194,8 @@ class Shortening:
             row = int(tokens.rows[element])
             # Rows of one prompt to which nothing was done before see the same.
             untouched = self.program.first[row] == layer and row not in self._embedded
-            key = (int(self.trunk[row]), drop.tokens) if untouched else ("row", row)
+            seen = (passing if self._known is None else self._known)[int(self.trunk[row])] if untouched else {}
+            key = (layer, drop.tokens, *sorted(self._views))
             if key not in seen:
                 seen[key] = self._seen(layer, hidden, tokens, element, at, started[element])
             with torch.no_grad():

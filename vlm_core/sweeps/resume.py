@@ -59,7 +59,11 @@ def forward_resumed(
     program = Program.compile(interventions, anatomy.n_layers, anatomy.n_heads, hidden.device, hidden.dtype)
     groups = batch_groups([stem.sequence for stem in stems])
     visual = [stem.sequence.visual for stem in stems]
-    run = Run(anatomy, program, image, valid, np.asarray(trunk), [stem.item for stem in stems], left=False, groups=groups, visual=visual)
+    # What a policy computes in a pass with gradients belongs to that pass.
+    seen = None if gradients else [stem.seen for stem in stems]
+    run = Run(
+        anatomy, program, image, valid, np.asarray(trunk), [stem.item for stem in stems], left=False, groups=groups, visual=visual, seen=seen
+    )
     numbers = np.array([stem.trunk.number for stem in stems])
     last = anatomy.n_layers - 1
     spare = start <= last and all(spares_last_layer(row, anatomy.n_layers) for row in interventions)

@@ -96,6 +96,8 @@ class Stem:
         Seed of random token choices.
     branches : Branches or None
         The answer prefixes, where the sequence is a prompt with several of them.
+    seen : dict
+        What policies see of it, once for all batches in which its rows run.
     """
 
     trunk: Trunk
@@ -103,6 +105,7 @@ class Stem:
     suffix: dict[int, torch.Tensor] = field(default_factory=dict)
     item: int = 0
     branches: Branches | None = None
+    seen: dict = field(default_factory=dict)
     _members: dict[Positions, torch.Tensor] = field(default_factory=dict)
 
     @property
