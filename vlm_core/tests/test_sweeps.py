@@ -29,6 +29,8 @@ from vlm_core import (
     sweep,
 )
 from vlm_core.items import item_number
+from vlm_core.reduction import DivPrune, FastV, ToMe
+from vlm_core.seam.shortening import Shortening
 from vlm_core.tests.tiny import make_items, tiny_subject
 from vlm_core.tests.warm import Warm
 
@@ -412,6 +414,30 @@ def test_rows_that_keep_as_much_stand_together_and_as_many_as_their_length_allow
     assert len(set(ran.values())) == 1 and min(ran.values()) > 0, "as many rows of each length: none runs at the length of another"
     assert all(rows <= 2 * whole // length for rows, length in passes if length in lengths)
     assert max(rows for rows, length in passes if length == min(lengths)) > 2, "short rows fill the batch"
+
+
+def test_policies_see_a_prompt_once_in_all_batches_of_a_group(monkeypatch):
+    """Whatever its fraction; and what was done before to a row is seen by that row alone."""
+    subject, items, looked = tiny_subject(), make_items(3), []
+
+    def looks(shortening, layer, *rest, look=Shortening._seen):
+        looked.append(layer)
+        return look(shortening, layer, *rest)
+
+    monkeypatch.setattr(Shortening, "_seen", looks)
+    plain = {f"{policy.name}/{keep}": DropTokens(2, keep, policy) for policy in (FastV(), DivPrune(), ToMe()) for keep in (0.25, 0.5, 0.75)}
+    found = sweep(subject, items, plain, batch_rows=2)
+    # FastV and ToMe read the attention of the layer before, in batches of their own or not: at most with it and without.
+    assert looked.count(2) == len(looked) <= 2 * len(items)
+    for item in items:
+        for name, row in plain.items():
+            alone = sweep(subject, [item], {name: row})
+            together = found[(found["item"] == item["id"]) & (found["intervention"] == name)]
+            np.testing.assert_allclose(together["value"].to_numpy(float), alone["value"].to_numpy(float), atol=1e-5)
+    looked.clear()
+    zeroed = {f"{name} without heads": (ZeroHeads([(0, 1)]), row) for name, row in plain.items()}
+    sweep(subject, items, zeroed, batch_rows=2)
+    assert len(looked) == len(zeroed) * len(items)
 
 
 def test_two_processes_share_a_sweep_and_one_killed_in_its_block_holds_up_nobody(tmp_path):
