@@ -62,7 +62,7 @@ def _said(given: argparse.Namespace) -> str:
     workload = read_workload(file, given.profile)
     if not 0 < given.utilisation <= 1:
         raise ValueError(f"--utilisation is a share above 0 and at most 1, got {given.utilisation}")
-    sizes = sizes_of(given.subject, workload.prompts, workload.image_size, given.revision)
+    sizes = sizes_of(given.subject, workload.prompts, revision=given.revision)
     devices = [DEVICES[name] for name in given.device or ()] or ([] if given.flops_per_second else list(DEVICES.values()))
     return estimate(
         workload,

@@ -56,7 +56,7 @@ class Estimate:
         lines = [
             f"{sizes.name}: {sizes.family}, {sizes.parameters / 1e9:.3f} G parameters, {sizes.layers} layers of {sizes.heads} heads",
             f"a prompt of profile {workload.profile}: {sizes.prompt_tokens:.0f} tokens, {sizes.image_tokens:.0f} of them visual "
-            f"({workload.image_size[0]} x {workload.image_size[1]} pixels); prefill {_flop(sizes.prefill_flops)}, "
+            f"({sizes.image_size[0]} x {sizes.image_size[1]} pixels); prefill {_flop(sizes.prefill_flops)}, "
             f"image {_flop(sizes.image_flops)}; "
             f"{_flop(sizes.prefill_flops / sizes.prompt_tokens)} a token",
             "",

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vlm_core.families.anatomy import Anatomy
 from vlm_core.families.processing import load_processor
 from vlm_core.reduction.costs import prefill_flops
 from vlm_core.subjects.checkpoint import SAFE
+from vlm_core.subjects.resolution import own_resolution
 from vlm_core.subjects.weightless import Weightless
 
 __all__ = ["Sizes", "sizes_of"]
@@ -51,6 +52,8 @@ class Sizes:
         Of the language model on one prompt (`vlm_core.reduction.costs.prefill_flops`).
     image_flops : int
         Of the vision tower and what follows it, on one image.
+    image_size : (width, height)
+        Of that image.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Sizes:
     tail_tokens: float
     prefill_flops: float
     image_flops: int
+    image_size: tuple[int, int]
 
     @property
     def width(self) -> int:
@@ -94,8 +98,13 @@ class Sizes:
         """Builtins only."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Sizes:
+        """Read ``as_dict`` back, from JSON too."""
+        return cls(**{**content, "image_size": tuple(content["image_size"])})
 
-def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, int], revision: str | None = None) -> Sizes:
+
+def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, int] | None = None, revision: str | None = None) -> Sizes:
     """Sizes of a checkpoint, prompts as its own processor lays them out.
 
     Parameters
@@ -103,8 +112,9 @@ def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, in
     path : directory or Hub id
     prompts : sequence of str
         What it will be asked.
-    image_size : (width, height)
-        Of the pictures it will be shown.
+    image_size : (width, height), optional
+        Of the pictures it will be shown. Default: as many pixels as it looks at, on which the suite draws its scenes
+        (`vlm_core.subjects.resolution`).
 
     Raises
     ------
@@ -123,6 +133,8 @@ def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, in
     anatomy = Anatomy.of(model, name)
     processor = load_processor(path, revision)
     asked = Weightless(processor, config, name)
+    if image_size is None:
+        image_size = (own_resolution(asked),) * 2
     picture = Image.fromarray(np.zeros((image_size[1], image_size[0], 3), dtype=np.uint8))
     batches = [asked.encode([picture], [prompt]) for prompt in prompts]
     lengths = [int(batch.valid.sum()) for batch in batches]
@@ -147,6 +159,7 @@ def sizes_of(path: str | Path, prompts: Sequence[str], image_size: tuple[int, in
         tail_tokens=float(np.mean(tails)),
         prefill_flops=float(np.mean([prefill_flops(anatomy, [length] * anatomy.n_layers) for length in lengths])),
         image_flops=_image_flops(anatomy, batches[0].inputs, images[0]),
+        image_size=tuple(image_size),
     )
 
 

@@ -36,7 +36,7 @@ class Check:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Check:
         """Read a table back."""
-        return cls(**{**content, "sizes": Sizes(**content["sizes"])})
+        return cls(**{**content, "sizes": Sizes.from_dict(content["sizes"])})
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Workload:
         The profile's own numbers, as they were when it was counted.
     reference : Sizes
         Of the subject that was counted on.
-    prompts, image_size
-        What subjects are asked and shown.
+    prompts : tuple of str
+        What subjects are asked.
     work : tuple of Work
     seconds : mapping of part to float
         Processor seconds of the run that was counted, one core.
@@ -66,7 +66,6 @@ class Workload:
     sizes: Mapping[str, Any]
     reference: Sizes
     prompts: tuple[str, ...]
-    image_size: tuple[int, int]
     work: tuple[Work, ...]
     seconds: Mapping[str, float]
     claims: Mapping[str, int]
@@ -134,10 +133,10 @@ class Workload:
     def from_dict(cls, content: Mapping[str, Any]) -> Workload:
         """Read ``as_dict`` back."""
         made = {one.name: content[one.name] for one in fields(cls)}
-        made["reference"] = Sizes(**content["reference"])
+        made["reference"] = Sizes.from_dict(content["reference"])
         made["work"] = tuple(Work(**one) for one in content["work"])
         made["checks"] = tuple(map(Check.from_dict, content["checks"]))
-        return cls(**{**made, "prompts": tuple(content["prompts"]), "image_size": tuple(content["image_size"])})
+        return cls(**{**made, "prompts": tuple(content["prompts"])})
 
 
 def _grown(one: Work, old: Sizes, new: Sizes) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_core import DropTokens, KnockOut, ZeroHeads, load_vlm, plan, sweep
 from vlm_core.planning.counting import Counting, Work, driver_of
-from vlm_core.planning.sizes import sizes_of
+from vlm_core.planning.sizes import Sizes, sizes_of
 from vlm_core.planning.workload import Check, Workload, factor, read_workload, write_workload
+from vlm_core.subjects.resolution import own_resolution
 from vlm_core.tests.family_processors import save
 from vlm_core.tests.tiny import make_items, tiny_subject
 
@@ -70,6 +72,17 @@ def test_sizes_of_other_families_follow_their_own_processors(tmp_path, name):
     with torch.inference_mode(), counted() as counter:
         subject.model(**batch.inputs, logits_to_keep=1)
     assert factor(found.prefill_flops + found.image_flops, counter.get_total_flops()) < 1.1
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_pictures_are_as_large_as_the_suite_draws_them(tmp_path, name):
+    """What keeps the size of a picture is shown more than the embedded subject looks at."""
+    save(tmp_path, name)
+    side = own_resolution(load_vlm(tmp_path, check=False))
+    found = sizes_of(tmp_path, PROMPTS[:1])
+    assert found.image_size == (side, side) and found == sizes_of(tmp_path, PROMPTS[:1], (side, side))
+    assert Sizes.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert name != "qwen2_vl" or found.prompt_tokens > sizes_of(tmp_path, PROMPTS[:1], (64, 64)).prompt_tokens
 
 
 def test_a_weightless_folder_is_enough(tmp_path, sizes):
@@ -138,7 +151,7 @@ def test_what_rows_follow():
 
 
 def workload(sizes, *work):
-    return Workload("smoke", {}, sizes, PROMPTS, (64, 64), work, {"H1": 10.0, "H3": 2.0}, {"H1": 1, "H3": 1}, {})
+    return Workload("smoke", {}, sizes, PROMPTS, work, {"H1": 10.0, "H3": 2.0}, {"H1": 1, "H3": 1}, {})
 
 
 @pytest.mark.parametrize(
