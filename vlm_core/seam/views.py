@@ -109,7 +109,7 @@ class Tokens:
 
         ``image`` and ``text`` partition the valid tokens. ``preamble`` is the text before the first image token, and
         ``question`` the text after the last one (all text where there is no image); text between two images is in
-        neither. ``bos`` is the first valid token. ``answer`` are tokens that follow the prompt, appended or generated; they are text, and
+        neither. Batches laid out alike share them: they are for reading. ``bos`` is the first valid token. ``answer`` are tokens that follow the prompt, appended or generated; they are text, and
         of the question's side. ``last`` are the tokens that an answer's tokens are read from: the last one of the prompt and every one of
         the answer. Other names are looked up in ``named``.
 

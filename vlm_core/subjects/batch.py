@@ -84,7 +84,7 @@ class Batch:
         return tuple(-1 if mask.is_inference() else mask._version for mask in (self.image, self.valid))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _laid_out(image: bytes, valid: bytes, shape: tuple[int, int], device: torch.device) -> Tokens:
     """Tokens of a layout; batches that have it share them, for most prompts of a set are laid out alike."""
     with torch.inference_mode(False):

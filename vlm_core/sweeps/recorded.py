@@ -158,7 +158,12 @@ class RecordedRows:
             intervention = engine.rows[number].intervention
             spares = spares_last_layer(intervention, engine.anatomy.n_layers)
             alike.setdefault((spares, self._starts[number], engine.shortened(intervention)), []).append(number)
-        for (_, _, shortened), numbers in sorted(alike.items()):
+        before = None
+        for (_, start, shortened), numbers in sorted(alike.items()):
+            if start != before:
+                # Rows that start elsewhere see something else: what policies saw would pile up, layer by layer.
+                self._forget_seen()
+            before = start
             longest = max(_left(self._stem(number).sequence, shortened) for number in numbers)
             yield longest, sorted(numbers, key=lambda number: self._stem(number).trunk.number)
 
@@ -166,16 +171,19 @@ class RecordedRows:
         """Run rows of one of ``alike()``, and deliver them."""
         engine = self.engine
         distinct = list(dict.fromkeys(map(self._stem, numbers)))
-        hidden = forward_resumed(
-            engine.subject,
-            self.recording,
-            distinct,
-            np.array([distinct.index(self._stem(number)) for number in numbers]),
-            [engine.rows[number].intervention for number in numbers],
-            min(self._starts[number] for number in numbers),
-            engine.wanted(numbers),
-        )
+        trunk = np.array([distinct.index(self._stem(number)) for number in numbers])
+        interventions, start = [engine.rows[number].intervention for number in numbers], min(self._starts[number] for number in numbers)
+        try:
+            hidden = forward_resumed(engine.subject, self.recording, distinct, trunk, interventions, start, engine.wanted(numbers))
+        except RuntimeError:
+            # Where memory ran out, what policies saw takes some of it, and may be half done.
+            self._forget_seen()
+            raise
         engine.deliver(numbers, hidden)
+
+    def _forget_seen(self) -> None:
+        for stem in self._stems.values():
+            stem.seen.clear()
 
     def _stem(self, number: int) -> Stem:
         return self._stems[self._key(number)]

@@ -160,17 +160,18 @@ class SuffixAttention:
             asking = self._suffix_group(group)
             if asking is not None:
                 where = where & asking.to(device)[rows][None, :, None]
-            closed = where if closed is None else closed | where
+            # A row may name a head twice, with one source: its mean is there once.
+            where, closed = (where, where) if closed is None else (where & ~closed, closed | where)
             score = torch.where(where, weight, -torch.inf)
             for number in range(groups):
                 # One column a query head that shares these keys, closed to the others.
                 own = torch.full_like(score, -torch.inf)
                 own[:, :, number] = score[:, :, number]
                 columns.append(own)
-                keys.append(mean_key[number::groups, None])
-                values.append(mean_value[number::groups, None])
+                keys.append(mean_key[number::groups, None].to(device, dtype))
+                values.append(mean_value[number::groups, None].to(device, dtype))
         image = torch.zeros(closed.shape, dtype=dtype, device=device).masked_fill_(closed, -torch.inf)
-        stacked = (torch.cat(means, dim=1).to(device, dtype) for means in (keys, values))
+        stacked = (torch.cat(means, dim=1) for means in (keys, values))
         return _Replaced(*stacked, image[..., None], torch.stack(torch.broadcast_tensors(*columns), dim=-1))
 
     def _masks(self, layer, plan, trunk: Trunk, rows: slice, device: torch.device):

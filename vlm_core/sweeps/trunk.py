@@ -97,7 +97,7 @@ class Stem:
     branches : Branches or None
         The answer prefixes, where the sequence is a prompt with several of them.
     seen : dict
-        What policies see of it, once for all batches in which its rows run.
+        What policies see of it, once for all batches of rows that start at one layer.
     """
 
     trunk: Trunk
@@ -152,6 +152,7 @@ class _Recorder(Run):
         super().__init__(anatomy, program, image, valid, left=False)
         self._recording = recording
         self._keys_at, self._hidden_at, self._suffix_at = keys_at, hidden_at, suffix_at
+        self._alike = recording.alike()
         # The first layer of which only the arguments are needed.
         self._stop = max((*(layer + 1 for layer in keys_at[-1:]), *hidden_at, *suffix_at))
 
@@ -176,9 +177,13 @@ class _Recorder(Run):
     def attend(self, layer, original, module, query, key, value, mask, *args, **kwargs):
         if layer in self._keys_at:
             self._recording.check_attention(layer, module, mask, args, kwargs)
-            for trunk in self._recording.trunks:
-                trunk.keys[layer] = key[trunk.number].index_select(1, trunk.order.to(key.device)).contiguous()
-                trunk.values[layer] = value[trunk.number].index_select(1, trunk.order.to(value.device)).contiguous()
+            for trunks in self._alike:
+                numbers = torch.tensor([trunk.number for trunk in trunks], device=key.device)
+                order = trunks[0].order.to(key.device)
+                for kept, states in (("keys", key), ("values", value)):
+                    own = states if len(trunks) == len(states) else states.index_select(0, numbers)
+                    for trunk, one in zip(trunks, own.index_select(2, order).unbind(), strict=True):
+                        getattr(trunk, kept)[layer] = one
             if layer == self.anatomy.n_layers - 1:
                 raise _Stopped
         return original(module, query, key, value, mask, *args, **kwargs)
@@ -205,6 +210,13 @@ class Recording:
         self._masks: dict[tuple, torch.Tensor | None] = {}
         self._seen: dict[int, torch.Tensor | None] = {}
         self._checked: dict[int, torch.Tensor] = {}
+
+    def alike(self) -> list[list[Trunk]]:
+        """Its trunks, those together whose prefix tokens are in the same order."""
+        found: dict[tuple[int, ...], list[Trunk]] = {}
+        for trunk in self.trunks:
+            found.setdefault(tuple(trunk.order.tolist()), []).append(trunk)
+        return list(found.values())
 
     def keep(self, layer: int, args: tuple, kwargs: dict) -> None:
         """Keep the arguments of ``layer``; refuse those that cannot be cut into rows and tokens."""

@@ -49,6 +49,8 @@ def question_rows(anatomy):
         MeanHeads([(0, 1), (2, 3)], heads, "last"),
         MeanHeads([(last, 0)], heads),
         (ZeroHeads([(1, 2)], "question"), DropTokens(2, 1.0)),
+        (ReplaceImageKV([(1, 0)], means, "question"), ReplaceImageKV([(1, 0), (1, 1)], means, "last")),
+        (ReplaceImageKV([(last, 2)], means), ReplaceImageKV([(last, 2), (last, 3)], ImageKVMeans(means.keys, means.values), "last")),
     ]
 
 
@@ -326,7 +328,7 @@ def test_items_share_batches(request, fixture, rows_at_once):
     jobs = [RowJob(prompt, (), row, (len(sequences[prompt]) - 1,)) for row in rows for prompt in (2, 0, 3, 1)]
     fast, slow, counts = compare(subject, sequences, jobs, Budget(4096, 65536, 2**28, rows=rows_at_once))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
-    assert counts["paths"] == {"shared prefix": 52, "resume": 12}
+    assert counts["paths"] == {"shared prefix": 60, "resume": 12}
 
 
 def test_the_text_between_two_images_belongs_to_the_prefix():

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+import vlm_core.sweeps.recorded
 import vlm_core.sweeps.scoring
 import vlm_core.sweeps.sweep
 from vlm_core import (
@@ -438,6 +439,36 @@ def test_policies_see_a_prompt_once_in_all_batches_of_a_group(monkeypatch):
     zeroed = {f"{name} without heads": (ZeroHeads([(0, 1)]), row) for name, row in plain.items()}
     sweep(subject, items, zeroed, batch_rows=2)
     assert len(looked) == len(zeroed) * len(items)
+
+
+def test_what_policies_saw_before_one_layer_goes_before_the_next(monkeypatch):
+    subject, layers, run = tiny_subject(), [], vlm_core.sweeps.recorded.forward_resumed
+
+    def watched(subject, recording, stems, *rest):
+        hidden = run(subject, recording, stems, *rest)
+        layers.append({key[0] for stem in recording.stems for key in stem.seen})
+        return hidden
+
+    monkeypatch.setattr(vlm_core.sweeps.recorded, "forward_resumed", watched)
+    sweep(subject, make_items(2), {f"{layer}/{keep}": DropTokens(layer, keep, DivPrune()) for layer in (1, 2) for keep in (0.25, 0.5)}, batch_rows=2)
+    assert layers == [{1}, {1}, {2}, {2}]
+
+
+def test_what_a_policy_had_begun_when_memory_ran_out_is_begun_anew(monkeypatch):
+    subject, items = tiny_subject(), make_items(2)
+    rows = {str(keep): DropTokens(1, keep, DivPrune()) for keep in (0.25, 0.5, 0.75)}
+    expected, failed, minimum = sweep(subject, items, rows), [], torch.minimum
+
+    def full_once(*args):
+        if len(failed) < 1:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return minimum(*args)
+
+    monkeypatch.setattr(torch, "minimum", full_once)
+    found = sweep(subject, items, rows)
+    assert failed
+    np.testing.assert_allclose(found["value"].to_numpy(float), expected["value"].to_numpy(float), atol=1e-5)
 
 
 def test_two_processes_share_a_sweep_and_one_killed_in_its_block_holds_up_nobody(tmp_path):
