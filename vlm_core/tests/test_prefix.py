@@ -22,7 +22,7 @@ from vlm_core.sweeps.engine import RowJob, choose_path, run_rows
 from vlm_core.sweeps.prefix import forward_shared
 from vlm_core.sweeps.resume import spares_last_layer
 from vlm_core.sweeps.sharing import why_not_shared
-from vlm_core.sweeps.trunk import Unshareable, same_prefixes
+from vlm_core.sweeps.trunk import Unshareable, record_trunks, same_prefixes
 from vlm_core.tests.family_models import BUILDERS, IMAGE_TOKEN, TEXT, TINY, VISION
 from vlm_core.tests.tiny import loud, make_items, tiny_subject
 
@@ -329,6 +329,27 @@ def test_items_share_batches(request, fixture, rows_at_once):
     fast, slow, counts = compare(subject, sequences, jobs, Budget(4096, 65536, 2**28, rows=rows_at_once))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     assert counts["paths"] == {"shared prefix": 60, "resume": 12}
+
+
+def test_prefixes_of_one_length_keep_their_own_order():
+    """Text before the image, and the same text in the middle of it: recorded together as alone, the image tokens last."""
+    model, inputs = BUILDERS["llava"]()
+    subject, ids = Subject(model), inputs["input_ids"][0]
+    text, image, rest = ids[:3], ids[3:19], ids[19:]
+    rows = [torch.cat(parts)[None] for parts in ((text, image, rest), (text[:1], image[:8], text[1:], image[8:], rest))]
+    with torch.inference_mode():
+        sequences = [
+            capture(subject, {"input_ids": row, "attention_mask": torch.ones_like(row), "pixel_values": inputs["pixel_values"][:1]})[0]
+            for row in rows
+        ]
+    kept = {"keys_from": 0, "keys_to": subject.anatomy.n_layers, "suffix_at": (0,)}
+    together = record_trunks(subject, sequences, **kept).trunks
+    assert together[0].n_prefix == together[1].n_prefix and not torch.equal(together[0].order, together[1].order)
+    for trunk, sequence in zip(together, sequences, strict=True):
+        (alone,) = record_trunks(subject, [sequence], **kept).trunks
+        for layer in range(subject.anatomy.n_layers):
+            torch.testing.assert_close(trunk.keys[layer], alone.keys[layer])
+            torch.testing.assert_close(trunk.values[layer], alone.values[layer])
 
 
 def test_the_text_between_two_images_belongs_to_the_prefix():
