@@ -93,7 +93,8 @@ def gone(process: int, seconds: float = 20) -> bool:
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
+            # Gone before its file was opened, or between that and reading it.
             return True
         time.sleep(0.02)
     return False
