@@ -186,7 +186,9 @@ def cache_bytes(subject: Subject, items: Sequence, row: Row = None) -> np.ndarra
     for item in items:
         prepared = subject.encode_items([item])
         with subject.intervene(row, prepared), torch.inference_mode():
-            cache = subject.model(**prepared.inputs, use_cache=True).past_key_values
+            output = subject.model(**prepared.inputs, use_cache=True)
+        # A wrapped decoder (BLIP-2) hands its own output on whole.
+        cache = (getattr(output, "language_model_outputs", None) or output).past_key_values
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
         found.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
     return np.array(found)
