@@ -6,11 +6,13 @@
 
 A job's folder holds ``lock`` (held by the process that runs it: the system lets go of it when that process ends, however), ``log.txt``,
 ``attempt-*`` (outputs being made), ``result`` (finished ones) and ``done.json``, written last, with a digest of every output. Where it was
-killed between two steps, the next one to take it up starts afresh. The file system must know locks (``flock``), as local ones and NFS 4 do.
+killed between two steps, the next one to take it up starts afresh; answers to benchmarks go on from those of the attempt that was cut off,
+where they are of the same items, weights and code. The log is written through `vlm_core.secrets.hidden`. The file system must know locks (``flock``), as local ones and NFS 4 do.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -18,22 +20,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import BinaryIO, TextIO
 
 import yaml
 from filelock import FileLock, Timeout
 
 from vlm_core.scale.jobs import Job
-from vlm_core.secrets import hidden
+from vlm_core.secrets import hidden, secrets
 
 __all__ = ["Outcome", "claim_runs", "output_digests", "result", "state", "take_up"]
 
 LEASH = Path(__file__).with_name("leash.py")
 # pytest's exit codes of a run whose evidence is whole: all as expected, refuted, undecided, worse than a baseline.
 _MEASURED = (0, 1, 10, 11)
+_GOES_ON = ("benchmarks",)
+"""Kinds of jobs whose command, run again with the same outputs, does what is not there yet."""
+_LAST_WORDS = 10.0
+"""Seconds that the log is waited for when the command is gone: what it left behind outside its group may hold the other end for good."""
+_CHUNK = 2**16
 _TOLD_TO_END = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -130,16 +139,25 @@ def _is_done(job: Job) -> bool:
 
 def _run(job: Job, retries: int) -> Outcome:
     start = perf_counter()
+    begun = _begun(job)
     for leftover in (*job.folder.glob("attempt-*"), result(job)):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover != begun:
+            shutil.rmtree(leftover, ignore_errors=True)
     for marker in ("done.json", "failed.json"):
         (job.folder / marker).unlink(missing_ok=True)
-    for left in range(retries, -1, -1):
-        attempt = job.folder / f"attempt-{uuid.uuid4().hex[:8]}"
+    while True:
+        attempt = begun or job.folder / f"attempt-{uuid.uuid4().hex[:8]}"
         status = _attempt(job, attempt)
-        if status <= 128 or status in _TOLD_TO_END or not left:
+        if begun is not None and 0 < status <= 128:
+            # It refused what was there, perhaps: answers to other items, or of other code or weights.
+            begun = None
+        elif status <= 128 or status in _TOLD_TO_END or not retries:
             break
-        shutil.rmtree(attempt, ignore_errors=True)
+        else:
+            retries -= 1
+            begun = attempt if job.kind in _GOES_ON else None
+        if begun is None:
+            shutil.rmtree(attempt, ignore_errors=True)
     trouble = _trouble(job, attempt, status)
     seconds = perf_counter() - start
     if trouble is not None:
@@ -151,21 +169,63 @@ def _run(job: Job, retries: int) -> Outcome:
     return Outcome(job.number, "done", True, seconds)
 
 
+def _begun(job: Job) -> Path | None:
+    """Outputs that the command can go on from: those of the last attempt, where that was cut off and did not end by itself."""
+    if job.kind not in _GOES_ON:
+        return None
+    try:
+        by_itself = json.loads((job.folder / "failed.json").read_text(encoding="utf-8"))["exit"] <= 128
+    except (FileNotFoundError, json.JSONDecodeError):
+        by_itself = False
+    return None if by_itself else max(job.folder.glob("attempt-*"), key=lambda one: one.stat().st_mtime, default=None)
+
+
 def _attempt(job: Job, attempt: Path) -> int:
     """Exit status of the command."""
-    attempt.mkdir()
+    attempt.mkdir(exist_ok=True)
     if job.settings is not None:
         settings = {**yaml.safe_load(job.settings), "out": str(attempt)}
         (attempt / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
     # -S and -I: the leash needs nothing but the standard library, and starts in no time.
     command = [sys.executable, "-I", "-S", str(LEASH), *job.command_line(attempt)]
-    with (job.folder / "log.txt").open("ab") as log:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as leash:
-            try:
-                status = leash.wait()
-                return status if status >= 0 else 128 - status
-            finally:
-                leash.stdin.close()
+    trouble: list[BaseException] = []
+    with (job.folder / "log.txt").open("a", encoding="utf-8", newline="") as log:
+        leash = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        writing = threading.Thread(target=_write_down, args=(leash.stdout, log, trouble), daemon=True)
+        writing.start()
+        try:
+            leash.wait()
+        finally:
+            leash.stdin.close()
+            status = leash.wait()
+            writing.join(_LAST_WORDS)
+    if trouble:
+        raise trouble[0]
+    return status if status >= 0 else 128 - status
+
+
+def _write_down(said: BinaryIO, log: TextIO, trouble: list[BaseException]) -> None:
+    """What is said, as it comes, without the secrets that stand in it unbroken; an end with which one may begin waits for what follows."""
+    decoder, pending = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    try:
+        while chunk := said.read1(_CHUNK):
+            pending = hidden(pending + decoder.decode(chunk))
+            begun = max((_begins(pending, secret) for secret in secrets()), default=0)
+            log.write(pending[: len(pending) - begun])
+            log.flush()
+            pending = pending[len(pending) - begun :]
+        log.write(pending + decoder.decode(b"", final=True))
+        log.flush()
+    except (OSError, ValueError) as error:
+        # Whoever runs the command is told; the command itself must not wait for a pipe that nobody reads.
+        trouble.append(error)
+        while said.read1(_CHUNK):
+            pass
+
+
+def _begins(text: str, secret: str) -> int:
+    """How many characters at the end of a text are the beginning of a secret."""
+    return next((n for n in range(min(len(secret) - 1, len(text)), 0, -1) if text.endswith(secret[:n])), 0)
 
 
 def _trouble(job: Job, attempt: Path, status: int) -> str | None:

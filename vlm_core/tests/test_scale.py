@@ -321,6 +321,110 @@ def test_settings_say_where_outputs_go_whatever_the_folder_is_called(config, tmp
     assert (result(job) / "came").is_file()
 
 
+ONE_MORE = """
+import os, signal, sys, pathlib, yaml
+out = pathlib.Path(yaml.safe_load(open(sys.argv[1]))["out"])
+n = len(list(out.glob("answer-*")))
+with (out.parent / "starts").open("a") as starts:
+    starts.write(f"{n} ")
+(out / f"answer-{n}").write_text(str(os.getpid()))
+if n < LAST:
+    ENDS
+"""
+
+
+def test_answers_of_a_killed_benchmark_are_gone_on_from(config):
+    """Whether its own scheduler runs it again, or another takes it up."""
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    job = script(config, ONE_MORE.replace("LAST", "3").replace("ENDS", killed))
+    assert take_up(job, retries=1).state == "failed" and state(job) == "failed"
+    outcome = take_up(job, retries=5)
+    assert outcome.state == "done"
+    assert sorted(one.name for one in result(job).glob("answer-*")) == [f"answer-{n}" for n in range(4)]
+    assert (job.folder / "starts").read_text().split() == ["0", "1", "2", "3"], "none twice, none lost"
+    assert not list(job.folder.glob("attempt-*"))
+
+
+def test_a_benchmark_that_ends_badly_starts_afresh(config):
+    job = script(config, ONE_MORE.replace("LAST", "1").replace("ENDS", "raise SystemExit(2)"))
+    for _ in range(2):
+        assert take_up(job, retries=3).state == "failed"
+        (attempt,) = job.folder.glob("attempt-*")
+        assert [one.name for one in attempt.glob("answer-*")] == ["answer-0"]
+
+
+def test_answers_that_do_not_fit_any_more_are_begun_again(config):
+    """Of other items, code or weights than were there when it was cut off: the command refuses the folder."""
+    refuses = """
+import os, signal, sys, pathlib, yaml
+out = pathlib.Path(yaml.safe_load(open(sys.argv[1]))["out"])
+if (out / "answer").exists():
+    raise SystemExit(2)
+(out / "answer").touch()
+if not (out.parent / "killed").exists():
+    (out.parent / "killed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    job = script(config, refuses)
+    assert take_up(job).state == "failed"
+    assert take_up(job).state == "done"
+    assert not list(job.folder.glob("attempt-*"))
+
+
+def test_no_secret_is_in_the_log(config, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "a-token-to-be-hidden")
+    monkeypatch.setenv("SOME_CREDENTIALS", "{\n  key: abcdefgh\n}")
+    code = """
+import os, sys, time, pathlib
+log = pathlib.Path(sys.argv[1]).parents[1] / "log.txt"
+def say(text, heard=None):
+    sys.stdout.buffer.write(text)
+    sys.stdout.flush()
+    until = time.monotonic() + 60
+    while heard is not None and heard not in log.read_text():
+        if time.monotonic() > until:
+            raise SystemExit("not in the log")
+        time.sleep(0.02)
+say(b"with a-token-to-be-hidden\\r", "with")
+for part in (b"first a-to", b"ken-to-be-hid"):
+    say(part, "first ")
+for part in (b"den\\n", os.environ["SOME_CREDENTIALS"].encode(), b"\\n\\xff\\n", b"a-token", b" the end a-tok"):
+    say(part)
+"""
+    job = script(config, code)
+    assert take_up(job).state == "done"
+    told = (job.folder / "log.txt").read_text()
+    expected = ["with <SOME_TOKEN>", "first <SOME_TOKEN>", "<SOME_CREDENTIALS>", "\N{REPLACEMENT CHARACTER}", "a-token the end a-tok"]
+    assert told.splitlines() == expected
+
+
+def test_what_is_said_is_in_the_log_at_once(config):
+    code = """
+import sys, time, pathlib
+sys.stdout.write("....")
+sys.stdout.flush()
+log = pathlib.Path(sys.argv[1]).parents[1] / "log.txt"
+until = time.monotonic() + 60
+while log.read_text() != "....":
+    if time.monotonic() > until:
+        raise SystemExit("not there")
+    time.sleep(0.02)
+"""
+    assert take_up(script(config, code)).state == "done"
+
+
+def test_a_log_that_cannot_be_written_is_told(config, monkeypatch):
+    """The command itself goes on to its end: it is not the one to blame."""
+    def full(text):
+        raise OSError("No space left on device")
+
+    job = script(config, "import pathlib, sys; print('.' * 10**6); (pathlib.Path(sys.argv[1]).parents[1] / 'ended').touch()")
+    monkeypatch.setattr("vlm_core.scale.running.hidden", full)
+    with pytest.raises(OSError, match="No space left"):
+        take_up(job)
+    assert (job.folder / "ended").is_file()
+
+
 def test_no_secret_is_recorded_of_a_job_that_fails(config, monkeypatch, capsys):
     monkeypatch.setenv("SOME_TOKEN", "a-token-to-be-hidden")
     job = script(config, "print('refused for a-token-to-be-hidden'); raise SystemExit(2)")
