@@ -13,8 +13,8 @@ __all__ = ["render"]
 
 HEADER = """# How fast the instrument is
 
-Written by `python -m vlm_core.bench --write`. One machine, one process, one run; in every round each contestant works once on the same
-prompt, in an order that moves on. A figure is the median of the rounds' ratios, its spread their quartiles; times are medians.
+Written by `python -m vlm_core.bench --write`. One machine, one process, one run; in every round (or pair) each contestant works once on the
+same prompt, in an order drawn anew. A figure is the median of the rounds' ratios, its spread their quartiles; times are medians.
 """
 LEGEND = """
 ## How to read it
@@ -27,7 +27,10 @@ LEGEND = """
   few heads a round (each costs them a full pass). vlm_core's sweep runs over all heads and starts from the image's pixels: processor,
   vision tower, scoring and the table are in its time. Every round has a new image.
 * **Single forward passes** are of one prompt without padding. Every pass of vlm_core has a batch of its own, encoded before the clock starts
-  as the prompt of the others is, so that nothing kept from one pass helps the next; contestants work in an order drawn anew each round.
+  as the prompt of the others is, so that nothing kept from one pass helps the next. Each of its works has plain passes of its own beside
+  it, in an order drawn anew, until the median of the ratios is known to a tenth of what the bar is away from 1, or to 0.01 (95 %
+  interval of the sign test), or for a hundred pairs a round or about two minutes of plain passes: the last column says how well it
+  is known. A bar is met by the median; one that is no further away than that may be missed by another run.
 * **Plain hooks, 8 rows a pass** batches eight interventions; shown without a bar.
 * **Efficiency** counts the arithmetic that a sweep needs (the prompt once, then the touched layer and those after it, for tokens that can
   change, of the last layer what the token read needs; no vision tower, norms, softmax or scoring) and divides by what the decoder's own

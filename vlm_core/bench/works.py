@@ -23,7 +23,7 @@ from vlm_core.bench.peers import open_peers
 from vlm_core.bench.plain import HOOKS, OutputAttentions, PlainHooks
 from vlm_core.bench.report import Row
 from vlm_core.bench.subjects import Case, Prompt
-from vlm_core.bench.timing import compare, interleave
+from vlm_core.bench.timing import compare, in_pairs, interleave
 
 __all__ = ["BARS", "WORKS", "Agreement", "Bars", "measure", "same_work"]
 
@@ -39,7 +39,10 @@ PLAIN = "plain forward"
 BATCH = 8  # rows of the batched hooks
 CHECKED = 6  # heads compared before anything is timed
 SAMPLE = 3  # heads a full-pass tool ablates in a round: each costs it the same
-SECONDS_OF_FORWARDS = 1.5  # of each contestant in a round of forward passes
+SECONDS_OF_FORWARDS = 120.0  # of plain passes at most beside a work, about
+PAIRS_A_ROUND = 100  # at most
+KNOWN = 0.1, 0.01  # how well such a ratio's median has to be known: a share of what the bar is away from 1, but no better than this
+WITHOUT_BAR = 1.5  # the bar whose precision is asked where there is none
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value: what two orders of summing may differ by
 MASS_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHARE_OF_PRODUCTS = 3e10  # operations of matrix products timed beside a sweep
@@ -255,13 +258,13 @@ def forward_rows(case: Case, works: Sequence[str], peers: dict, rounds: int, bar
         own_runs.append((everything, lambda prompt: own.image_mass(prompt, "all"), reference["all"], near, bars.all_mass))
         tools = {HOOKS: plain, maps.name: maps, **peers}
         peer_runs += [(text, name, tool.image_mass, reference["text"], near) for name, tool in tools.items()]
-    rows = _paired(case, prompt, plain, [(title, own.name, *rest) for title, *rest in own_runs], rounds, True, clock)
-    return rows + _paired(case, prompt, plain, [(*one, None) for one in peer_runs], rounds, False, clock)
+    rows = _forwards(case, prompt, plain, [(title, own.name, *rest) for title, *rest in own_runs], rounds, True, clock)
+    return rows + _forwards(case, prompt, plain, [(*one, None) for one in peer_runs], rounds, False, clock)
 
 
-def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: int, repeated: bool, clock: str) -> list[Row]:
-    timed: dict[str, Callable[[int], int]] = {PLAIN: lambda number: len(plain.forward(prompt))}
-    judged = {}
+def _forwards(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: int, judged_closely: bool, clock: str) -> list[Row]:
+    """Rows of some works: each with plain passes of its own beside it (``judged_closely``), or all of them beside one in every round."""
+    judged, works = {}, {}
     for title, by, work, expected, allowed, _ in runs:
         result, reason = _attempt(lambda work=work: work(prompt))
         difference = float("nan")
@@ -271,16 +274,14 @@ def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: i
                 reason = f"not the same work: results differ by {difference:.2g}, allowed are {allowed:.2g}"
         judged[title, by] = difference, reason
         if not reason:
-            timed[f"{title} {by}"] = lambda number, work=work: (work(prompt), 1)[1]
-    once = min(interleave({PLAIN: timed[PLAIN]}, 3, device=case.subject.device)[PLAIN])
-    cycles = rounds * (max(1, min(100, round(SECONDS_OF_FORWARDS / once))) if repeated else 1)
-    if repeated:
-        # Every pass is the first on its batch: nothing kept from one pass helps the next.
-        for title, by, work, *_ in runs:
-            if f"{title} {by}" in timed:
-                batches = [replace(prompt, batch=case.subject.encode_items([prompt.item])) for _ in range(cycles)]
-                timed[f"{title} {by}"] = lambda number, work=work, batches=batches: (work(batches[number]), 1)[1]
-    seconds = interleave(timed, cycles, clock, case.subject.device)
+            works[f"{title} {by}"] = work
+    if judged_closely:
+        bars = {f"{title} {by}": bar for title, by, *_, bar in runs}
+        seconds = {name: _beside_plain(case, prompt, plain, work, bars[name], rounds, clock) for name, work in works.items()}
+    else:
+        timed = {PLAIN: plain.forward, **works}
+        beside = interleave({name: _passes(work, [prompt] * rounds) for name, work in timed.items()}, rounds, clock, case.subject.device)
+        seconds = {name: (spent, beside[PLAIN]) for name, spent in beside.items()}
     rows = []
     for title, by, _, _, _, bar in runs:
         difference, reason = judged[title, by]
@@ -288,8 +289,8 @@ def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: i
         if reason:
             rows.append(Row(**row, note=reason))
             continue
-        spent = seconds[f"{title} {by}"]
-        ratio = compare(spent, seconds[PLAIN])
+        spent, plainly = seconds[f"{title} {by}"]
+        ratio = compare(spent, plainly)
         rows.append(
             Row(
                 **row,
@@ -297,12 +298,40 @@ def _paired(case: Case, prompt: Prompt, plain: PlainHooks, runs: list, rounds: i
                 low=ratio.low,
                 high=ratio.high,
                 own=1e3 * float(np.median(spent)),
-                other=1e3 * float(np.median(seconds[PLAIN])),
+                other=1e3 * float(np.median(plainly)),
                 difference=difference,
-                rounds=cycles,
+                rounds=len(spent),
+                note=_known(len(spent), ratio.within) if judged_closely else "",
             )
         )
     return rows
+
+
+def _known(pairs: int, within: float) -> str:
+    """How well a median is known, for the page."""
+    return f"{pairs} pairs, median known to {within:.3f}" if np.isfinite(within) else f"{pairs} pairs, too few for an interval"
+
+
+def _passes(work: Callable, prompts: Sequence[Prompt]) -> Callable[[int], int]:
+    """Does the work on the prompt of a round."""
+
+    def one(number: int) -> int:
+        work(prompts[number])
+        return 1
+
+    return one
+
+
+def _beside_plain(case: Case, prompt: Prompt, plain: PlainHooks, work: Callable, bar: float | None, rounds: int, clock: str) -> tuple:
+    """Seconds of the work and of plain passes beside it, until the median of their ratios is known as well as the bar asks."""
+    device = case.subject.device
+    once = min(interleave({PLAIN: _passes(plain.forward, [prompt] * 3)}, 3, device=device)[PLAIN])
+    most = rounds * max(1, min(PAIRS_A_ROUND, round(SECONDS_OF_FORWARDS / once / rounds)))
+    # Every pass is the first on its batch: nothing kept from one pass helps the next.
+    fresh = [replace(prompt, batch=case.subject.encode_items([prompt.item])) for _ in range(most)]
+    share, least = KNOWN
+    known = max(least, share * abs((bar or WITHOUT_BAR) - 1.0))
+    return in_pairs(_passes(work, fresh), _passes(plain.forward, [prompt] * most), most, known, clock, device)
 
 
 def memory_rows(case: Case, bars: Bars) -> list[Row]:

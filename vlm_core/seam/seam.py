@@ -99,8 +99,9 @@ class active:  # noqa: N801 (used as a function)
             if seam is None:
                 raise SubjectError("the seam of this model was removed: make a new subject with Subject(model, processor)")
             seam.begin(run)
-            self._seam = seam
-            runs = (run, *(one for one in _ACTIVE.get() if hasattr(one, "anatomy") and one.anatomy.language_model is not model))
+            self._seam, runs = seam, (run,)
+            if others := _ACTIVE.get():
+                runs += tuple(one for one in others if hasattr(one, "anatomy") and one.anatomy.language_model is not model)
         self._token = _ACTIVE.set(runs)
         return run
 
@@ -240,7 +241,10 @@ class Seam:
     @property
     def in_place(self) -> bool:
         """Whether the language model still dispatches its attention to the seam."""
-        return self._text_config._attn_implementation == ATTENTION_NAMES[self.original]
+        config = self._text_config
+        # Where the configuration keeps it: by its property, looking takes longer than all else that a run that does nothing costs.
+        named = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal") or config._attn_implementation
+        return named == ATTENTION_NAMES[self.original]
 
     def begin(self, run: Run) -> None:
         """``run`` becomes active in some context: from here on nothing compiled is used, and hooks that it hears by come first."""
@@ -271,7 +275,8 @@ class Seam:
     @property
     def _rests(self) -> bool:
         """Whether there are the hooks that there are without any run, and no others."""
-        return not any(hooks.on for hooks in self._several) and self._entrance.there
+        layers, modules, attentions = self._several
+        return not (layers.on or modules.on or attentions.on) and self._entrance.there
 
     def remove(self) -> None:
         """Restore the model as it was before ``install``; a second time does nothing."""
@@ -321,7 +326,10 @@ class _Hooks:
     @property
     def there(self) -> bool:
         """Whether there are all of them, none cleared by someone."""
-        return self.on and all(handle.id in self._of(module) for handle, (module, _) in zip(self._handles, self._hooked, strict=True))
+        for handle, (module, _) in zip(self._handles, self._hooked, strict=False):
+            if handle.id not in self._of(module):
+                return False
+        return self.on
 
     def begin(self, hears: bool) -> None:
         """A run begins that hears by these, or does not."""

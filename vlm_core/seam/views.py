@@ -336,27 +336,31 @@ class AttentionView:
         return total.div_(count)
 
     def shares(self, queries: str, groups: tuple[str, ...]) -> torch.Tensor:
-        """Attention on groups of keys, averaged over a group of queries, ``[element, head, group]``; NaN where that has no member."""
+        """Attention on groups of keys, averaged over a group of queries, ``[element, head, group]``; NaN where that has no member.
+
+        Under autocast too its products have the type of their factors: rounded shares would not sum to 1.
+        """
         query, key = self.query, self.key
+        kind = "cpu" if query.is_cpu else query.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.shares(queries, groups)
         asked = self.tokens.kept((queries, groups, query.shape, key.shape, self.crossed, self._causal), self._shared, queries, groups)
         if asked is _BY_MEAN or self.softcap is not None or ("mean", queries) in self._kept:
-            mean = self.mean(queries)
             members = self.tokens.kept(("groups", groups, key.shape, self.crossed), self._members, groups)
-            with _as_it_is(mean):
-                return mean @ members
+            return self.mean(queries) @ members
         if query.dtype != torch.float32 or query.requires_grad or key.requires_grad:
             query, key = query.detach().float(), key.detach().float()
-        with _as_it_is(query):
-            if asked.values is not None:
-                attention = nn.functional.scaled_dot_product_attention
-                return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
-            where = asked.where
-            few = query[0, :, where] if isinstance(where, slice) else query[0].index_select(1, where)
-            if few.shape[0] > key.shape[1]:
-                # Heads that share keys are neighbours: their queries stand under one another.
-                few = few.reshape(key.shape[1], -1, key.shape[3])
-            found = torch.baddbmm(asked.later, few, key[0].mT, alpha=self.scaling).softmax(-1)
-            return torch.mm(found.view(query.shape[1], -1), asked.weights)[None]
+        if asked.values is not None:
+            attention = nn.functional.scaled_dot_product_attention
+            return attention(query, key, asked.values, is_causal=True, scale=self.scaling).mean(2)[..., : len(groups)]
+        where = asked.where
+        few = query[0, :, where] if isinstance(where, slice) else query[0].index_select(1, where)
+        if few.shape[0] > key.shape[1]:
+            # Heads that share keys are neighbours: their queries stand under one another.
+            few = few.reshape(key.shape[1], -1, key.shape[3])
+        found = torch.baddbmm(asked.later, few, key[0].mT, alpha=self.scaling).softmax(-1)
+        return torch.mm(found.view(query.shape[1], -1), asked.weights)[None]
 
     def _members(self, groups: tuple[str, ...]) -> torch.Tensor:
         """Which keys belong to which group, ``[element, key, group]``."""

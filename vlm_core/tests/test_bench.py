@@ -19,7 +19,7 @@ from vlm_core.bench.peers import PEERS, open_peers
 from vlm_core.bench.plain import OutputAttentions, PlainHooks
 from vlm_core.bench.report import Report, Row, machine
 from vlm_core.bench.subjects import SHAPES, open_case
-from vlm_core.bench.timing import CLOCKS, compare, interleave
+from vlm_core.bench.timing import CLOCKS, compare, in_pairs, interleave
 from vlm_core.bench.works import WORKS, Agreement, Bars, measure, same_work
 
 FIELDS = {
@@ -355,6 +355,54 @@ def test_time_is_read_from_the_clock_that_was_asked_for(monkeypatch, clock, seco
 def test_ratios_are_paired():
     ratio = compare([2.0, 20.0, 6.0, 8.0, 10.0], [1.0, 10.0, 2.0, 2.0, 2.0])
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize(("rounds", "below", "above"), [(6, 0, 5), (10, 1, 8), (20, 5, 14)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(rounds, below, above):
+    """The order statistics of the published tables (Conover, Practical Nonparametric Statistics, 3.2)."""
+    ratios = np.random.default_rng(0).permutation(np.arange(rounds) ** 2.0)
+    found = compare(ratios, np.ones(rounds))
+    assert found.within == max(found.median - below**2, above**2 - found.median)
+    assert compare(ratios[:5], np.ones(5)).within == math.inf, "five rounds have no interval of 95 %"
+
+
+@pytest.mark.parametrize(("unsteady", "within", "expected"), [(0.0, 0.01, 10), (0.05, 0.02, (40, 150)), (0.5, 0.01, 300)])
+def test_pairs_are_timed_until_the_median_is_known(monkeypatch, unsteady, within, expected):
+    seconds, now, asked = np.random.default_rng(0), [0.0], {"ours": [], "theirs": []}
+    monkeypatch.setitem(CLOCKS, "wall", lambda: now[0])
+
+    def contestant(name, cost):
+        def work(number):
+            asked[name].append(number)
+            now[0] += cost * np.exp(unsteady * seconds.standard_normal())
+            return 1
+
+        return work
+
+    ours, theirs = in_pairs(contestant("ours", 2.0), contestant("theirs", 1.0), 300, 2 * within)
+    assert asked["ours"] == asked["theirs"] == list(range(len(ours))) and len(ours) == len(theirs)
+    least, most = expected if isinstance(expected, tuple) else (expected, expected)
+    assert least <= len(ours) <= most
+    assert abs(compare(ours, theirs).median - 2.0) < 2 * (within if unsteady < 0.5 else 0.2)
+
+
+@pytest.mark.parametrize(("bar", "known"), [(1.02, 0.01), (1.15, 0.015), (1.5, 0.05), (None, 0.05)])
+@pytest.mark.parametrize(("seconds", "pairs"), [(0.01, 200), (8.0, 16), (200.0, 2)])
+def test_how_well_a_ratio_has_to_be_known_follows_from_its_bar(case, monkeypatch, bar, known, seconds, pairs):
+    asked = []
+    monkeypatch.setattr(works, "SECONDS_OF_FORWARDS", 128.0)
+    monkeypatch.setattr(works, "interleave", lambda timed, *args, **options: {works.PLAIN: [seconds]})
+    monkeypatch.setattr(works, "in_pairs", lambda work, plain, *rest: asked.append(rest) or ([1.0], [1.0]))
+    works._beside_plain(case, case.prompt(0), PlainHooks(case), lambda prompt: None, bar, 2, "wall")
+    assert asked[0][:2] == (pairs, pytest.approx(known))
+
+
+def test_every_pass_beside_a_plain_one_is_on_a_batch_of_its_own(case, monkeypatch):
+    seen = []
+    monkeypatch.setattr(works, "SECONDS_OF_FORWARDS", 1e9)
+    monkeypatch.setattr(works, "PAIRS_A_ROUND", 3)
+    works._beside_plain(case, case.prompt(0), PlainHooks(case), lambda prompt: seen.append(prompt.batch), 1.02, 4, "wall")
+    assert len(seen) >= 10 and len({id(batch) for batch in seen}) == len(seen)
 
 
 def test_peak_counts_what_is_held_at_once():
