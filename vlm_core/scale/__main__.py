@@ -17,7 +17,7 @@ from vlm_core.scale.backends import BACKENDS, run_jobs
 from vlm_core.scale.config import ScaleConfig
 from vlm_core.scale.jobs import jobs_of
 from vlm_core.scale.merging import merge
-from vlm_core.scale.running import state, take_up
+from vlm_core.scale.running import Outcome, state, take_up
 from vlm_core.scale.slurm import write_scripts
 
 
@@ -65,7 +65,10 @@ def _run(config: ScaleConfig, options: argparse.Namespace) -> int:
     if options.job is not None:
         if not 0 <= options.job < len(jobs):
             raise ValueError(f"there is no job {options.job}: {options.config} has 0 to {len(jobs) - 1}")
-        outcomes = [take_up(jobs[options.job], config.retries, wait=True)]
+        try:
+            outcomes = [take_up(jobs[options.job], config.retries, wait=True)]
+        except OSError as error:  # a disk that is full
+            outcomes = [Outcome(options.job, "failed", True, reason=one_line(error))]
     else:
         config = config if options.workers is None else replace(config, workers=options.workers)
         outcomes = run_jobs(jobs, config, options.backend, _say)

@@ -146,7 +146,7 @@ def _run(job: Job, retries: int) -> Outcome:
     for marker in ("done.json", "failed.json"):
         (job.folder / marker).unlink(missing_ok=True)
     while True:
-        attempt = begun or job.folder / f"attempt-{uuid.uuid4().hex[:8]}"
+        attempt = begun or _fresh(job)
         status = _attempt(job, attempt)
         if begun is not None and 0 < status <= 128:
             # It refused what was there, perhaps: answers to other items, or of other code or weights.
@@ -170,14 +170,23 @@ def _run(job: Job, retries: int) -> Outcome:
 
 
 def _begun(job: Job) -> Path | None:
-    """Outputs that the command can go on from: those of the last attempt, where that was cut off and did not end by itself."""
+    """Outputs that the command can go on from: those of the last attempt, where that was cut off and did not end by itself.
+
+    Finished ones without a marker are of an attempt that was cut off before it could say that it was done.
+    """
     if job.kind not in _GOES_ON:
         return None
+    if result(job).is_dir() and not (job.folder / "done.json").exists():
+        return result(job).rename(_fresh(job))
     try:
         by_itself = json.loads((job.folder / "failed.json").read_text(encoding="utf-8"))["exit"] <= 128
     except (FileNotFoundError, json.JSONDecodeError):
         by_itself = False
     return None if by_itself else max(job.folder.glob("attempt-*"), key=lambda one: one.stat().st_mtime, default=None)
+
+
+def _fresh(job: Job) -> Path:
+    return job.folder / f"attempt-{uuid.uuid4().hex[:8]}"
 
 
 def _attempt(job: Job, attempt: Path) -> int:
@@ -209,18 +218,26 @@ def _write_down(said: BinaryIO, log: TextIO, trouble: list[BaseException]) -> No
     decoder, pending = codecs.getincrementaldecoder("utf-8")("replace"), ""
     try:
         while chunk := said.read1(_CHUNK):
-            pending = hidden(pending + decoder.decode(chunk))
-            begun = max((_begins(pending, secret) for secret in secrets()), default=0)
-            log.write(pending[: len(pending) - begun])
+            pending += decoder.decode(chunk)
+            sure = _sure(pending)
+            log.write(hidden(pending[:sure]))
             log.flush()
-            pending = pending[len(pending) - begun :]
-        log.write(pending + decoder.decode(b"", final=True))
+            pending = pending[sure:]
+        log.write(hidden(pending + decoder.decode(b"", final=True)))
         log.flush()
     except (OSError, ValueError) as error:
         # Whoever runs the command is told; the command itself must not wait for a pipe that nobody reads.
         trouble.append(error)
         while said.read1(_CHUNK):
             pass
+
+
+def _sure(text: str) -> int:
+    """How many characters of a text, whatever follows, hold every secret that begins in them whole."""
+    end = len(text) - max((_begins(text, secret) for secret in secrets()), default=0)
+    while across := [at for secret in secrets() if (at := text.find(secret, max(0, end - len(secret) + 1), end + len(secret) - 1)) >= 0]:
+        end = min(across)
+    return end
 
 
 def _begins(text: str, secret: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_core.harness import config as harness
 from vlm_core.scale import merging
@@ -23,8 +27,9 @@ from vlm_core.scale.backends import run_jobs
 from vlm_core.scale.config import ScaleConfig, SubjectAt
 from vlm_core.scale.jobs import jobs_of
 from vlm_core.scale.merging import merge
-from vlm_core.scale.running import Outcome, output_digests, result, state, take_up
+from vlm_core.scale.running import Outcome, _write_down, output_digests, result, state, take_up
 from vlm_core.scale.slurm import write_scripts
+from vlm_core.secrets import hidden
 from vlm_core.tests.scale_jobs import StandIn, gone, subjects, write_config
 
 EXAMPLE = Path(__file__).parents[1] / "scale" / "example.toml"
@@ -345,6 +350,17 @@ def test_answers_of_a_killed_benchmark_are_gone_on_from(config):
     assert not list(job.folder.glob("attempt-*"))
 
 
+def test_finished_answers_without_a_marker_are_gone_on_from(config):
+    """Killed between the last two steps: they are whole, and nobody has said so."""
+    job = script(config, ONE_MORE.replace("LAST", "0").replace("ENDS", "pass"))
+    assert take_up(job).state == "done"
+    (job.folder / "done.json").unlink()
+    outcome = take_up(job)
+    assert (outcome.state, outcome.ran) == ("done", True)
+    assert (job.folder / "starts").read_text().split() == ["0", "1"]
+    assert sorted(one.name for one in result(job).glob("answer-*")) == ["answer-0", "answer-1"]
+
+
 def test_a_benchmark_that_ends_badly_starts_afresh(config):
     job = script(config, ONE_MORE.replace("LAST", "1").replace("ENDS", "raise SystemExit(2)"))
     for _ in range(2):
@@ -398,6 +414,29 @@ for part in (b"den\\n", os.environ["SOME_CREDENTIALS"].encode(), b"\\n\\xff\\n",
     assert told.splitlines() == expected
 
 
+class InPieces:
+    """What a command says, in these pieces."""
+
+    def __init__(self, pieces):
+        self.pieces = [piece for piece in pieces if piece]
+
+    def read1(self, size):
+        return self.pieces.pop(0) if self.pieces else b""
+
+
+@given(st.lists(st.sampled_from(["abcdabcd", "abcdabcdx", "abcd", "dabcdabc", "x", "\n", "\N{EURO SIGN}"]), max_size=8), st.lists(st.integers(0, 60), max_size=8))
+def test_pieces_of_what_is_said_hide_what_the_whole_would(said, cuts):
+    """Secrets that begin, end or hold each other too, wherever the pieces are cut."""
+    whole = "".join(said).encode()
+    ends = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    log, trouble = io.StringIO(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONE_TOKEN", "abcdabcd")
+        patch.setenv("OTHER_TOKEN", "abcdabcdx")
+        _write_down(InPieces(whole[one:two] for one, two in pairwise(ends)), log, trouble)
+        assert log.getvalue() == hidden(whole.decode()) and not trouble
+
+
 def test_what_is_said_is_in_the_log_at_once(config):
     code = """
 import sys, time, pathlib
@@ -442,6 +481,16 @@ def test_what_one_worker_meets_does_not_end_the_others(stand_in, config, monkeyp
     monkeypatch.setattr("vlm_core.scale.backends.take_up", full)
     first, second = run(config())
     assert (first.state, first.reason, second.state) == ("failed", "No space left on device", "done")
+
+
+def test_a_full_disk_fails_an_element_of_an_array_in_a_sentence(config, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("vlm_core.scale.__main__.take_up", full)
+    assert main(["run", str(config()), "--job", "1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("failed: No space left on device")
 
 
 def test_a_report_is_made_of_what_is_done_and_says_what_is_not(stand_in, config, monkeypatch, capsys):
