@@ -7,6 +7,7 @@ that carry no claim.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 
 import pytest
@@ -153,6 +154,15 @@ def pytest_runtestloop(session):
     found = [item.stash[_INSTANCE] for item in session.items if _INSTANCE in item.stash]
     terminal.claims_list(session.config.pluginmanager.getplugin("terminalreporter"), found)
     return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    # Its summary imports the whole library in every process, also where no test used it. A session with workers has theirs to tell.
+    config = session.config
+    tells = "hypothesis" in sys.modules or getattr(config.option, "dist", "no") != "no"
+    if not tells and config.pluginmanager.has_plugin("hypothesispytest"):
+        config.pluginmanager.unregister(name="hypothesispytest")
 
 
 @pytest.fixture

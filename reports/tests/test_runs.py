@@ -207,6 +207,38 @@ def test_waits_for_the_other(evidence):
     assert sorted(path.name for path in suite.runs.iterdir()) == sorted([*(folder.name for folder in folders), "latest"])
 
 
+LOADED = """
+import pytest, sys
+pytest_plugins = ["reports.plugin"]
+import vlm_core
+vlm_core.precheck_subject = lambda subject, revision: None
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    with open("controller" if config.getoption("tx", None) and not hasattr(config, "workerinput") else "tests", "w") as out:
+        print("hypothesis" in sys.modules, file=out)
+"""
+PROPERTY = """
+import hypothesis
+
+@hypothesis.given(hypothesis.strategies.integers())
+def test_property(n): pass
+"""
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_hypothesis_is_loaded_where_a_test_uses_it(suite, workers, used):
+    """Its plugin would import all of it in every process as a session ends, for a second or more; what it has to tell is told."""
+    suite.write(PROPERTY if used else "", SUPPORTED)
+    suite.pytester.makeconftest(LOADED)
+    found = suite.pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", str(workers), *(["--hypothesis-show-statistics"] if used else []))
+    assert found.ret == 0
+    loaded = {name: Path(suite.pytester.path, name).read_text().strip() for name in ("controller", "tests")[1 - workers :]}
+    assert loaded == {**({"controller": "True"} if workers else {}), "tests": str(used)}
+    assert used == ("100 passing" in found.stdout.str())
+
+
 def test_the_latest_run_is_never_missing_while_another_takes_its_place(tmp_path, monkeypatch):
     replace, seen = os.replace, []
     for name in "ab":
