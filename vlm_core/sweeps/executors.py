@@ -23,6 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_core.spawned import end_with_parent
+
 if TYPE_CHECKING:
     from vlm_core.subjects.subject import Subject
 
@@ -217,7 +219,7 @@ class ProcessExecutor(_Dispatcher):
 
     def _hire(self) -> ProcessPoolExecutor:
         # A pool of one: its death breaks no other. Spawned: torch does not survive a fork with threads.
-        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_set_threads, initargs=(self._threads_each,))
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(self._threads_each,))
 
     def _call(self, worker: ProcessPoolExecutor, fn, args, kwargs):
         return worker.submit(fn, *args, **kwargs).result()
@@ -230,12 +232,13 @@ class ProcessExecutor(_Dispatcher):
         return (BrokenProcessPool,)
 
 
-def _set_threads(n: int) -> None:
+def _begin(threads: int) -> None:
+    end_with_parent()
     # For a torch that is yet to be imported, and for one that the main module has imported already.
-    os.environ["OMP_NUM_THREADS"] = str(n)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
-    torch.set_num_threads(n)
+    torch.set_num_threads(threads)
 
 
 class RayExecutor(_Dispatcher):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,3 +57,9 @@ class DiesAt:
         if item["id"] == self.item:
             die_once(self.marker, 0)
         return {"none": encoded.image & False}
+
+
+def stay(folder, seconds):
+    """Leave word of this process, and work on for some time."""
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(seconds)
