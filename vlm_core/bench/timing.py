@@ -85,6 +85,7 @@ def in_pairs(
     within: float,
     clock: str = "wall",
     device: torch.device | str = "cpu",
+    before: Callable[[range], None] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Time two contestants next to each other until the median of their ratios is known to ``within``.
 
@@ -97,6 +98,8 @@ def in_pairs(
         No more than these.
     within : float
         Half the width of the median's 95 % interval that is precise enough.
+    before : callable, optional
+        Told the numbers of the next rounds before they are timed.
 
     Returns
     -------
@@ -106,9 +109,12 @@ def in_pairs(
     theirs: list[float] = []
     while len(ours) < rounds and not (ours and compare(ours, theirs).within <= within):
         done = len(ours)
+        numbers = range(done, min(done + BLOCK, rounds))
+        if before is not None:
+            before(numbers)
         block = interleave(
             {"ours": lambda number, done=done: contestant(done + number), "theirs": lambda number, done=done: against(done + number)},
-            min(BLOCK, rounds - done),
+            len(numbers),
             clock,
             device,
             seed=done,

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -19,7 +20,7 @@ from vlm_core.bench.peers import PEERS, open_peers
 from vlm_core.bench.plain import OutputAttentions, PlainHooks
 from vlm_core.bench.report import Report, Row, machine
 from vlm_core.bench.subjects import SHAPES, open_case
-from vlm_core.bench.timing import CLOCKS, compare, in_pairs, interleave
+from vlm_core.bench.timing import BLOCK, CLOCKS, compare, in_pairs, interleave
 from vlm_core.bench.works import WORKS, Agreement, Bars, measure, same_work
 
 FIELDS = {
@@ -392,7 +393,7 @@ def test_how_well_a_ratio_has_to_be_known_follows_from_its_bar(case, monkeypatch
     asked = []
     monkeypatch.setattr(works, "SECONDS_OF_FORWARDS", 128.0)
     monkeypatch.setattr(works, "interleave", lambda timed, *args, **options: {works.PLAIN: [seconds]})
-    monkeypatch.setattr(works, "in_pairs", lambda work, plain, *rest: asked.append(rest) or ([1.0], [1.0]))
+    monkeypatch.setattr(works, "in_pairs", lambda work, plain, *rest, before: asked.append(rest) or ([1.0], [1.0]))
     works._beside_plain(case, case.prompt(0), PlainHooks(case), lambda prompt: None, bar, 2, "wall")
     assert asked[0][:2] == (pairs, pytest.approx(known))
 
@@ -403,6 +404,44 @@ def test_every_pass_beside_a_plain_one_is_on_a_batch_of_its_own(case, monkeypatc
     monkeypatch.setattr(works, "PAIRS_A_ROUND", 3)
     works._beside_plain(case, case.prompt(0), PlainHooks(case), lambda prompt: seen.append(prompt.batch), 1.02, 4, "wall")
     assert len(seen) >= 10 and len({id(batch) for batch in seen}) == len(seen)
+
+
+def test_batches_are_encoded_a_block_at_a_time_and_let_go(case, monkeypatch):
+    held, most = weakref.WeakSet(), []
+    monkeypatch.setattr(works, "SECONDS_OF_FORWARDS", 1e9)
+    monkeypatch.setattr(works, "KNOWN", (0.0, 0.0))
+
+    def work(prompt):
+        held.add(prompt.batch)
+        most.append(len(held))
+
+    works._beside_plain(case, case.prompt(0), PlainHooks(case), work, 1.02, 1, "wall")
+    assert len(most) == works.PAIRS_A_ROUND and max(most) <= 2 * BLOCK
+
+
+@pytest.mark.parametrize("wrong", ["another result", "NaN", "an error"])
+@pytest.mark.parametrize("whose", ["own", "a peer's"])
+def test_a_forward_pass_that_goes_wrong_while_timed_has_no_figure(case, monkeypatch, whose, wrong):
+    """And the others have theirs."""
+    kind, calls = (works.Own if whose == "own" else Counted), []
+    right = works.Own.image_mass if whose == "own" else OutputAttentions(case).image_mass
+
+    def image_mass(self, prompt, queries="text"):
+        calls.append(queries)
+        mass = right(self, prompt, queries) if whose == "own" else right(prompt, queries)
+        if calls.count("text") == 1 or queries == "all":
+            return mass
+        if wrong == "an error":
+            raise RuntimeError("out of memory")
+        return mass + 100 if wrong == "another result" else mass * float("nan")
+
+    monkeypatch.setattr(kind, "image_mass", image_mass, raising=False)
+    rows = works.forward_rows(case, ["mass"], {} if whose == "own" else {"wrong": Counted(case), "right": OutputAttentions(case)}, 1, Bars())
+    by = works.Own.name if whose == "own" else "wrong"
+    (row,) = (one for one in rows if one.by == by and "text" in one.work)
+    assert row.figure is None
+    assert row.note == "failed: RuntimeError: out of memory" if wrong == "an error" else row.note.endswith("(in a timed round)")
+    assert all(one.figure > 0 for one in rows if one is not row)
 
 
 def test_peak_counts_what_is_held_at_once():
