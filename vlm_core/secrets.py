@@ -14,17 +14,21 @@ from typing import Any
 __all__ = ["hidden", "hidden_in", "secrets"]
 
 _NAMES = re.compile(r"(^|_)(TOKENS?|API_?KEY|ACCESS_?KEY|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)|_(KEY|PAT)$", re.IGNORECASE)
-_SHORTEST = 8  # characters: shorter values are words that stand everywhere
+_SHORTEST = 8  # characters: shorter values are words that stand everywhere; a single one repeated is what stands in for a secret
 
 
 def secrets() -> dict[str, str]:
     """Value -> name of every environment variable whose name says that it is a token, a key or a password; the longest first."""
-    return _among(tuple(os.environ.items()))
+    while True:
+        try:
+            return _among(tuple(os.environ.items()))
+        except (KeyError, RuntimeError):  # another thread has changed a variable meanwhile
+            continue
 
 
 @lru_cache(maxsize=4)
 def _among(variables: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    found = {value.strip(): name for name, value in variables if _NAMES.search(name) and len(value.strip()) >= _SHORTEST}
+    found = {value.strip(): name for name, value in variables if _NAMES.search(name) and len(value.strip()) >= _SHORTEST and len(set(value.strip())) > 1}
     return dict(sorted(found.items(), key=lambda one: -len(one[0])))
 
 

@@ -50,6 +50,8 @@ def disturbed(tmp_path, monkeypatch):
     """What is told to a cluster of two workers, which learn of it as they start."""
     ray = pytest.importorskip("ray")
     found = told(tmp_path / "disturbed", monkeypatch)
+    # By default Ray's workers give way to all else: beside other tests theirs would hardly begin.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield found
     ray.shutdown()
@@ -59,13 +61,14 @@ def test_a_killed_worker_changes_nothing_in_the_report(disturbed, tmp_path, monk
     stand_in, config = disturbed
     stand_in.tell("hold", "second")
     ended = []
-    thread = threading.Thread(target=lambda: ended.extend(run_jobs(jobs_of(config), config, "ray", say=lambda words: None)))
+    thread = threading.Thread(target=lambda: ended.extend(run_jobs(jobs_of(config), config, "ray", say=lambda words: None)), daemon=True)
     thread.start()
     held = stand_in.held("second")
     worker = parent(parent(held))  # the command's parent is its leash
     os.kill(worker, signal.SIGKILL)
     assert gone(held)
     thread.join(300)
+    assert not thread.is_alive(), "three prepared runs take longer than five minutes"
     assert [outcome.state for outcome in ended] == ["done"] * 3
     assert sorted(name for name, _ in stand_in.started) == ["first", "second", "second", "third"]
     assert {state(job) for job in jobs_of(config)} == {"done"}

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reports import __main__ as command
@@ -54,6 +54,7 @@ def _same(given, back):
     return given == back and math.copysign(1, given) == math.copysign(1, back) if isinstance(given, (float, np.floating)) else given == back
 
 
+@settings(deadline=None)
 @given(JSON)
 @example({"all": [math.nan, math.inf, -math.inf, -0.0, 5e-324, 1e308, np.float32(0.1), np.float32("nan"), 2**70]})
 def test_what_goes_into_details_comes_back_from_json(value):

@@ -221,6 +221,7 @@ def pytest_unconfigure(config):
 PROPERTY = """
 import hypothesis
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(hypothesis.strategies.integers())
 def test_property(n): pass
 """

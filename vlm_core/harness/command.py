@@ -5,7 +5,7 @@
     python -m vlm_core.evaluate repeat RUN               whether a run says the same again
 
 Exit status: 0 done; 1 a run that is not reproduced; 2 something is wrong with the configuration, the items, a checkpoint or a folder;
-130 interrupted.
+3 a folder holds answers of another run (to other items, of other weights or code); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 __all__ = ["main"]
 
+OTHER_ANSWERS = 3
 _PROG = "python -m vlm_core.evaluate"
 _OF_SUBJECT = ("revision", "device", "dtype", "quantization")
 
@@ -34,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vlm_core.command_line import one_line, quiet
     from vlm_core.errors import SubjectError
+    from vlm_core.harness.run_folder import OtherAnswers
 
     quiet()
     try:
         return {"evaluate": _evaluate, "compare": _compare, "repeat": _repeat}[command](options)
     except (SubjectError, ValueError) as error:
         print(f"{_PROG}: {one_line(error)}", file=sys.stderr)
-        return 2
+        return OTHER_ANSWERS if isinstance(error, OtherAnswers) else 2
     except KeyboardInterrupt:
         print(f"{_PROG}: interrupted; what was answered is kept, and the same command goes on", file=sys.stderr)
         return 130

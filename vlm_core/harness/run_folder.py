@@ -25,7 +25,7 @@ import pandas as pd
 
 from vlm_core.files import write_whole
 
-__all__ = ["WINDOW", "RunFolder", "differing"]
+__all__ = ["OtherAnswers", "WINDOW", "RunFolder", "differing"]
 
 WINDOW = 64
 """Items that are answered and written together: what a killed run does again at most."""
@@ -35,6 +35,10 @@ _FOLLOWS_FROM = {
     "asked": ("modes", "max_new_tokens", "logits", "seed"),
     "versions": None,
 }
+
+
+class OtherAnswers(ValueError):
+    """A folder holds answers of another run: to other items, of other weights or code, or asked in another way."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class RunFolder:
 
         Raises
         ------
-        ValueError
+        OtherAnswers
             One sentence: they follow from something else.
         """
         if self.begun:
             others = differing(self.about(), about)
             if others:
-                raise ValueError(f"{self.path} holds answers of another run ({'; '.join(others)}): evaluate into a new folder (out)")
+                raise OtherAnswers(f"{self.path} holds answers of another run ({'; '.join(others)}): evaluate into a new folder (out)")
 
     def begin(self, about: dict[str, Any]) -> None:
         """Write what the answers will follow from; where there are answers already, see `require`."""

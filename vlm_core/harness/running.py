@@ -28,7 +28,7 @@ from vlm_core.files import as_folder, write_whole
 from vlm_core.harness.answering import answer
 from vlm_core.harness.asked import AskedSet
 from vlm_core.harness.config import EvaluationConfig, SubjectAt
-from vlm_core.harness.run_folder import WINDOW, RunFolder
+from vlm_core.harness.run_folder import WINDOW, OtherAnswers, RunFolder
 from vlm_core.harness.tables import metrics_table, summary_table
 from vlm_core.identity import library_digest
 from vlm_core.items import take
@@ -59,7 +59,7 @@ def run_evaluation(config: EvaluationConfig, *, say: Callable[[str], None] | Non
     Raises
     ------
     ValueError, SubjectError
-        One sentence: what is wrong with an input; a folder that holds answers of another run. What is wrong with a checkpoint's files, with
+        One sentence: what is wrong with an input; a folder that holds answers of another run (`OtherAnswers`). What is wrong with a checkpoint's files, with
         items or with folders shows before anybody answers.
     """
     as_folder(config.out, "the folder of an evaluation (out)")
@@ -198,7 +198,7 @@ def _require_same_data(out: Path, asked: AskedSet) -> None:
     for folder in _begun(out, asked):
         about = folder.about()
         if about["data"]["digest"] != asked.digest:
-            raise ValueError(
+            raise OtherAnswers(
                 f"{folder.path} holds answers to other items than sets.{asked.name} has now ({about['data']['items']} there, "
                 f"{len(asked.items)} now): all subjects in a folder answer the same; evaluate into a new folder (out)"
             )
@@ -210,7 +210,7 @@ def _require_asked_alike(config: EvaluationConfig, asked: AskedSet) -> None:
         then = folder.about()["asked"]
         for name, now in (("max_new_tokens", config.max_new_tokens if "greedy" in asked.modes else None), ("seed", config.seed)):
             if None not in (now, then.get(name)) and then[name] != now:
-                raise ValueError(
+                raise OtherAnswers(
                     f"{folder.path} holds answers by {name} = {then[name]}, not {now}: all subjects in a folder are asked alike; evaluate into a "
                     f"new folder (out)"
                 )

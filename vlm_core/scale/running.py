@@ -6,8 +6,8 @@
 
 A job's folder holds ``lock`` (held by the process that runs it: the system lets go of it when that process ends, however), ``log.txt``,
 ``attempt-*`` (outputs being made), ``result`` (finished ones) and ``done.json``, written last, with a digest of every output. Where it was
-killed between two steps, the next one to take it up starts afresh; answers to benchmarks go on from those of the attempt that was cut off,
-where they are of the same items, weights and code. The log is written through `vlm_core.secrets.hidden`. The file system must know locks (``flock``), as local ones and NFS 4 do.
+killed between two steps, the next one to take it up starts afresh; answers to benchmarks go on from those of the last attempt, where they
+are of the same items, weights and code. The log is written through `vlm_core.secrets.hidden`. The file system must know locks (``flock``), as local ones and NFS 4 do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import BinaryIO, TextIO
 import yaml
 from filelock import FileLock, Timeout
 
+from vlm_core.harness.command import OTHER_ANSWERS
 from vlm_core.scale.jobs import Job
 from vlm_core.secrets import hidden, secrets
 
@@ -139,7 +140,7 @@ def _is_done(job: Job) -> bool:
 
 def _run(job: Job, retries: int) -> Outcome:
     start = perf_counter()
-    begun = _begun(job)
+    begun, log = _begun(job), job.folder / "log.txt"
     for leftover in (*job.folder.glob("attempt-*"), result(job)):
         if leftover != begun:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -147,9 +148,9 @@ def _run(job: Job, retries: int) -> Outcome:
         (job.folder / marker).unlink(missing_ok=True)
     while True:
         attempt = begun or _fresh(job)
+        before = log.stat().st_size if log.exists() else 0
         status = _attempt(job, attempt)
-        if begun is not None and 0 < status <= 128:
-            # It refused what was there, perhaps: answers to other items, or of other code or weights.
+        if begun is not None and status == OTHER_ANSWERS:
             begun = None
         elif status <= 128 or status in _TOLD_TO_END or not retries:
             break
@@ -158,7 +159,7 @@ def _run(job: Job, retries: int) -> Outcome:
             begun = attempt if job.kind in _GOES_ON else None
         if begun is None:
             shutil.rmtree(attempt, ignore_errors=True)
-    trouble = _trouble(job, attempt, status)
+    trouble = _trouble(job, attempt, status, before)
     seconds = perf_counter() - start
     if trouble is not None:
         _write(job.folder / "failed.json", {"id": job.id, "exit": status, "reason": trouble})
@@ -170,7 +171,7 @@ def _run(job: Job, retries: int) -> Outcome:
 
 
 def _begun(job: Job) -> Path | None:
-    """Outputs that the command can go on from: those of the last attempt, where that was cut off and did not end by itself.
+    """Outputs that the command can go on from: those of the last attempt, whatever that ended by.
 
     Finished ones without a marker are of an attempt that was cut off before it could say that it was done.
     """
@@ -178,11 +179,7 @@ def _begun(job: Job) -> Path | None:
         return None
     if result(job).is_dir() and not (job.folder / "done.json").exists():
         return result(job).rename(_fresh(job))
-    try:
-        by_itself = json.loads((job.folder / "failed.json").read_text(encoding="utf-8"))["exit"] <= 128
-    except (FileNotFoundError, json.JSONDecodeError):
-        by_itself = False
-    return None if by_itself else max(job.folder.glob("attempt-*"), key=lambda one: one.stat().st_mtime, default=None)
+    return max(job.folder.glob("attempt-*"), key=lambda one: one.stat().st_mtime, default=None)
 
 
 def _fresh(job: Job) -> Path:
@@ -198,7 +195,7 @@ def _attempt(job: Job, attempt: Path) -> int:
     # -S and -I: the leash needs nothing but the standard library, and starts in no time.
     command = [sys.executable, "-I", "-S", str(LEASH), *job.command_line(attempt)]
     trouble: list[BaseException] = []
-    with (job.folder / "log.txt").open("a", encoding="utf-8", newline="") as log:
+    with (job.folder / "log.txt").open("a", encoding="utf-8", errors="replace", newline="") as log:
         leash = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         writing = threading.Thread(target=_write_down, args=(leash.stdout, log, trouble), daemon=True)
         writing.start()
@@ -215,7 +212,7 @@ def _attempt(job: Job, attempt: Path) -> int:
 
 def _write_down(said: BinaryIO, log: TextIO, trouble: list[BaseException]) -> None:
     """What is said, as it comes, without the secrets that stand in it unbroken; an end with which one may begin waits for what follows."""
-    decoder, pending = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    decoder, pending = codecs.getincrementaldecoder("utf-8")("surrogateescape"), ""  # as the environment is
     try:
         while chunk := said.read1(_CHUNK):
             pending += decoder.decode(chunk)
@@ -225,7 +222,7 @@ def _write_down(said: BinaryIO, log: TextIO, trouble: list[BaseException]) -> No
             pending = pending[sure:]
         log.write(hidden(pending + decoder.decode(b"", final=True)))
         log.flush()
-    except (OSError, ValueError) as error:
+    except BaseException as error:
         # Whoever runs the command is told; the command itself must not wait for a pipe that nobody reads.
         trouble.append(error)
         while said.read1(_CHUNK):
@@ -245,12 +242,13 @@ def _begins(text: str, secret: str) -> int:
     return next((n for n in range(min(len(secret) - 1, len(text)), 0, -1) if text.endswith(secret[:n])), 0)
 
 
-def _trouble(job: Job, attempt: Path, status: int) -> str | None:
+def _trouble(job: Job, attempt: Path, status: int, before: int) -> str | None:
+    """Why an attempt failed, if it did; ``before``: bytes of the log that are not of it."""
     log = job.folder / "log.txt"
     if status > 128:
         return f"its command was killed by signal {status - 128}; see {log}"
     if status not in (_MEASURED if job.kind == "claims" else (0,)):
-        return f"its command ended with exit status {status}{_last_words(log)}; see {log}"
+        return f"its command ended with exit status {status}{_last_words(log, before)}; see {log}"
     if job.kind == "claims":
         runs = _runs(attempt)
         if len(runs) != 1 or not json.loads((runs[0] / "run.json").read_text(encoding="utf-8"))["complete"]:
@@ -258,8 +256,10 @@ def _trouble(job: Job, attempt: Path, status: int) -> str | None:
     return None
 
 
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, before: int) -> str:
+    with log.open("rb") as found:
+        found.seek(before)
+        lines = [line.strip() for line in found.read().decode("utf-8", "replace").splitlines() if line.strip()]
     return f" ({hidden(lines[-1])[:200]})" if lines else ""
 
 

@@ -13,6 +13,8 @@ import os
 import time
 from pathlib import Path
 
+import psutil
+
 from vlm_core.scale.config import ScaleConfig
 
 PYTEST = '''
@@ -91,10 +93,9 @@ def gone(process: int, seconds: float = 20) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
                 return True
-        except (FileNotFoundError, ProcessLookupError):
-            # Gone before its file was opened, or between that and reading it.
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.02)
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_core.distill import Kept, agreeing, deduplicated, self_consistent, within_length, writable
@@ -69,6 +69,7 @@ def test_items_are_kept_by_agreement():
             agreeing(samples, share)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=6), max_size=12), st.floats(0, 1))
 def test_nothing_is_lost_without_being_counted(samples, share):
     kept = agreeing(samples, share)

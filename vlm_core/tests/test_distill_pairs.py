@@ -7,7 +7,7 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_core.distill import (
@@ -179,6 +179,7 @@ def test_swapped_preferences_prefer_what_was_rejected():
 TASKS = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["red", "green", "blue"])), min_size=1, max_size=24)
 
 
+@settings(deadline=None)
 @given(TASKS, st.integers(0, 2**32 - 1))
 def test_shuffled_answers_keep_each_tasks_answers_and_as_few_in_place_as_can_be(rows, seed):
     image = make_items(1)[0]["image"]

@@ -305,7 +305,7 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(changes, words, de
     before = files(out)
     capsys.readouterr()
     changed = json.loads(json.dumps(changes).replace("OTHER", models[1]).replace("ONE", models[0]))
-    assert main(["--config", written(declared(**changed), tmp_path)]) == 2
+    assert main(["--config", written(declared(**changed), tmp_path)]) == 3
     said = capsys.readouterr().err
     assert words in said and "evaluate into a new folder (out)" in said and len(said.splitlines()) == 1
     assert files(out) == before

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForConditionalGeneration
 
@@ -184,6 +184,7 @@ def test_many_answers_run_a_few_hundred_tokens_at_a_time(subject, monkeypatch):
     assert len(longest) == 4 and n + 100 < max(longest) <= n + recorded._BRANCH_TOKENS
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4).map(tuple), min_size=1, max_size=6, unique=True), st.integers(1, 4))
 def test_an_answer_sees_the_prompt_and_itself_among_branches(prefixes, n_prompt):
     branches = Branches(tuple(prefixes))

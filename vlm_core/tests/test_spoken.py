@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_core.scoring import SCORERS, score_answer
@@ -97,6 +97,7 @@ def test_it_is_a_scorer_that_needs_candidates():
         score_answer("red", {"id": "one", "answer": "red", "candidates": None, "scorer": "spoken"})
 
 
+@settings(deadline=None)
 @given(st.sampled_from([COLORS, NUMBERS, PLACES, SIDES, YES]), st.data())
 def test_a_candidate_by_itself_is_named_however_it_is_written(candidates, data):
     one = data.draw(st.sampled_from(candidates))
