@@ -88,7 +88,8 @@ def test_every_pass_of_the_student_lets_go_of_the_tokens(kind, lora, student, te
     assert less["recipe"] == [ROW.describe()] and more["recipe"] is None
     assert 0.5 * more["flops"] < less["flops"] < 0.9 * more["flops"]
     assert less["images"] == more["images"]
-    assert (less["losses"] != more["losses"]) == (kind != "preference")  # nothing is gained on the reference in these two steps
+    # Nothing is gained on the reference in these two steps, but for the last bits.
+    assert (less["losses"] == pytest.approx(more["losses"], rel=1e-5)) == (kind == "preference")
     if kind != "on_policy":  # there the student says something else
         assert less["tokens"] == more["tokens"]
 
