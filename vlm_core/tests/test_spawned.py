@@ -11,7 +11,6 @@ from vlm_core.spawned import end_with_parent
 from vlm_core.tests.killed_pools import ROOT, ends_with_its_pool
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("seconds", [0, 600], ids=["idle", "busy"])
 def test_workers_of_sweeps_end_with_a_process_that_was_killed(tmp_path, seconds):
     assert ends_with_its_pool("from vlm_core.sweeps.executors import ProcessExecutor\npool = lambda: ProcessExecutor(1)", tmp_path, seconds)
