@@ -480,15 +480,26 @@ while log.read_text() != "....":
     assert take_up(script(config, code)).state == "done"
 
 
-def test_a_log_that_cannot_be_written_is_told(config, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyError("a variable that another thread has removed")])
+def test_a_log_that_cannot_be_written_is_told(config, monkeypatch, error):
     """The command itself goes on to its end: it is not the one to blame."""
+
     def full(text):
-        raise OSError("No space left on device")
+        raise error
 
     job = script(config, "import pathlib, sys; print('.' * 10**6); (pathlib.Path(sys.argv[1]).parents[1] / 'ended').touch()")
     monkeypatch.setattr("vlm_core.scale.running.hidden", full)
-    with pytest.raises(OSError, match="No space left"):
-        take_up(job)
+    told = []
+
+    def run():
+        with pytest.raises(type(error)) as found:
+            take_up(job)
+        told.append(found.value)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert told == [error]
     assert (job.folder / "ended").is_file()
 
 
