@@ -1,12 +1,17 @@
 """Procedural probes: scenes whose every answer, mask and counterfactual is known.
 
-``build(split)`` gives a balanced `datasets.Dataset`, ``items_of(dataset)`` its items; ``TASKS`` is the registry; ``CARD.md`` is the data card.
+``build(split)`` gives a balanced `datasets.Dataset`, ``items_of(dataset)`` its items; ``TASKS`` is the registry; ``CARD.md`` is the data card. What makes
+sets of items is loaded on first use: ``datasets`` takes a second to import.
 """
 
-from .dataset import assert_disjoint, build, content_hash, debug_set, items_of, on_disk, scene_stream, target_mask
+from vlm_core.lazily import exported
+
 from .render import object_box, object_mask, patch_mask, render
 from .scene import Scene, sample_scene
 from .tasks import GROUNDING_TASKS, TASKS, Question, Task
+
+_HOMES = {"dataset": ("assert_disjoint", "build", "content_hash", "debug_set", "items_of", "on_disk", "scene_stream", "target_mask")}
+__getattr__, _, _SETS = exported(__name__, _HOMES)
 
 __all__ = [
     "GROUNDING_TASKS",
@@ -14,17 +19,14 @@ __all__ = [
     "Question",
     "Scene",
     "Task",
-    "assert_disjoint",
-    "build",
-    "content_hash",
-    "debug_set",
-    "items_of",
     "object_box",
     "object_mask",
-    "on_disk",
     "patch_mask",
     "render",
     "sample_scene",
-    "scene_stream",
-    "target_mask",
+    *_SETS,
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from reports.record import describe_params, instance_key
-from vlm_core.stats.verdict import CONTROL_KINDS
+from vlm_core.stats import CONTROL_KINDS
 
 MARKERS = (
     "claim(CLAIM, **params): the test decides this declared claim",

@@ -4,10 +4,10 @@
 >>> subject = load_vlm("fixtures/embedded/vlm")                                   # doctest: +SKIP
 >>> table = sweep(subject, items, {"full": None, "cut": ZeroHeads([(3, 1)])})         # doctest: +SKIP
 
-``vlm_core.stats`` needs no torch; names below load their modules on first use, so importing it stays cheap.
+``vlm_core.stats`` needs no torch; names of both load their modules on first use, so importing them stays cheap.
 """
 
-from importlib import import_module
+from vlm_core.lazily import exported
 
 _HOMES = {
     "subjects.activations": ("capture_activations", "capture_embeddings", "capture_image_kv", "mean_token", "token_spread"),
@@ -89,16 +89,5 @@ _HOMES = {
     "tracing.lens_tracks": ("LensTracks", "lens_tracks"),
     "tracing.object_tokens": ("ObjectTokens", "replace_object_tokens"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name: str):
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'vlm_core' has no attribute '{name}'")
-    return getattr(import_module(f"vlm_core.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = exported(__name__, _HOMES)

@@ -21,13 +21,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
-from scipy.stats import t as student
 
 from reports import effects, provenance, record
 from reports.nights import ledger
 from reports.wording import number, plural, title
 from vlm_core import stats
-from vlm_core.stats.eprocess import unsuited
 
 FIRST_SEED = 1_000_000  # nightly seeds lie above those that people use by hand
 _PICTURE = re.compile(r".*-([0-9a-f]{16,})")
@@ -188,16 +186,18 @@ class Night:
         """Warn where tonight's estimate is not one of those that the nights before would lead to expect: nothing is decided by it."""
         if len(before) < EARLIER_NIGHTS or entry["estimate"] is None or entry["verdict"] == "invalid":
             return
+        from scipy.special import stdtrit  # SciPy is a second to import, and few nights need it here
+
         spread = float(np.std(before, ddof=1)) * math.sqrt(1 + 1 / len(before))
         away = abs(entry["estimate"] - float(np.mean(before)))
-        if away > 1e-12 and away > float(student.isf(SURPRISE / 2, len(before) - 1)) * spread:
+        if away > 1e-12 and away > -float(stdtrit(len(before) - 1, SURPRISE / 2)) * spread:
             usual = f"{number(float(np.mean(before)))} on the {len(before)} nights before"
             self.warnings.append(f"{title(entry)} drifted: {number(entry['estimate'])} tonight, {usual}; its verdict is {entry['verdict']}")
 
 
 def _rows(entry, arrays):
     """The effects that bets can be made about, or None."""
-    if entry["effects"] is None or unsuited(entry["test"]["kind"], entry["threshold"], entry["effects"]["bounds"]):
+    if entry["effects"] is None or stats.unsuited(entry["test"]["kind"], entry["threshold"], entry["effects"]["bounds"]):
         return None
     return effects.load(arrays, entry["effects"])
 
@@ -207,7 +207,7 @@ def _accumulate(entry, rows, state):
     blank = dict.fromkeys(("verdict", "nights", "clusters", "log10_e_support", "log10_e_refute", "log10_needed", "promised"))
     if rows is None and entry["estimate"] is not None:
         why = "its effect is no mean over items" if entry["effects"] is None else None
-        why = why or unsuited(entry["test"]["kind"], entry["threshold"], entry["effects"]["bounds"])
+        why = why or stats.unsuited(entry["test"]["kind"], entry["threshold"], entry["effects"]["bounds"])
         return None, {**blank, "sentence": f"no evidence adds up over nights: {why}"}
     if state is None and rows is None:
         return None, {**blank, "sentence": "not measured tonight"}

@@ -4,6 +4,8 @@
     the four questions a claim can put to an effect
 ``Claim``
     a frozen declaration; its content hash goes into every record
+``CONTROL_KINDS``
+    of what is checked beside a claim
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from typing import ClassVar
+
+CONTROL_KINDS = ("negative", "positive", "floor", "ceiling", "placebo", "condition", "info")
+"""What can be checked beside a claim."""
 
 
 def _require_number(owner: str, name: str, value: float, *, positive: bool) -> None:

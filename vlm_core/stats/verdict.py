@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from .claims import Claim
+from .claims import CONTROL_KINDS, Claim
 from .intervals import Bounds, Estimate, estimate_mean
 from .power import clusters_needed, minimum_detectable_effect
 
@@ -37,9 +37,6 @@ class Verdict(str, Enum):
 
     def __str__(self) -> str:
         return self.value
-
-
-CONTROL_KINDS = ("negative", "positive", "floor", "ceiling", "placebo", "condition", "info")
 
 
 @dataclass(frozen=True)
