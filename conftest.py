@@ -1,6 +1,7 @@
 pytest_plugins = [
     "reports.plugin",
     "fixtures.cores",
+    "fixtures.asked",
     "fixtures.ordering",
     "fixtures.subjects",
     "fixtures.probe_sets",

@@ -23,6 +23,7 @@ from reports.record import describe_params
 
 PATH = Path(__file__).with_name("README.md")
 SIZES = {
+    "tasks": "grounding tasks asked; claims about another are not run, and keep their share of the error rate",
     "discovery_items": "discovery items a task, on which things are chosen",
     "confirmation_items": "confirmation items a task, on which claims are decided",
     "spoken_items": "of these, answered in the subject's own words too",
@@ -209,11 +210,17 @@ def text():
         task_table=_table(("task", "what is asked"), [(name, TASKS[name].description) for name in (*GROUNDING_TASKS, "identification")]),
         profile_names=" | ".join(PROFILES),
         profile_rule="---|" * len(PROFILES),
-        sizes="\n".join(_row(said, *(getattr(profile, name) for profile in PROFILES.values())) for name, said in SIZES.items()),
+        sizes="\n".join(_row(said, *(_size(getattr(profile, name)) for profile in PROFILES.values())) for name, said in SIZES.items()),
         arms="\n".join(_row(f"{arm.name}: {arm.words}", arm.data, arm.after or "the student as it is", arm.steps) for arm in ARMS.values()),
         claims="\n\n".join(_modules(found, families)),
         literature=_literature(every),
     )
+
+
+def _size(value):
+    if value == GROUNDING_TASKS:
+        return "all"
+    return _listing([f"`{task}`" for task in value]) if isinstance(value, tuple) else value
 
 
 def _families(every, sizes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from fixtures.measurements import LEAST_R2
-from probes import GROUNDING_TASKS
 from vlm_core.heads.ranking import whole_heads
 from vlm_core.stats import Baseline, Control, interval
 
@@ -34,10 +33,10 @@ def prediction_of_unseen_masks(ranked) -> Control:
     return Control("attribution predicts unseen masks", "positive", lower >= LEAST_R2, found, expected, detail)
 
 
-def usable_in_most_tasks(usable) -> Control:
-    """A claim over tasks rests on the tasks whose ranking may be used, and these must be most of them; the others are named with the verdict."""
-    share = len(usable) / len(GROUNDING_TASKS)
-    named = ", ".join(task for task in GROUNDING_TASKS if task not in usable)
+def usable_in_most_tasks(usable, floors) -> Control:
+    """A claim over tasks rests on the tasks whose ranking may be used, and these must be most of the run's; the others are named with the verdict."""
+    share = len(usable) / len(floors.tasks)
+    named = ", ".join(task for task in floors.tasks if task not in usable)
     said = f"left out, as their attribution does not predict unseen masks (lower bound of R² below {LEAST_R2:g}): {named}" if named else ""
     return Control("tasks whose attribution predicts unseen masks", "positive", share > 0.5, share, "more than half", said)
 

@@ -39,7 +39,7 @@ def test_attribution_lies_deep(floors, usable, seed, evidence):
     evidence.decide(
         DEPTH,
         found.estimate,
-        controls=[grounded_overall(floors), usable_in_most_tasks(usable())],
+        controls=[grounded_overall(floors), usable_in_most_tasks(usable(), floors)],
         details={"by_task": found.by_task, "literature": {"published": "important heads lie mid-to-late", "where": "LLaVA-1.5-7B, COCO"}},
     )
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from hypotheses.h1.controls import grounded_overall, prediction_of_unseen_masks
-from probes import GROUNDING_TASKS
 from reports import exhibits
 from vlm_core import HeadAttribution
 from vlm_core.heads.semantics import appearance, appearance_within, compare_labels, flat_map, usage
@@ -33,7 +32,7 @@ SEMANTICS = Claim(
 def test_items_that_mean_alike_use_the_same_heads(about, probes, profile, seed, floors, attribution, pooled_attribution, evidence):
     ranked, items = pooled_attribution, probes.some("discovery", profile.map_items)
     if about == "shown":  # there are more answers than tasks: every item that has an attribution
-        ranked = HeadAttribution.pooled([attribution(task) for task in GROUNDING_TASKS])
+        ranked = HeadAttribution.pooled([attribution(task) for task in probes.tasks])
         items = probes.some("discovery", profile.discovery_items)
     used, rows = usage(ranked.per_item)
     without, items = len(items) - len(rows), [items[row] for row in rows]

@@ -35,6 +35,6 @@ def test_rankings_agree(across, seed, floors, usable, reworded, evidence):
     evidence.decide(
         STABILITY,
         found.estimate,
-        controls=[grounded_overall(floors), usable_in_most_tasks(rankings)],
+        controls=[grounded_overall(floors), usable_in_most_tasks(rankings, floors)],
         details={"by_task": found.by_task, "unrelated rankings would have": 0.5},
     )

@@ -9,7 +9,6 @@ import pytest
 
 from fixtures.measurements import TOP_HEADS
 from hypotheses.h1.controls import grounded_overall, prediction_of_unseen_masks
-from probes import GROUNDING_TASKS
 from reports import exhibits
 from vlm_core.heads.features import FEATURES
 from vlm_core.heads.probing import tell_categories, tell_grounded
@@ -41,14 +40,14 @@ GROUNDEDNESS = Claim(
 
 @pytest.mark.claim(TAXONOMY)
 def test_features_tell_categories_apart(
-    floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, other_words, evidence
+    probes, floors, seed, taxonomy, seen_features, attribution, pooled_attribution, other_scores, other_words, evidence
 ):
     seen = seen_features("discovery")
     clusters = cluster_heads(seen.matrix(), seed=seed)
     same = category_agreement(taxonomy.effects, least=taxonomy.least, seed=seed)
     stability = {"scenes": (same, seen.agreement(seed), {}), "wordings": other_words()}
     exhibits.heads.taxonomy(evidence, taxonomy.as_dict(seen), clusters, taxonomy.least, stability)
-    exhibits.heads.head_features(evidence, feature_tables(seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
+    exhibits.heads.head_features(evidence, feature_tables(probes.tasks, seen, attribution, pooled_attribution, taxonomy, other_scores), FEATURES)
     told, heads, missing = tell_categories(seen_features("confirmation").matrix(), taxonomy.category, seed=seed)
     exhibits.heads.probe(
         evidence, "the category of a head", told, "Heads of layers that the probe was not fitted to, features of confirmation items; labels are "
@@ -94,7 +93,7 @@ def test_features_tell_whether_an_answer_is_grounded(floors, seed, grounded_answ
     )
 
 
-def feature_tables(seen, attribution, pooled, taxonomy, other_scores) -> dict:
+def feature_tables(tasks, seen, attribution, pooled, taxonomy, other_scores) -> dict:
     """One row a head: of all tasks, and of each task's own discovery items."""
 
     def known(ranked):
@@ -107,5 +106,5 @@ def feature_tables(seen, attribution, pooled, taxonomy, other_scores) -> dict:
             "confidence": taxonomy.confidence,
         }
 
-    tables = {task: seen.of(task).table(known(attribution(task))) for task in GROUNDING_TASKS}
+    tables = {task: seen.of(task).table(known(attribution(task))) for task in tasks}
     return {"all": seen.table(known(pooled) | taxonomy.effects.table() | other_scores()), **tables}

@@ -31,6 +31,9 @@ __all__ = [
 SPLITS = 20
 """Random ways to part a task's scenes, averaged over: so that the one way that was drawn decides nothing."""
 
+LEAST_SCENES = 4
+"""Halves of fewer are single scenes."""
+
 LEAST_HEADS = 12
 """Fewer cannot be said to be ranked alike: with 12, bounds near a W of 0.7 hold in simulations (`scene_agreement`)."""
 
@@ -244,7 +247,7 @@ def attention_agreement(attribution: HeadAttribution, masses: ArrayLike, seed: i
     Raises
     ------
     ValueError
-        If there are not as many masses as items, or fewer than four scenes.
+        If there are not as many masses as items, or fewer than ``LEAST_SCENES`` scenes.
 
     Notes
     -----
@@ -255,8 +258,8 @@ def attention_agreement(attribution: HeadAttribution, masses: ArrayLike, seed: i
     if masses.shape != attribution.per_item.shape:
         raise ValueError(f"attention masses have shape {masses.shape}: expected that of the attribution, {attribution.per_item.shape}")
     every = np.unique(attribution.clusters)
-    if every.size < 4:
-        raise ValueError(f"{every.size} scenes: halves of them need at least four")
+    if every.size < LEAST_SCENES:
+        raise ValueError(f"{every.size} scenes: halves of them need at least {LEAST_SCENES}")
     maps, looks = (_Maps(one, attribution.clusters, every, _seeing(attribution)) for one in (attribution.per_item, masses))
     splits = maps.split(2, seed)
 
@@ -294,7 +297,7 @@ def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], ta
     Raises
     ------
     ValueError
-        For shapes that differ, or fewer than four scenes.
+        For shapes that differ, or fewer than ``LEAST_SCENES`` scenes.
 
     Notes
     -----
@@ -304,8 +307,8 @@ def moved_heads(before: ArrayLike, after: ArrayLike, clusters: Sequence[str], ta
     if before.shape != after.shape or not len(before) == len(clusters) == len(tasks):
         raise ValueError(f"heads' worth before {before.shape} and after {after.shape} must be of the same items and heads, {len(clusters)} of them")
     every = np.unique(clusters)
-    if every.size < 4:
-        raise ValueError(f"{every.size} scenes: halves of them need at least four")
+    if every.size < LEAST_SCENES:
+        raise ValueError(f"{every.size} scenes: halves of them need at least {LEAST_SCENES}")
     layers = np.flatnonzero(np.isfinite(before).all((0, 2)) & np.isfinite(after).all((0, 2)))
     maps = [_Maps(_of_one_size(one, np.asarray(tasks)), clusters, every, layers) for one in (before, after)]
     splits = maps[0].split(2, seed)
