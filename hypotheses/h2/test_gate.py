@@ -26,9 +26,9 @@ GATE = Claim(
 def test_a_learned_gate_is_no_worse_than_the_best_heuristic(subject, floors, policies, early_curves, confirmed, gated, evidence):
     layer, table = early(subject), early_curves()
     chosen = choose_drop(table[table["policy"].isin(policies.exact)], keep=KEPT)
-    best = losses(confirmed(chosen), chosen).set_index("item")
+    learned = losses(gated(layer, KEPT), Cell(layer, KEPT, "gate")).set_index("item")
+    best = losses(confirmed(chosen), chosen).set_index("item").loc[learned.index]
     blind = losses(confirmed(Cell(layer, KEPT, "random")), Cell(layer, KEPT, "random")).set_index("item").loc[best.index]
-    learned = losses(gated(layer, KEPT), Cell(layer, KEPT, "gate")).set_index("item").loc[best.index]
     evidence.decide(
         GATE,
         learned["loss"] - best["loss"],

@@ -1,6 +1,6 @@
 """H2: hardly any visual token is needed by itself.
 
-Image tokens leave the sequence one at a time, a random two dozen of each image, from the early layer on; beside it, fewer of them at every layer.
+Image tokens leave the sequence one at a time, a random sixteen of each image, from the early layer on; beside it, fewer of them at every layer.
 """
 
 import pytest
