@@ -159,6 +159,8 @@ class Controller:
             terminal.verdict_table(terminalreporter, self.run.records)
             if self.declared:
                 terminal.lane_lines(terminalreporter, self.nightly.lines)
+            if said := wording.little_was_measured(self.options.profile):
+                terminalreporter.write_line(said, yellow=True)
             if self.options.alpha is not None:
                 terminalreporter.write_line(wording.other_alpha(self.options.alpha), yellow=True)
             for problem in self.run.problems:

@@ -62,6 +62,7 @@ def environment():
         shown=shown,
         duration=duration,
         other_alpha=wording.other_alpha,
+        little_was_measured=wording.little_was_measured,
     )
     environment.globals["inline"] = _inline
     return environment

@@ -108,3 +108,10 @@ def listing(names):
 def other_alpha(alpha):
     """Said wherever a run's verdicts are shown that were decided at another alpha than declared."""
     return f"Decided at a family-wise alpha of {alpha:g} (--claims-alpha) in place of the declared one."
+
+
+def little_was_measured(profile):
+    """Said wherever the verdicts of a run are shown that was not meant to decide much; empty of other runs."""
+    if profile != "smoke":
+        return ""
+    return "A smoke run: it shows that everything works, on so few items that most claims stay open or cannot be tested. For verdicts, run the default profile."

@@ -146,3 +146,11 @@ def test_a_test_that_makes_its_own_bounds_makes_them_at_the_runs_alpha(suite):
     )
     suite.run("--claims-alpha=0.01")
     assert suite.latest()[1][0]["outcome"] == "decided"
+
+
+def test_a_smoke_run_says_that_little_was_measured(suite):
+    suite.write(SUPPORTED)
+    for profile, says in (("smoke", True), ("default", False)):
+        ended = suite.run(f"--claims-profile={profile}")
+        shown = page.render(suite.runs / "latest").read_text(encoding="utf-8")
+        assert ("A smoke run: it shows that everything works" in ended.stdout.str(), "A smoke run: it shows" in shown) == (says, says)

@@ -90,7 +90,7 @@ def in_pairs(
     """Time two contestants next to each other until the median of their ratios is known to ``within``.
 
     How many rounds that takes depends on how unsteady the machine is, not on who is faster. Looking again and again makes the 95 % of
-    the interval nominal: in simulations 91 to 96 %.
+    the interval nominal: in simulations 91 to 98 %.
 
     Parameters
     ----------
