@@ -163,6 +163,7 @@ class Declared:
 
 
 class _Collected:
+    @pytest.hookimpl(tryfirst=True)  # before a profile leaves tasks out
     def pytest_collection_modifyitems(self, items):
         self.found = claims.instances(items)
 

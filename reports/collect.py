@@ -51,6 +51,7 @@ class Run:
         self.problems = []
         self._nightly = {}
         self._peaks = {}
+        self._left_out = []
         self._accelerator = provenance.accelerator()
         self.folder = None
         self.name = f"{self.started:%Y%m%dT%H%M%SZ}-{re.sub(r'[^A-Za-z0-9._-]+', '-', options.subject_name)}-{secrets.token_hex(3)}"
@@ -83,7 +84,7 @@ class Run:
 
         An instance that several workers decided (``--dist each``) has one record; that they disagree makes the run incomplete.
         """
-        used = payload["used"]
+        used, self._left_out = payload["used"], payload["left_out"]
         self._accelerator = self._accelerator or used["accelerator"]
         self._peaks[used["process"]] = [max(pair) for pair in zip(used["peaks_mb"], self._peaks.get(used["process"], (0.0, 0.0)), strict=True)]
         entry = payload["record"]
@@ -185,6 +186,7 @@ class Run:
             "processes": max(1, len(self._peaks)),
             "expectations": str(self.options.expectations) if self.options.expectations else None,
             "partial_families": partial_families,
+            "left_out": [dict(zip(("hypothesis", "tier", "instances"), family, strict=True)) for family in self._left_out],
             "declarations": {entry["claim_id"]: entry["declaration"]["hash"] for entry in self.records},
             "controls": self.controls,
             "counts": dict(Counter(entry["verdict"] for entry in self.records)),

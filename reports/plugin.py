@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from reports import claims, controller, expectations, options, provenance, record, terminal
+from reports import claims, controller, expectations, hooks, options, provenance, record, terminal
 from reports.evidence import ClaimInconclusive, ClaimInvalid, ClaimRefuted, Evidence
 from reports.nights import lanes
 from vlm_core.secrets import hidden, hidden_in
@@ -21,11 +21,16 @@ _VERDICT_ERRORS = (ClaimRefuted, ClaimInconclusive, ClaimInvalid)
 _ONLY_LOOKING = ("collectonly", "claims_list", "help", "markers", "showfixtures", "show_fixtures_per_test")
 _OPTIONS = pytest.StashKey[options.Options]()
 _FAMILIES = pytest.StashKey[dict]()
+_LEFT_OUT = pytest.StashKey[dict]()
 _WANTED = pytest.StashKey[list]()
 _INSTANCE = pytest.StashKey[claims.ClaimInstance]()
 _CONTROL = pytest.StashKey[dict]()
 _EVIDENCE = pytest.StashKey[Evidence]()
 _ENDED = pytest.StashKey[tuple]()
+
+
+def pytest_addhooks(pluginmanager):
+    pluginmanager.add_hookspecs(hooks)
 
 
 def pytest_addoption(parser):
@@ -142,8 +147,16 @@ def _read_claims(config, items):
     if found and chosen.expectations:
         entries = expectations.load(chosen.expectations)
         expectations.apply(entries, found, profile=chosen.profile, whole_suite=not claims.is_partial(config))
+    left_out = {item: instance for item, instance in found.items() if config.hook.pytest_claims_leaves_out(config=config, item=item)}
+    config.stash[_LEFT_OUT] = claims.family_sizes(left_out)
     if config.stash.get(_WANTED, None):
         items[:], others = claims.select(items, config.stash[_WANTED])
+        config.hook.pytest_deselected(items=others)
+    if left_out and items and all(item in left_out for item in items):
+        raise pytest.UsageError(f"{items[0].nodeid}: the {chosen.profile} profile leaves this claim out")
+    if left_out:
+        others = [item for item in items if item in left_out]
+        items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=others)
 
 
@@ -306,6 +319,7 @@ def _payload(item):
                 figures=figures,
             )
         )
+    payload["left_out"] = [[*family, count] for family, count in sorted(item.config.stash[_LEFT_OUT].items())]
     payload["order"] = item.session.items.index(item) if instance is None else instance.order
     payload["used"] = {
         "process": getattr(item.config, "workerinput", {}).get("workerid", "main"),

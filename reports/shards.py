@@ -72,7 +72,7 @@ def merge(folders, name=None):
             if _lasting(first) != _lasting(entry):
                 problems.append(f"{folder.name} disagrees about {wording.title(entry)}: the evidence of the run named first is kept")
     records = collect.adjust(list(found.values()))
-    problems += _lacking(records)
+    problems += _lacking(records, identities)
     return Whole(name or identities[0]["subject"]["name"], _identity(identities, records, problems, name), records, list(folders))
 
 
@@ -96,14 +96,16 @@ def _lasting(entry):
     return {name: value for name, value in entry.items() if name not in PASSING}
 
 
-def _lacking(records):
-    """Sentences about families of which not every declared instance is there."""
+def _lacking(records, identities):
+    """Sentences about families of which not every declared instance is there that the profile asks."""
+    left_out = {(one["hypothesis"], one["tier"]): one["instances"] for identity in identities for one in identity.get("left_out", ())}
     families = defaultdict(list)
     for entry in records:
         families[entry["hypothesis"], entry["tier"]].append(entry)
     sentences = []
     for (hypothesis, tier), entries in families.items():
         declared = max((entry["family_size"] or 0 for entry in entries), default=0)
+        declared -= left_out.get((hypothesis, tier), 0)
         if declared > len(entries):
             sentences.append(f"{len(entries)} of the {declared} {tier} instances of {hypothesis} were run")
     return sentences
@@ -151,7 +153,7 @@ def _common(values):
 def digest(whole):
     """SHA-256 of what was found: subject, data, records and what is missing; when, where and in how many parts is no part of it."""
     kept = sorted((record.dumps(_lasting(entry), sort_keys=True) for entry in whole.records))
-    lacking = _lacking(whole.records)
+    lacking = _lacking(whole.records, [whole.identity])
     content = [provenance.subject_key(whole.identity), provenance.data_key(whole.identity), kept, lacking]
     return hashlib.sha256(record.dumps(content).encode()).hexdigest()
 

@@ -99,9 +99,8 @@ def test_random_heads_do_not(task, subject, probes, profile, seed, floors, blind
         matched = layer_matched(heads, subject, profile.random_draws, seed)
     except ValueError as reason:
         return evidence.decide(SPECIFICITY, None, missing=str(reason))
-    # Sets of any layer inform, they decide nothing: fewer of them, on fewer items.
-    drawn = {"matched": matched, "anywhere": layer_free(heads, subject, -(-profile.random_draws // 4), seed)}
-    shares = {"matched": profile.items_per_draw, "anywhere": -(-profile.items_per_draw // 3)}
+    drawn = {"matched": matched, "anywhere": layer_free(heads, subject, profile.free_draws, seed)}
+    shares = {"matched": profile.items_per_draw, "anywhere": -(-profile.items_per_draw // 3)}  # sets of any layer inform, they decide nothing
     conditions, plan, common = {}, [], {}
     for group, sets in drawn.items():
         some = {f"{group}/{i}": blinded(h) for i, h in enumerate(sets)}

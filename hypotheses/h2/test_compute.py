@@ -45,7 +45,7 @@ def test_the_recipe_saves_operations(subject, probes, floors, recipe, evidence):
         evidence.decide(FLOPS, None, missing=NONE)
         return
     recipes.leave(evidence, found)
-    items = probes.spread("confirmation", 12)
+    items = probes.spread("confirmation", -(-84 // len(probes.tasks)))
     evidence.decide(
         FLOPS,
         saved_flops(subject, items, found.reduction),

@@ -211,7 +211,7 @@ def utility(evidence, found, by_layer, inert: float = 0.05) -> None:
         },
         title="How many image tokens can go one at a time, by layer",
         caption=f"Share of image tokens without which, alone, the margin changes by less than {inert:.0%}; a token is gone from the layer on. "
-        f"{found.groups['item'].nunique()} confirmation items, a few random tokens of each, two dozen at layer {found.layer}; 95 % cluster intervals at the cells.",
+        f"{found.groups['item'].nunique()} confirmation items, a few random tokens of each, sixteen at layer {found.layer}; 95 % cluster intervals at the cells.",
         alt="Heat map of the share of image tokens that can go alone, by layer and task: over all tasks "
         + "; ".join(f"layer {layer} {'not known' if one is None else f'{one:.2f}'}" for layer, one in zip(by_layer, ends["share"][0], strict=True))
         + ".",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas  # noqa: F401  (loaded here, or pytester would unload it, and NumPy, after each sample run)
 import pytest
+import scipy.stats  # noqa: F401
 
-import reports.plugin  # noqa: F401  (loaded here, or pytester would unload NumPy after each sample run)
+import reports.plugin  # noqa: F401
 import vlm_core
 
 from .suites import HEADER

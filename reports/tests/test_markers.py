@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from reports import page
@@ -9,6 +13,8 @@ from reports import page
 from .suites import EXPLORATORY, INVALID, SUPPORTED
 
 pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SUBJECT = """
 from types import SimpleNamespace
@@ -154,3 +160,14 @@ def test_a_smoke_run_says_that_little_was_measured(suite):
         ended = suite.run(f"--claims-profile={profile}")
         shown = page.render(suite.runs / "latest").read_text(encoding="utf-8")
         assert ("A smoke run: it shows that everything works" in ended.stdout.str(), "A smoke run: it shows" in shown) == (says, says)
+
+
+def test_a_session_begins_without_what_only_measuring_needs():
+    """The process that hands out tests imports every plugin before its workers begin: seconds, if these were among them."""
+    said = (
+        "import importlib, sys, conftest\n"
+        "for name in conftest.pytest_plugins: importlib.import_module(name)\n"
+        "print(*sorted({'torch', 'transformers', 'scipy', 'pandas', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []

@@ -41,7 +41,7 @@ def _run(tmp_path, **options):
 def _payload(entry, order=0, **parts):
     nothing = {"tables": [], "artifacts": [], "figures": [], "drawings": {}, "arrays": {}, "control": None, "about": {"subject": {}, "data": {}}}
     used = {"process": "main", "peaks_mb": (1.0, 0.0), "accelerator": None}
-    return {**nothing, "record": entry, "order": order, "used": used, **parts}
+    return {**nothing, "record": entry, "order": order, "used": used, "left_out": [], **parts}
 
 
 def _same(given, back):

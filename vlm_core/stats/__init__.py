@@ -2,6 +2,7 @@
 
 NumPy, SciPy and pandas only: a report can be rendered, and a verdict re-read, without a model or a test runner.
 
+>>> from vlm_core.stats import Claim, Superiority, decide
 >>> claim = Claim("H1.necessity", "Removing ten heads costs 10 points.", "paired drop", Superiority(0.10), "here")
 >>> decision = decide(claim, effect=[1.0, 0.0] * 40, clusters=range(80))
 >>> decision.verdict.value
