@@ -163,7 +163,6 @@ class Declared:
 
 
 class _Collected:
-    @pytest.hookimpl(tryfirst=True)  # before a profile leaves tasks out
     def pytest_collection_modifyitems(self, items):
         self.found = claims.instances(items)
 
@@ -184,7 +183,8 @@ def declared():
     """
     collected, said = _Collected(), io.StringIO()
     root = PATH.parents[1]
-    arguments = ["--collect-only", "-qq", "-p", "no:cacheprovider", f"--rootdir={root}", "-c", str(root / "pytest.ini"), str(PATH.parent)]
+    whole = "--claims-profile=default"  # asks every task, whatever a user's settings say
+    arguments = ["--collect-only", "-qq", whole, "-p", "no:cacheprovider", f"--rootdir={root}", "-c", str(root / "pytest.ini"), str(PATH.parent)]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = pytest.main(arguments, plugins=[collected])
     if code != 0:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "hypotheses" / "README.md"
 
 
-def test_the_plan_is_what_is_declared():
+def test_the_plan_is_what_is_declared_whatever_a_users_settings_leave_out(monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--claims-profile=smoke")
     written = README.read_text(encoding="utf-8")
     fresh = warm.run(["-c", "from hypotheses import plan; print(plan.text(), end='')"])
     assert fresh.returncode == 0, fresh.stderr
