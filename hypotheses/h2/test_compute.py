@@ -56,7 +56,7 @@ def test_the_recipe_saves_operations(subject, probes, floors, recipe, evidence):
 
 
 @pytest.mark.claim(LATENCY)
-def test_the_recipe_saves_time(subject, floors, recipe, timings, curves, costs, evidence):
+def test_the_recipe_saves_time(subject, floors, recipe, timings, costs, evidence):
     found = recipe()
     if found is None:
         evidence.decide(LATENCY, None, missing=NONE)

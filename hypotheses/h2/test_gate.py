@@ -6,9 +6,9 @@ discovery items.
 
 import pytest
 
+from fixtures.token_measurements import KEPT
 from hypotheses.h1.controls import grounded_overall
 from hypotheses.h2.controls import better_than, left_by
-from hypotheses.h2.test_informed import KEPT
 from vlm_core.reduction.curves import Cell, choose_drop, early, losses
 from vlm_core.stats import Claim, NonInferiority
 

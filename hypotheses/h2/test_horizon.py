@@ -26,8 +26,8 @@ LITERATURE = {"published": "about layer 16 of 32 on MME, about 24 on TextVQA: it
 
 @pytest.mark.claim(HORIZON)
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
-def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, curves, emptied, evidence):
-    table = curves()[(curves()["task"] == task) & ((curves()["policy"] == "stride") | (curves()["keep"] == 1))]
+def test_all_tokens_can_go_from_some_layer_on(task, subject, floors, sensitivity, emptied, evidence):
+    table = sensitivity()[sensitivity()["task"] == task]
     latest = three_quarters(subject)
     first = information_horizon(table, HORIZON.test.margin).horizons.loc[task, "estimated"]
     exhibits.tokens.horizon(evidence, task, table, HORIZON.test.margin, latest)

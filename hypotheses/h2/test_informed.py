@@ -6,13 +6,13 @@ those that look at the tokens and keep exactly as many as asked.
 
 import pytest
 
+from fixtures.token_measurements import KEPT
 from hypotheses.h1.controls import grounded_overall
 from hypotheses.h2.controls import left_by
 from reports import exhibits
-from vlm_core.reduction.curves import REFERENCES, Cell, choose_drop, early, losses
+from vlm_core.reduction.curves import REFERENCES, Cell, early, losses
 from vlm_core.stats import Claim, Superiority
 
-KEPT = 0.25
 INFORMED = Claim(
     id="H2.informed",
     sentence="At 25 % kept from an early layer on, the best informed policy is at least 3 points better than one that does not look at the tokens.",
@@ -29,13 +29,11 @@ LITERATURE = {
 
 @pytest.mark.claim(INFORMED)
 @pytest.mark.parametrize("against", REFERENCES)
-def test_looking_at_the_tokens_pays(against, subject, floors, policies, early_curves, confirmed, kept_examples, evidence):
+def test_looking_at_the_tokens_pays(against, subject, floors, policies, best_informed, confirmed, kept_examples, evidence):
     if against in policies.missing:
         evidence.decide(INFORMED, None, missing=f"{against} is not possible here: {policies.missing[against]}")
         return
-    layer, table = early(subject), early_curves()
-    informed = [name for name in policies.exact if name not in REFERENCES]
-    chosen = choose_drop(table[table["policy"].isin(informed)], keep=KEPT)
+    layer, chosen = early(subject), best_informed()
     reference = Cell(layer, KEPT, against)
     both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]
     gain = both[0]["loss"] - both[1].loc[both[0].index, "loss"]

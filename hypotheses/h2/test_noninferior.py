@@ -10,7 +10,7 @@ import pytest
 from hypotheses.h2.controls import LITERATURE, tokens_matter
 from probes import GROUNDING_TASKS
 from reports import exhibits
-from vlm_core.reduction.curves import choose_drop, early, losses, mid_depth, spread
+from vlm_core.reduction.curves import choose_drop, early, losses, mid_depth
 from vlm_core.stats import Claim, NonInferiority
 
 NONINFERIOR = Claim(
@@ -24,19 +24,19 @@ NONINFERIOR = Claim(
 
 @pytest.mark.claim(NONINFERIOR)
 @pytest.mark.parametrize("task", GROUNDING_TASKS)
-def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves, confirmed, policies, evidence):
+def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves, sensitivity, confirmed, policies, evidence):
     candidates = curves()[curves()["layer"].isin(mid_depth(subject)) & curves()["policy"].isin(policies.exact)]
     chosen, table = choose_drop(candidates, 0.5, task), curves()[curves()["task"] == task]
     lost = losses(confirmed(chosen, task), chosen)
     exhibits.tokens.drop_curves(evidence, table, task, early(subject))
-    sensitivity = table[(table["policy"] == "stride") | (table["keep"] == 1)]
-    exhibits.tokens.layer_sensitivity(evidence, sensitivity[sensitivity["layer"].isin(spread(subject))], task, "stride", NONINFERIOR.test.margin)
+    every = sensitivity()[sensitivity()["task"] == task]
+    exhibits.tokens.layer_sensitivity(evidence, every, task, "stride", NONINFERIOR.test.margin)
     evidence.decide(
         NONINFERIOR,
         lost["loss"],
         clusters=lost["cluster"],
         baseline=floors.of(task),
-        controls=[floors.grounded(task, NONINFERIOR.test.margin), tokens_matter(sensitivity, NONINFERIOR.test.margin)],
+        controls=[floors.grounded(task, NONINFERIOR.test.margin), tokens_matter(every, NONINFERIOR.test.margin)],
         details={
             "layer": chosen.layer, "policy": chosen.policy, "depth": subject.anatomy.n_layers, "literature": LITERATURE,
             "policies left out": dict(policies.missing),

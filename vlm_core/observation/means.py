@@ -1,6 +1,6 @@
 """Means over a whole set of items, streaming: what ablations put in place of what they take away.
 
-``image_kv_means(...)``      mean image key and value of every head
+``image_kv_means(...)``      mean image key and value of every head; ``image_kv_means_of(...)`` from parts
 ``head_means(...)``          mean output of every head
 ``key_value_moments(...)``   mean and spread of the keys and values of any token group
 ``KeyValues``                the observer behind them
@@ -12,6 +12,7 @@ millions of tokens far from zero, and its spread, keep their digits and do not d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from vlm_core.observation.outputs import HeadOutputs
 from vlm_core.seam.views import AttentionView, Tokens
 from vlm_core.subjects.subject import Subject
 
-__all__ = ["KeyValues", "Moments", "head_means", "image_kv_means", "key_value_moments"]
+__all__ = ["KeyValues", "Moments", "head_means", "image_kv_means", "image_kv_means_of", "key_value_moments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,20 @@ def image_kv_means(subject: Subject, items: Sequence, batch_rows: int | None = N
 
     See ``ImageKVMeans`` for what a mean of rotated keys is.
     """
-    moments = key_value_moments(subject, items, "image", batch_rows)
+    return image_kv_means_of(subject, [key_value_moments(subject, items, "image", batch_rows)])
+
+
+def image_kv_means_of(subject: Subject, parts: Sequence[Moments]) -> ImageKVMeans:
+    """The same of items whose moments (`key_value_moments` of image tokens) were measured part by part.
+
+    Raises
+    ------
+    ValueError
+        Without parts.
+    """
+    if not parts:
+        raise ValueError("means need the moments of at least one part of the items")
+    moments = functools.reduce(Moments.joined, parts)
     means = moments.mean.float().repeat_interleave(subject.anatomy.n_heads // moments.mean.shape[2], dim=2)
     return ImageKVMeans(means[:, 0].contiguous(), means[:, 1].contiguous(), int(moments.count.max()))
 

@@ -35,6 +35,7 @@ from vlm_core.sweeps.sweep import sweep
 
 __all__ = [
     "REFERENCES",
+    "TIMED",
     "Cell",
     "Reducer",
     "asked_by",
@@ -55,6 +56,9 @@ __all__ = [
 
 REFERENCES = ("random", "stride", "pooling")
 """Policies that know nothing of what the tokens carry: what an informed one has to beat."""
+
+TIMED = 8
+"""Reductions whose time is measured to choose a recipe among them."""
 
 Reducer = str | Policy | Callable[[int, float], Row]
 """``"random"`` or ``"stride"``, a policy, or a function of (layer, keep) for what takes several steps, None where these do not fit."""
@@ -311,7 +315,7 @@ def harmless(table: pd.DataFrame, margin: float) -> list[Cell]:
 
 
 def choose_recipe(
-    cells: Sequence[Cell], operations: Callable[[Cell], float], seconds: Callable[[Sequence[Cell]], Sequence[float]], timed: int = 8
+    cells: Sequence[Cell], operations: Callable[[Cell], float], seconds: Callable[[Sequence[Cell]], Sequence[float]], timed: int = TIMED
 ) -> Cell | None:
     """Of the ``timed`` cells that save most operations, the one that saves most time.
 

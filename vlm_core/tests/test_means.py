@@ -74,6 +74,17 @@ def test_an_item_keeps_its_own_moments(subject):
     np.testing.assert_allclose(seen["mean"].mean(0), key_value_moments(subject, items).mean, rtol=1e-6, atol=1e-9)
 
 
+def test_means_of_parts_are_those_of_all_items(subject):
+    items = make_items(7)
+    parts = [key_value_moments(subject, some) for some in (items[::2], items[1::2])]
+    whole, joined = image_kv_means(subject, items), means.image_kv_means_of(subject, parts)
+    torch.testing.assert_close(joined.keys, whole.keys, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(joined.values, whole.values, rtol=1e-5, atol=1e-6)
+    assert joined.count == whole.count
+    with pytest.raises(ValueError, match="at least one part"):
+        means.image_kv_means_of(subject, [])
+
+
 def test_means_need_items(subject):
     for ask in (image_kv_means, key_value_moments):
         with pytest.raises(ValueError, match="at least one item"):

@@ -1,7 +1,9 @@
 """Freed memory stays in the process; what is free is what the process may take."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import psutil
 import pytest
@@ -90,3 +92,34 @@ def test_a_container_cannot_take_more_than_the_machine_has(tmp_path, monkeypatch
 def test_a_cpu_budget_is_of_what_the_process_may_take(monkeypatch):
     monkeypatch.setattr(memory, "_left_to_groups", lambda root: [7 * MIB])
     assert free_bytes(torch.device("cpu")) == 7 * MIB
+
+
+class Knot:
+    """Garbage that only a search finds."""
+
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_begins_to_be_in_there_is_never_searched(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with memory.lasting():
+            assert not gc.isenabled()
+            lasting = weakref.ref(Knot())
+        passing = weakref.ref(Knot())
+        assert gc.isenabled() is enabled
+        gc.collect()
+        assert lasting() is not None and passing() is None
+    finally:
+        gc.unfreeze()
+        (gc.enable if before else gc.disable)()
+
+
+def test_searches_go_on_after_an_error():
+    with pytest.raises(KeyError), memory.lasting():
+        raise KeyError
+    assert gc.isenabled()
+    gc.unfreeze()
