@@ -1,7 +1,7 @@
 """H2: the reduction that discovery items lead to really saves: in arithmetic, and on the clock.
 
 Of the reductions that lose less than 2.5 points over all tasks, and less than 5 in any, on discovery items, the eight that save most operations are timed, and the fastest is the
-recipe. Time is that of the
+recipe; what loses more on the first half of these items than it may on all is not tried on the others. Time is that of the
 language model on prompts (their images' features given), 16 at a time, with everything that the policy computes, paired and interleaved with the untouched model.
 """
 
@@ -29,7 +29,7 @@ LATENCY = Claim(
     source="Chen et al. 2024, arXiv:2403.06764",
     unit="paired run",
 )
-NONE = "no reduction loses less than 2.5 points over all tasks and less than 5 in each on discovery items, so none is recommended"
+NONE = "no reduction was found that loses less than 2.5 points over all tasks and less than 5 in each on discovery items, so none is recommended"
 
 
 def loses_little(recipe) -> Control:

@@ -34,6 +34,9 @@ def test_looking_at_the_tokens_pays(against, subject, floors, policies, best_inf
         evidence.decide(INFORMED, None, missing=f"{against} is not possible here: {policies.missing[against]}")
         return
     layer, chosen = early(subject), best_informed()
+    if chosen is None:
+        evidence.decide(INFORMED, None, missing="no policy that looks at the tokens and keeps exactly as many as asked is possible here")
+        return
     reference = Cell(layer, KEPT, against)
     both = [losses(confirmed(cell), cell).set_index("item") for cell in (reference, chosen)]
     gain = both[0]["loss"] - both[1].loc[both[0].index, "loss"]

@@ -22,13 +22,13 @@ CHEAPER = Claim(
 @pytest.mark.claim(CHEAPER)
 @pytest.mark.trained(*ARMS)
 def test_the_student_answers_sooner_than_its_teacher(results, spent, beside_the_teacher, evidence):
-    costs, rounds = beside_the_teacher()  # first: no student is there to be judged yet
     found = results()
     stages = {name: Stage(arm.label, arm.reduced, ARMS[arm.after].label if arm.after else "before training") for name, arm in ARMS.items()}
     exhibits.students.students(evidence, found.answers, {"before": Stage("before training", False, None), **stages})
     words = {name: arm.words for name, arm in ARMS.items()}
     exhibits.students.ablations(evidence, found.contrasts().replace({"arm": words, "against": words}))
     exhibits.students.costs(evidence, spent())
+    costs, rounds = beside_the_teacher()
     exhibits.students.student_against_teacher(evidence, costs)
     times = rounds.pivot(index="round", columns="model", values="first_token")
     saved = {model: (1 - times[model] / times["teacher"]).rename("saved").reset_index() for model in ("student", "teacher again")}

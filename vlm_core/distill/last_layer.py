@@ -21,10 +21,10 @@ __all__ = ["read_alone"]
 
 @contextmanager
 def read_alone(subject: Subject, read: torch.Tensor) -> Iterator[None]:
-    """In this context the last layer's feed-forward gives zeros for tokens that are not read; loss and gradients of those that are stay the same.
+    """In this context the last layer's feed-forward gives zeros for tokens that are not read; loss and gradients of those that are stay the same, up to rounding.
 
     A feed-forward in which tokens may meet (experts that are chosen for several together, norms over them), or a sequence of another length
-    (a recipe lets go of tokens) is computed whole.
+    (a recipe lets go of tokens) is computed whole. Activations must not be computed again on the way back, which would be outside of this context.
 
     Parameters
     ----------
