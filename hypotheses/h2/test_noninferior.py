@@ -5,6 +5,7 @@ by the margin of the answer. A dropped token leaves the sequence for good; kept 
 positions.
 """
 
+import pandas as pd
 import pytest
 
 from hypotheses.h2.controls import LITERATURE, tokens_matter
@@ -28,8 +29,9 @@ def test_half_of_the_tokens_can_go_from_mid_depth(task, subject, floors, curves,
     candidates = curves()[curves()["layer"].isin(mid_depth(subject)) & curves()["policy"].isin(policies.exact)]
     chosen, table = choose_drop(candidates, 0.5, task), curves()[curves()["task"] == task]
     lost = losses(confirmed(chosen, task), chosen)
-    exhibits.tokens.drop_curves(evidence, table, task, early(subject))
     every = sensitivity()[sensitivity()["task"] == task]
+    other_layers = every[~every["layer"].isin(table["layer"])]  # of evenly spaced tokens alone
+    exhibits.tokens.drop_curves(evidence, pd.concat([table, other_layers]), task, early(subject))
     exhibits.tokens.layer_sensitivity(evidence, every, task, "stride", NONINFERIOR.test.margin)
     evidence.decide(
         NONINFERIOR,
