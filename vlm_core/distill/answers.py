@@ -48,6 +48,13 @@ class SharedPrompts:
     answers: torch.Tensor
     prompt: torch.Tensor
 
+    @property
+    def read(self) -> torch.Tensor:
+        """Tokens of the prompts that answers begin after: the last ones, bool ``[prompt, token]``."""
+        last = torch.zeros_like(self.inputs["input_ids"], dtype=torch.bool)
+        last[:, -1] = True
+        return last
+
     @classmethod
     def of(cls, batches: Sequence[Mapping[str, torch.Tensor]], answers: Sequence[int], pad_token_id: int) -> SharedPrompts:
         """From TRL's batches.

@@ -20,6 +20,7 @@ from transformers import AutoConfig, set_seed
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
+from vlm_core.distill.last_layer import read_alone, tokens_before
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.operations import Operations
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
@@ -200,11 +201,11 @@ def on_policy(
             return total
 
         def _get_last_hidden_state(self, model, input_ids, attention_mask, logits_to_keep, **fields):
-            answering = contextlib.nullcontext()
-            if taught.kept is not None and model is self.accelerator.unwrap_model(self.model):
-                place = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - logits_to_keep
-                answering = taught.kept.answering(place & attention_mask.bool())
-            with answering:
+            place = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - logits_to_keep
+            answer = place & attention_mask.bool()
+            own = model is self.accelerator.unwrap_model(self.model)
+            answering = taught.kept.answering(answer) if own and taught.kept is not None else contextlib.nullcontext()
+            with answering, read_alone(taught.subject if own else teaching, tokens_before(answer)):
                 return super()._get_last_hidden_state(model, input_ids, attention_mask, logits_to_keep, **fields)
 
     def make(arguments, callbacks):

@@ -5,9 +5,8 @@
 Counted as `vlm_core.reduction.costs.prefill_flops` counts (two a multiply-add; linear maps, products of queries and keys and of weights
 and values, the unembedding of tokens that are read). Going back through a linear map takes as many again for the gradient of what goes
 into it, where anything before it trains, and as many for the gradient of its weights, where they train: three times the forward pass where
-everything trains. Passes are whole ones, whatever of them need not be computed (`vlm_core.distill.last_layer`): arms with and without a recipe are
-to be compared (their seconds are those that were taken: under a recipe nothing is spared). Padding does not count, nor do recomputed activations, the vision tower (it is frozen, and sees each picture once), the
-projector and the optimiser.
+everything trains. Passes are whole ones, whatever of them need not be computed (`vlm_core.distill.last_layer`). Padding does not count, nor do
+recomputed activations, the vision tower (it is frozen, and sees each picture once), the projector and the optimiser.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 from transformers import set_seed
 
 from vlm_core.distill.answers import SharedPrompts, shared, whole_sequences
+from vlm_core.distill.last_layer import read_alone, tokens_before
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.pairs import swapped_images
 from vlm_core.distill.ready import encoded_by, ready_rows
@@ -155,10 +156,14 @@ def preference(
             if share:
                 read = [2, 1][: len(batches)]
                 pad = self._tokenizer.pad_token_id
-                return shared(model, SharedPrompts.of(batches, read, pad)).view(-1, n)
-            found = [whole_sequences(model, batches[0]).view(2, n)]
-            for other in batches[1:]:
-                found.append(whole_sequences(model, {name: value[: len(value) // 2] for name, value in other.items()}).view(1, n))
+                prompts = SharedPrompts.of(batches, read, pad)
+                with read_alone(taught.subject, prompts.read):  # the pass over answers is of other sequences
+                    return shared(model, prompts).view(-1, n)
+            halves = [{name: value[: len(value) // 2] for name, value in other.items()} for other in batches[1:]]
+            found = []
+            for batch in (batches[0], *halves):
+                with read_alone(taught.subject, tokens_before(batch["completion_mask"])):
+                    found.append(whole_sequences(model, batch).view(-1, n))
             return torch.cat(found)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
-import torch
 import trl
 from transformers import set_seed
 
-from vlm_core.distill.last_layer import read_alone
+from vlm_core.distill.last_layer import read_alone, tokens_before
 from vlm_core.distill.lora import Lora
 from vlm_core.distill.ready import encoded_conversations, ready_rows
 from vlm_core.distill.training import Budget, Run, Spent, Student, train
@@ -64,8 +63,7 @@ def sft(
             ids, valid, read = inputs["input_ids"], inputs["attention_mask"], (inputs["labels"] != -100).sum(1)
             flops = taught.operations.rows(ids, valid, read)
             spent.add(images=len(ids), tokens=valid.sum(), supervised_tokens=read.sum(), flops=flops)
-            # The hidden state of a token is read where the next one is supervised.
-            with read_alone(taught.subject, torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))):
+            with read_alone(taught.subject, tokens_before(inputs["labels"] != -100)):
                 return super().compute_loss(model, inputs, *args, **kwargs)
 
     def make(arguments, callbacks):

@@ -3,6 +3,7 @@
 ``install(model, anatomy)``   put the seam on the language model; identity until a run is active
 ``active(run)``               context manager: make a ``Run`` the active one in this context (thread, task)
 ``capturing()``               context manager: stop before the language model and keep what it would have received
+``attending(module, how)``    context manager: one attention module attends as ``how`` says
 
 Two attention names are registered with transformers, each with its own mask function (a name without one silently gets
 no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from threading import Lock
 from weakref import WeakKeyDictionary, ref
 
@@ -37,7 +39,8 @@ from vlm_core.seam.eagerly import eagerly
 from vlm_core.seam.run import Run
 
 __all__ = [
-    "ATTENTION_NAMES", "Captured", "Seam", "active", "capturing", "current_run", "install", "original_attention", "require_asleep", "run_at",
+    "ATTENTION_NAMES", "Captured", "Seam", "active", "attending", "capturing", "current_run", "install", "original_attention", "require_asleep",
+    "run_at",
 ]  # fmt: skip
 
 ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
@@ -45,6 +48,7 @@ ATTENTION_NAMES = {"sdpa": "vlm_core", "eager": "vlm_core_eager"}
 # What is active, the last to come first: one run a model, or one that hides all others.
 _ACTIVE: ContextVar[tuple[Run, ...]] = ContextVar("vlm_core_runs", default=())
 _CAPTURING: ContextVar[bool] = ContextVar("vlm_core_capturing", default=False)
+_ATTENDING: ContextVar[tuple[tuple[nn.Module, Callable], ...]] = ContextVar("vlm_core_attending", default=())
 _INSTALLED: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
 _LISTENERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
 
@@ -132,6 +136,19 @@ def capturing() -> Iterator[None]:
         _CAPTURING.reset(token)
 
 
+@contextmanager
+def attending(module: nn.Module, how: Callable) -> Iterator[None]:
+    """In this context an attention module calls ``how(original, module, query, key, value, mask, ...)`` where it called ``original``.
+
+    A run that is active on the model does so too, after its own edits of keys, values and mask, and before those of outputs.
+    """
+    token = _ATTENDING.set((*_ATTENDING.get(), (module, how)))
+    try:
+        yield
+    finally:
+        _ATTENDING.reset(token)
+
+
 def original_attention(module: nn.Module, implementation: str):
     """What ``module`` attends with under ``implementation`` ("sdpa" or "eager")."""
     # Looked up in the modelling file itself: a model may override an implementation in its local registry.
@@ -144,6 +161,9 @@ def original_attention(module: nn.Module, implementation: str):
 def _attention_like(implementation: str):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         original = original_attention(module, implementation)
+        for other, how in _ATTENDING.get():
+            if other is module:
+                original = partial(how, original)
         run, layer = run_at(module)
         if run is not None:
             return run.attend(layer, original, module, query, key, value, attention_mask, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A loss that reads some tokens is the same, with its gradients, where the last layer's feed-forward runs on these alone."""
+"""A loss that reads some tokens is the same, with its gradients, where the last layer runs for these alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm_core import DropTokens, Subject, distill, keep_tokens
+from vlm_core import DropTokens, MergeTokens, Subject, distill, keep_tokens
 from vlm_core.distill import Lora, last_layer
-from vlm_core.tests.distill_students import save_student
+from vlm_core.seam import seam
+from vlm_core.tests.distill_students import preferences, save_student
 from vlm_core.tests.family_models import BUILDERS
 from vlm_core.tests.tiny import make_items, tiny_llava
 
@@ -32,7 +33,8 @@ def passed(subject, inputs, alone):
     read = torch.zeros_like(ids, dtype=torch.bool)
     read[:, -READ - 1 : -1] = True
     subject.model.zero_grad()
-    with FlopCounterMode(display=False) as counter:
+    # The mathematics of attention, whose products are counted.
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with last_layer.read_alone(subject, read) if alone else contextlib.nullcontext():
             logits = subject.model(**inputs, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, -READ - 1 : -1].flatten(0, 1), ids[:, -READ:].flatten())
@@ -58,9 +60,81 @@ def inputs(subject):
     return subject.encode_items(make_items(3), padding_side="left").inputs
 
 
+def spared_by_formula(subject, rows, tokens):
+    """Feed-forward, output projection, and products of queries with keys and of weights with values; three times, with their gradients."""
+    anatomy = subject.anatomy
+    modules = anatomy.mlps[-1], anatomy.output_projection(anatomy.n_layers - 1)
+    linear = sum(weight.numel() for module in modules for weight in module.parameters())
+    return 3 * rows * (tokens - READ) * (2 * linear + 4 * anatomy.n_heads * anatomy.head_dim * tokens)
+
+
 def test_loss_and_gradients_are_those_of_whole_passes(subject, inputs):
-    linear = sum(weight.numel() for weight in subject.anatomy.mlps[-1].parameters())
-    assert spared(subject, inputs) == 3 * 2 * linear * (inputs["input_ids"].numel() - 3 * READ)
+    rows, tokens = inputs["input_ids"].shape
+    assert spared(subject, inputs) == spared_by_formula(subject, rows, tokens)
+
+
+def test_prompts_of_one_length_have_no_mask(subject):
+    (item,) = make_items(1)
+    inputs = subject.encode_items([item, {**item, "id": "again"}]).inputs
+    assert spared(subject, inputs) == spared_by_formula(subject, *inputs["input_ids"].shape)
+
+
+def test_rows_may_read_as_many_tokens_as_they_like(subject, inputs):
+    """As many as the row that reads most are asked; the others' stay zero."""
+    read = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    read[0, -2:], read[1, -9:-2:3] = True, True
+    hidden = []
+    for context in (contextlib.nullcontext(), last_layer.read_alone(subject, read)):
+        with context, torch.no_grad():
+            hidden.append(subject.anatomy.base(**inputs, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(hidden[1][read], hidden[0][read])
+    assert not torch.isclose(hidden[1][~read], hidden[0][~read]).all(), "what is not read is not computed"
+
+
+def attended(subject, read, query, mask, **rest):
+    """How many queries the attention that was there is asked for."""
+    asked = []
+
+    def original(module, query, key, value, mask, **rest):
+        asked.append(query.shape[2])
+        return query.transpose(1, 2), None
+
+    attention = subject.anatomy.attentions[-1]
+    last_layer._Read(read, attention).attend(original, attention, query, query, query, mask, **rest)
+    (count,) = asked
+    return count
+
+
+def test_where_half_of_the_tokens_are_read_all_of_them_attend(subject):
+    query, mask = torch.zeros(2, 2, 8, 4), torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    for most, asked in ((8, 8), (4, 8), (3, 3), (0, 8)):
+        read = torch.zeros(2, 8, dtype=torch.bool)
+        read[1, :most] = True
+        assert attended(subject, read, query, mask) == asked
+
+
+def test_an_attention_that_goes_by_more_than_a_querys_row_is_whole(subject):
+    """Random numbers, or a bias, of every query and key; no mask where nothing is masked."""
+    read = torch.zeros(2, 8, dtype=torch.bool)
+    read[:, -1] = True
+    query, mask = torch.zeros(2, 2, 8, 4), torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    assert attended(subject, read, query, mask, dropout=0.0) == attended(subject, read, query, None) == attended(subject, read, query, mask[:, :, :1]) == 1
+    assert attended(subject, read, query, mask, dropout=0.1) == 8
+    assert attended(subject, read, query, mask, position_bias=torch.zeros(1, 2, 8, 8)) == 8
+    assert attended(subject, read, query, None, is_causal=False) == 8
+
+
+def test_eager_attention_gives_its_maps_whole(inputs):
+    model, processor = tiny_llava(layers=3)
+    model.set_attn_implementation({"text_config": "eager"})
+    subject = Subject(model, processor)
+    with torch.no_grad():
+        plain = subject.model(**inputs, use_cache=False, output_attentions=True).attentions[-1]
+        read = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        read[:, -1] = True
+        with last_layer.read_alone(subject, read):
+            found = subject.model(**inputs, use_cache=False, output_attentions=True).attentions[-1]
+    assert torch.equal(found, plain)
 
 
 def test_it_is_so_beside_adapters(subject, inputs):
@@ -73,12 +147,33 @@ def test_hooks_are_gone_afterwards(subject):
     before = len(module._forward_hooks), len(module._forward_pre_hooks)
     with pytest.raises(KeyError), last_layer.read_alone(subject, torch.ones(1, 1, dtype=torch.bool)):
         raise KeyError
-    assert (len(module._forward_hooks), len(module._forward_pre_hooks)) == before
+    assert (len(module._forward_hooks), len(module._forward_pre_hooks)) == before and seam._ATTENDING.get() == ()
+
+
+def test_under_a_recipe_it_is_of_the_tokens_that_are_left(subject, inputs):
+    whole = spared(subject, inputs)
+    for layer in (0, 1):
+        with keep_tokens(subject, DropTokens(layer, 0.5, "stride")):
+            assert 0 < spared(subject, inputs) < whole
+    with keep_tokens(subject, MergeTokens(2, 0.5)):
+        assert 0 < spared(subject, inputs) < whole
+
+
+def test_under_a_recipe_as_much_is_spared_as_there_is_left(subject):
+    (item,) = make_items(1)
+    inputs = subject.encode_items([item, {**item, "id": "again"}]).inputs
+    image = int((inputs["input_ids"][0] == subject.anatomy.image_token_id).sum())
+    rows, tokens = inputs["input_ids"].shape
+    with keep_tokens(subject, DropTokens(1, 0.5, "stride")):
+        assert spared(subject, inputs) == spared_by_formula(subject, rows, tokens - image + round(0.5 * image))
 
 
 def test_a_sequence_of_another_length_is_computed_whole(subject, inputs):
-    with keep_tokens(subject, DropTokens(1, 0.5, "stride")):
-        assert spared(subject, inputs) == 0
+    read = torch.zeros(2, 3, dtype=torch.bool)
+    with torch.no_grad():
+        whole = subject.model(**inputs, use_cache=False).logits
+        with last_layer.read_alone(subject, read):
+            assert torch.equal(subject.model(**inputs, use_cache=False).logits, whole)
 
 
 @pytest.mark.parametrize("inside", [nn.LayerNorm(8), nn.ModuleList([nn.Linear(8, 8)]), nn.Identity()])
@@ -114,3 +209,39 @@ def test_supervised_training_computes_it_where_the_loss_reads(tmp_path, monkeypa
     supervised = json.loads((tmp_path / "out" / "training.json").read_text())["supervised_tokens"]
     assert sum(int(mask.sum()) for mask in read) == supervised > 0
     assert not any(mask[:, -1].any() for mask in read), "the last token has none after it to be supervised"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """``asked(kind)``: masks of what training of this kind reads, as it goes on."""
+
+    def of(kind):
+        module, read, whole = importlib.import_module(f"vlm_core.distill.{kind}"), [], last_layer.read_alone
+        monkeypatch.setattr(module, "read_alone", lambda subject, mask: read.append((subject.anatomy.n_layers, mask)) or whole(subject, mask))
+        return read
+
+    return of
+
+
+def test_preferences_compute_it_where_answers_begin(tmp_path, asked):
+    read, data = asked("preference"), preferences(6)
+    distill.preference(save_student(tmp_path / "student"), data, distill.Budget(2, 3), tmp_path / "out", image_term=1.0)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["shared_prompts"]
+    for _, mask in read[-2:]:  # of the steps: three rows, with their own picture and another
+        assert len(mask) == 6 and mask[:, -1].all() and not mask[:, :-1].any()
+
+
+def test_preferences_under_a_recipe_compute_it_where_answers_are_read(tmp_path, asked):
+    read, data = asked("preference"), preferences(6)
+    distill.preference(save_student(tmp_path / "student"), data, distill.Budget(2, 3), tmp_path / "out", recipe=DropTokens(1, 0.5, "stride"))
+    found = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert not found["shared_prompts"] and sum(int(mask.sum()) for _, mask in read[-2:]) == found["supervised_tokens"] > 0
+
+
+def test_on_policy_both_models_compute_it_where_the_student_spoke(tmp_path, asked):
+    read, data = asked("on_policy"), distill.prompt_set(make_items(6))
+    student, teacher = save_student(tmp_path / "student"), save_student(tmp_path / "teacher", seed=7, layers=3)
+    distill.on_policy(student, teacher, data, distill.Budget(2, 3), tmp_path / "out", max_new_tokens=4)
+    supervised = json.loads((tmp_path / "out" / "training.json").read_text())["supervised_tokens"]
+    for layers in (2, 3):
+        assert sum(int(mask.sum()) for of, mask in read if of == layers) == supervised > 0
