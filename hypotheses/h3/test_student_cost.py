@@ -21,9 +21,7 @@ CHEAPER = Claim(
 
 @pytest.mark.claim(CHEAPER)
 @pytest.mark.trained(*ARMS)
-def test_the_student_answers_sooner_than_its_teacher(bench, results, spent, beside_the_teacher, evidence):
-    if not bench.trains:  # else when all students are trained
-        beside_the_teacher()
+def test_the_student_answers_sooner_than_its_teacher(results, spent, beside_the_teacher, evidence):
     found = results()
     stages = {name: Stage(arm.label, arm.reduced, ARMS[arm.after].label if arm.after else "before training") for name, arm in ARMS.items()}
     exhibits.students.students(evidence, found.answers, {"before": Stage("before training", False, None), **stages})
