@@ -87,7 +87,7 @@ def quality_per_flop(costs: pd.DataFrame, accuracy: Mapping[str, float], before:
 def speed_pairs(
     models: Mapping[str, tuple[Subject, Row]], items: Sequence, *, batch: int = 8, rounds: int = 10, tokens: int = 8, seed: int = 0
 ) -> pd.DataFrame:
-    """Seconds to the first token, and for each of ``tokens`` further ones, of batches of prompts.
+    """Seconds to the first token, and for each of ``tokens`` further ones (NaN of none), of batches of prompts.
 
     In each round every model answers the same ``batch`` prompts, in an order drawn anew: rounds are pairs.
 
@@ -102,19 +102,20 @@ def speed_pairs(
         ``round, model, first_token, further_token``.
     """
     require_items(items)
-    integer(tokens, "tokens", least=1)
+    integer(tokens, "tokens", least=0)
     batches = {name: [subject.encode_items(some) for some in cycled(items, batch)] for name, (subject, _) in models.items()}
 
     def took(name: str, n: int, turn: int) -> float:
         (subject, row), own = models[name], batches[name]
         return generation_seconds(subject, own[turn % len(own)], row, n)
 
-    numbers = (1, tokens + 1)
+    numbers = (1, tokens + 1) if tokens else (1,)
     table = paired({f"{name} {n}": partial(took, name, n) for name in models for n in numbers}, rounds, seed)
     rows = []
     for name in models:
-        one, several = (table[f"{name} {n}"] for n in numbers)
-        rows.append(pd.DataFrame({"round": table["round"], "model": name, "first_token": one, "further_token": (several - one) / tokens}))
+        one = table[f"{name} 1"]
+        further = (table[f"{name} {tokens + 1}"] - one) / tokens if tokens else np.nan
+        rows.append(pd.DataFrame({"round": table["round"], "model": name, "first_token": one, "further_token": further}))
     return pd.concat(rows, ignore_index=True).sort_values("round", kind="stable", ignore_index=True)
 
 
@@ -149,6 +150,7 @@ def model_costs(
         operations (of the language model) are of one prompt, on average.
     """
     require_items(items)
+    integer(tokens, "tokens", least=1)
     if reference is not None and reference not in models:
         raise ValueError(f"the reference '{reference}' is none of the models {', '.join(models)}")
     found = {name: _standing(subject, row, items, batch) for name, (subject, row) in models.items()}

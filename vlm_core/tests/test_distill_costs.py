@@ -75,6 +75,16 @@ def test_what_a_further_token_takes_by_hand(models, monkeypatch):
     assert (speed.loc["teacher", "first_token"] == 2.0).all() and (speed.loc["teacher", "further_token"] == 1.0).all()
 
 
+def test_without_further_tokens_only_the_first_is_waited_for(models, monkeypatch):
+    asked = []
+    monkeypatch.setattr(costs, "generation_seconds", lambda subject, prepared, row, n: asked.append(n) or 1.0)
+    speed = speed_pairs({"teacher": models["teacher"]}, make_items(2, size=48), batch=2, rounds=2, tokens=0)
+    assert set(asked) == {1} and (speed["first_token"] == 1.0).all() and speed["further_token"].isna().all()
+    for function, tokens, least in ((speed_pairs, -1, 0), (model_costs, 0, 1)):
+        with pytest.raises(ValueError, match=f"tokens must be .*{least}"):
+            function({"teacher": models["teacher"]}, make_items(2, size=48), tokens=tokens)
+
+
 def test_without_a_reference_there_are_no_shares(models):
     alone = model_costs({"student": models["student"]}, make_items(2, size=48), reference=None, batch=2, rounds=1, tokens=1)
     assert alone["of_reference"].isna().all() and len(alone) == 7
