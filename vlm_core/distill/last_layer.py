@@ -3,8 +3,8 @@
 ``read_alone(subject, read)``   while training reads the final hidden state of some tokens only
 ``tokens_before(marked)``       those that are read where the loss is about marked tokens
 
-Nothing comes after the last layer but the loss: what a token that is not read asks the others there, and what the feed-forward makes of it, is of
-no use, and no gradient comes back through it. Keys and values of all tokens are. A student of few layers whose prompts are long and answers short
+Nothing comes after the last layer but the loss: what a token that is not read learns from the others there, and what the feed-forward makes of it,
+is of no use, and no gradient comes back through it. Keys and values of all tokens are. A student of few layers whose prompts are long and answers short
 spends a quarter of its operations there.
 """
 
@@ -32,7 +32,8 @@ def tokens_before(marked: torch.Tensor) -> torch.Tensor:
 def read_alone(subject: Subject, read: torch.Tensor) -> Iterator[None]:
     """In this context the last layer gives nothing for tokens that are not read; loss and gradients of those that are stay the same, up to rounding.
 
-    Of the attention, queries and the output projection, and of the feed-forward everything is spared. Under a recipe, of the tokens that are left.
+    Products of queries with keys and of weights with values, the output projection and the feed-forward are of these tokens alone. Under a recipe,
+    sequences are those that came in.
 
     A layer with a feed-forward in which tokens may meet (experts that are chosen for several together, norms over them) is computed whole, and so
     are passes over sequences of another length. Eager attention (which is asked for its maps), one that drops at random, and one of which half is
@@ -75,7 +76,7 @@ class _Read:
         read = self._read
         if run is not None:
             tokens = run.tokens.on(read.device)
-            if tokens.source is not None:
+            if tokens.source is not None or read.shape != run.shape:
                 return None
             if tokens.index is not None:
                 read = read.gather(1, tokens.index) & tokens.valid

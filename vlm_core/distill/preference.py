@@ -18,6 +18,7 @@ all run long.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,19 +151,20 @@ def preference(
         shares_prompts = False
         reference: torch.Tensor  # [2 or 3, row of data]
 
-        def scores(self, model: Any, inputs: Mapping[str, Any], share: bool) -> torch.Tensor:
+        def scores(self, model: Any, inputs: Mapping[str, Any], share: bool, spare: bool = True) -> torch.Tensor:
+            read_of = read_alone if spare else _whole
             batches = inputs["batches"]
             n = len(inputs["row"])
             if share:
                 read = [2, 1][: len(batches)]
                 pad = self._tokenizer.pad_token_id
                 prompts = SharedPrompts.of(batches, read, pad)
-                with read_alone(taught.subject, prompts.read):  # the pass over answers is of other sequences
+                with read_of(taught.subject, prompts.read):  # the pass over answers is of other sequences
                     return shared(model, prompts).view(-1, n)
             halves = [{name: value[: len(value) // 2] for name, value in other.items()} for other in batches[1:]]
             found = []
             for batch in (batches[0], *halves):
-                with read_alone(taught.subject, tokens_before(batch["completion_mask"])):
+                with read_of(taught.subject, tokens_before(batch["completion_mask"])):
                     found.append(whole_sequences(model, batch).view(-1, n))
             return torch.cat(found)
 
@@ -208,13 +210,13 @@ def preference(
             return trainer._prepare_inputs(pairs.collate([pairs[row] for row in range(start, min(start + size, len(pairs)))]))
 
         @torch.no_grad()
-        def found(inputs: Mapping[str, Any], share: bool) -> torch.Tensor:
-            return trainer.scores(trainer.model, inputs, share)
+        def found(inputs: Mapping[str, Any], share: bool, spare: bool = True) -> torch.Tensor:
+            return trainer.scores(trainer.model, inputs, share, spare)
 
         trainer.model.train()
         # A recipe lets go of tokens of whole sequences; several processes share the gradients of one pass a step.
         alone = trainer.accelerator.num_processes == 1 and taught.row is None
-        trainer.shares_prompts = alone and _shares(lambda share: found(batch(0), share))
+        trainer.shares_prompts = alone and _shares(lambda share: found(batch(0), share, spare=share))
         parts = []
         for start in range(0, len(pairs), size):
             inputs = batch(start)
@@ -227,8 +229,13 @@ def preference(
     return train(run, taught, data, make, spent, {"kind": "preference", **terms}, prepare)
 
 
+def _whole(subject: Any, read: torch.Tensor) -> contextlib.nullcontext:
+    """Nothing is spared."""
+    return contextlib.nullcontext()
+
+
 def _shares(found) -> bool:
-    """Whether a pass over shared prompts gives what one over whole sequences gives, on the first batch."""
+    """Whether a pass over shared prompts gives what one over whole sequences gives, of which nothing is spared, on the first batch."""
     try:
         return torch.allclose(found(True), found(False), rtol=_AGREES, atol=_AGREES)
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):

@@ -175,6 +175,11 @@ class Run:
         """Tokens of the layer that was entered last."""
         return self._start if self._shorter is None else self._shorter
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sequences and tokens of the incoming batch."""
+        return tuple(self._valid.shape)
+
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
     def attention_layer(self, module: nn.Module) -> int | None:

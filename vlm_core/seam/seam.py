@@ -7,7 +7,7 @@
 
 Two attention names are registered with transformers, each with its own mask function (a name without one silently gets
 no causal mask): ``vlm_core`` delegates to the model's sdpa, ``vlm_core_eager`` to its eager attention. With no active
-run the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
+run, and outside ``attending``, the original function is called with the original arguments, so the numbers are bit-identical. Pre-hooks on decoder
 layers branch rows off their trunk, drop tokens, read and edit the residual stream; hooks on attention and MLP modules
 read and edit what they add to it; pre-hooks on attention modules ask them for queries and keys without rotary positions. Every hook makes
 a forward pass slower and few runs need all of them, so that each kind is there only from a run that asks for it (``hears_layers``,
@@ -140,11 +140,13 @@ def capturing() -> Iterator[None]:
 def attending(module: nn.Module, how: Callable) -> Iterator[None]:
     """In this context an attention module calls ``how(original, module, query, key, value, mask, ...)`` where it called ``original``.
 
-    A run that is active on the model does so too, after its own edits of keys, values and mask, and before those of outputs.
+    A run that is active on the model does so too, after its own edits of keys, values and mask, and before those of outputs. What
+    ``torch.compile`` made is not used meanwhile.
     """
     token = _ATTENDING.set((*_ATTENDING.get(), (module, how)))
     try:
-        yield
+        with eagerly:
+            yield
     finally:
         _ATTENDING.reset(token)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_rows_may_read_as_many_tokens_as_they_like(subject, inputs):
     assert not torch.isclose(hidden[1][~read], hidden[0][~read]).all(), "what is not read is not computed"
 
 
-def attended(subject, read, query, mask, **rest):
+def attended(subject, read, query, mask, key=None, **rest):
     """How many queries the attention that was there is asked for."""
     asked = []
 
@@ -100,7 +101,8 @@ def attended(subject, read, query, mask, **rest):
         return query.transpose(1, 2), None
 
     attention = subject.anatomy.attentions[-1]
-    last_layer._Read(read, attention).attend(original, attention, query, query, query, mask, **rest)
+    key = query if key is None else key
+    last_layer._Read(read, attention).attend(original, attention, query, key, key, mask, **rest)
     (count,) = asked
     return count
 
@@ -122,6 +124,9 @@ def test_an_attention_that_goes_by_more_than_a_querys_row_is_whole(subject):
     assert attended(subject, read, query, mask, dropout=0.1) == 8
     assert attended(subject, read, query, mask, position_bias=torch.zeros(1, 2, 8, 8)) == 8
     assert attended(subject, read, query, None, is_causal=False) == 8
+    assert attended(subject, read, query, None, key=torch.zeros(2, 2, 9, 4)) == 8, "of no mask, which keys are whose is not told"
+    subject.anatomy.attentions[-1].is_causal = False
+    assert attended(subject, read, query, None) == 8 and attended(subject, read, query, mask) == 1
 
 
 def test_eager_attention_gives_its_maps_whole(inputs):
@@ -137,9 +142,12 @@ def test_eager_attention_gives_its_maps_whole(inputs):
     assert torch.equal(found, plain)
 
 
-def test_it_is_so_beside_adapters(subject, inputs):
-    Lora((1, 2), rank=4).on(subject)
-    assert spared(subject, inputs) > 0
+@pytest.mark.parametrize("modules", [("q_proj", "k_proj", "v_proj"), ("q_proj", "o_proj")])
+def test_it_is_so_beside_adapters(subject, inputs, modules):
+    whole = spared(subject, inputs)
+    Lora((1, 2), rank=4, modules=modules).on(subject)
+    # What is frozen has no gradients of its weights; adapters of the output projection are spared with it.
+    assert whole / 2 < spared(subject, inputs) < whole
 
 
 def test_hooks_are_gone_afterwards(subject):
@@ -168,12 +176,30 @@ def test_under_a_recipe_as_much_is_spared_as_there_is_left(subject):
         assert spared(subject, inputs) == spared_by_formula(subject, rows, tokens - image + round(0.5 * image))
 
 
-def test_a_sequence_of_another_length_is_computed_whole(subject, inputs):
-    read = torch.zeros(2, 3, dtype=torch.bool)
-    with torch.no_grad():
+@pytest.mark.parametrize("recipe", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 40), (2, 30)])
+def test_a_sequence_of_another_length_is_computed_whole(subject, inputs, shape, recipe):
+    assert inputs["input_ids"].shape == (3, 30)
+    read = torch.zeros(shape, dtype=torch.bool)
+    with torch.no_grad(), keep_tokens(subject, DropTokens(1, 0.5, "stride")) if recipe else contextlib.nullcontext():
         whole = subject.model(**inputs, use_cache=False).logits
         with last_layer.read_alone(subject, read):
             assert torch.equal(subject.model(**inputs, use_cache=False).logits, whole)
+
+
+def test_tokens_are_those_that_a_run_has_left(subject):
+    """What a row is filled up with stands for a token and is none; rows that branch off are elements of another number and order."""
+    tokens = SimpleNamespace(source=None, index=None, valid=None)
+    tokens.on = lambda device: tokens
+    read = torch.tensor([[True, False, True, False], [False, True, True, False]])
+    run = SimpleNamespace(anatomy=subject.anatomy, tokens=tokens, shape=(2, 4), plain=True, hears_layers=False, attention_layer=lambda module: 2)
+    reads = last_layer._Read(read, subject.anatomy.attentions[-1])
+    with seam.active(run):
+        assert reads.among((2, 4)) is read
+        tokens.index, tokens.valid = torch.tensor([[0, 0, 2], [0, 1, 3]]), torch.tensor([[False, True, True], [True, True, True]])
+        assert reads.among((2, 3)).tolist() == [[False, True, True], [False, True, False]]
+        tokens.source = torch.tensor([1, 0])
+        assert reads.among((2, 3)) is None
 
 
 @pytest.mark.parametrize("inside", [nn.LayerNorm(8), nn.ModuleList([nn.Linear(8, 8)]), nn.Identity()])
@@ -193,41 +219,86 @@ def test_what_may_mix_tokens_is_computed_whole(subject, inside, monkeypatch):
         mixed(torch.ones(2, 3, 8))
 
 
+SHAPES = {"heads of their own": {}, "shared keys and values": {"kv_heads": 2}, "one key and value head": {"kv_heads": 1}}
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_any_length_read_what_they_like_with_the_same_gradients(shape, window):
+    """By the kernels that training uses; padded on the left; one row reads nothing."""
+    model, processor = tiny_llava(layers=3, **SHAPES[shape])
+    subject = Subject(model.double(), processor)
+    items = [{**item, "prompt": item["prompt"] + " is it red" * number} for number, item in enumerate(make_items(3))]
+    inputs = {name: one.double() if one.is_floating_point() else one for name, one in subject.encode_items(items, padding_side="left").inputs.items()}
+    assert not inputs["attention_mask"].bool().all()
+    read = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    read[0, -1], read[1, [-9, -4, -2]] = True, True
+    attention, found = subject.anatomy.attentions[-1], []
+
+    def windowed(original, module, query, key, value, mask, **rest):
+        near = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1 - window)
+        return original(module, query, key, value, mask & near, **rest)
+
+    for alone in (False, True):
+        with contextlib.ExitStack() as stack:
+            if alone:
+                stack.enter_context(last_layer.read_alone(subject, read))
+            if window is not None:  # where the family's own mask has one
+                stack.enter_context(seam.attending(attention, windowed))
+            model.zero_grad()
+            model(**inputs, use_cache=False).logits[read].pow(2).sum().backward()
+        found.append({name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-7, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 def test_every_family_has_the_same_loss_and_gradients(family):
     model, inputs = BUILDERS[family]()
     assert spared(Subject(model, name=family), inputs) >= 0
 
 
-def test_supervised_training_computes_it_where_the_loss_reads(tmp_path, monkeypatch):
-    module, read = importlib.import_module("vlm_core.distill.sft"), []
-    whole = last_layer.read_alone
-    monkeypatch.setattr(module, "read_alone", lambda subject, mask: read.append(mask) or whole(subject, mask))
-    items = make_items(6)
-    data = distill.instruction_set(items, [item["answer"] for item in items])
-    distill.sft(save_student(tmp_path / "student"), data, distill.Budget(2, 2), tmp_path / "out")
-    supervised = json.loads((tmp_path / "out" / "training.json").read_text())["supervised_tokens"]
-    assert sum(int(mask.sum()) for mask in read) == supervised > 0
-    assert not any(mask[:, -1].any() for mask in read), "the last token has none after it to be supervised"
-
-
 @pytest.fixture
 def asked(monkeypatch):
-    """``asked(kind)``: masks of what training of this kind reads, as it goes on."""
+    """``asked(kind)``: layers of the model and masks of what training of this kind reads, as it goes on; the last layer runs for as many tokens."""
 
     def of(kind):
         module, read, whole = importlib.import_module(f"vlm_core.distill.{kind}"), [], last_layer.read_alone
-        monkeypatch.setattr(module, "read_alone", lambda subject, mask: read.append((subject.anatomy.n_layers, mask)) or whole(subject, mask))
+
+        @contextlib.contextmanager
+        def counted(subject, mask):
+            read.append((subject.anatomy.n_layers, mask))
+            ran = []
+            with whole(subject, mask):
+                modules = subject.anatomy.mlps[-1], subject.anatomy.output_projection(subject.anatomy.n_layers - 1)
+                handles = [module.register_forward_pre_hook(lambda _, args: ran.append(args[0].flatten(0, -2).shape[0])) for module in modules]
+                yield
+            for handle in handles:
+                handle.remove()
+            assert ran[:2] == [int(mask.sum())] * 2
+
+        monkeypatch.setattr(module, "read_alone", counted)
         return read
 
     return of
+
+
+def test_supervised_training_computes_it_where_the_loss_reads(tmp_path, asked):
+    read, items = asked("sft"), make_items(6)
+    data = distill.instruction_set(items, [item["answer"] for item in items])
+    distill.sft(save_student(tmp_path / "student"), data, distill.Budget(2, 2), tmp_path / "out")
+    supervised = json.loads((tmp_path / "out" / "training.json").read_text())["supervised_tokens"]
+    assert sum(int(mask.sum()) for _, mask in read) == supervised > 0
+    assert not any(mask[:, -1].any() for _, mask in read), "the last token has none after it to be supervised"
 
 
 def test_preferences_compute_it_where_answers_begin(tmp_path, asked):
     read, data = asked("preference"), preferences(6)
     distill.preference(save_student(tmp_path / "student"), data, distill.Budget(2, 3), tmp_path / "out", image_term=1.0)
     assert json.loads((tmp_path / "out" / "training.json").read_text())["shared_prompts"]
-    for _, mask in read[-2:]:  # of the steps: three rows, with their own picture and another
+    assert len(read) == 5, "a batch to see whether prompts can be shared, against one that is whole; two of the reference, two of training"
+    for _, mask in read:  # three rows, with their own picture and another
         assert len(mask) == 6 and mask[:, -1].all() and not mask[:, :-1].any()
 
 
