@@ -3,6 +3,7 @@
 import pytest
 
 from fixtures.arms import ARMS
+from fixtures.student_results import UNTRAINED
 from hypotheses.h2.controls import nothing_saves_nothing
 from reports import exhibits
 from reports.exhibits.students import Stage
@@ -24,8 +25,9 @@ CHEAPER = Claim(
 def test_the_student_answers_sooner_than_its_teacher(results, spent, beside_the_teacher, evidence):
     found = results()
     stages = {name: Stage(arm.label, arm.reduced, ARMS[arm.after].label if arm.after else "before training") for name, arm in ARMS.items()}
-    exhibits.students.students(evidence, found.answers, {"before": Stage("before training", False, None), **stages})
-    words = {name: arm.words for name, arm in ARMS.items()}
+    untrained = {name: Stage("before training", reduced, None) for name, reduced in UNTRAINED.items()}
+    exhibits.students.students(evidence, found.answers, {**untrained, **stages})
+    words = {"before_reduced": "before, fewer tokens", **{name: arm.words for name, arm in ARMS.items()}}
     exhibits.students.ablations(evidence, found.contrasts().replace({"arm": words, "against": words}))
     exhibits.students.costs(evidence, spent())
     costs, rounds = beside_the_teacher()

@@ -7,7 +7,7 @@ Nothing is measured here and no verdict depends on it; intervals come from ``vlm
 ``ablations``                ``distill-ablations.csv`` and differences between arms against zero
 ``costs``                    ``distill-costs.csv`` and accuracy over operations
 ``student_against_teacher``  ``student-against-teacher.csv`` and its table
-``errors``                   ``distill-errors.csv``, items gained and lost, some of them as pictures
+``errors``                   ``distill-errors.csv``, ``distill-changed-items.csv``, items gained and lost, some of them as pictures
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ def _plain(text):
 def errors(
     evidence, before: pd.DataFrame, after: Sequence[pd.DataFrame], pictures: Callable[[str], object], per_task: int = 2
 ) -> None:
-    """``distill-errors.csv``, items gained and lost by task, and some of them as pictures.
+    """``distill-errors.csv`` (how many, by task), ``distill-changed-items.csv`` (which), items gained and lost, and some of them as pictures.
 
     An item is gained when it was wrong before and is right for most seeds after, lost when it was right and is wrong for most.
 
@@ -346,6 +346,7 @@ def errors(
         gained, lost = (int((change[mine] == name).sum()) for name in ("gained", "lost"))
         rows.append({"task": task, "gained": gained, "lost": lost, "net": gained - lost, "items": int(mine.sum())})
     evidence.table("distill-errors.csv", pd.DataFrame(rows))
+    evidence.table("distill-changed-items.csv", _changed(items, runs, change))
     drawn = [{"label": row["task"], **{name: row[name] for name in ("gained", "lost", "items")}} for row in rows if row["task"] != ALL]
     whole = rows[-1]
     evidence.figure(
@@ -353,7 +354,7 @@ def errors(
         {"rows": drawn},
         title="Items gained and lost",
         caption=f"Gained: wrong before training, right for most of {plural(len(runs), 'seed')} after; lost: the other way round. "
-        f"Of {whole['items']} items, {whole['gained']} gained and {whole['lost']} lost.",
+        f"Of {whole['items']} items, {whole['gained']} gained and {whole['lost']} lost; each by name in distill-changed-items.csv.",
         alt="Items by task: " + "; ".join(f"{row['label']} {row['gained']} gained, {row['lost']} lost of {row['items']}" for row in drawn) + ".",
     )
     groups = []
@@ -375,6 +376,16 @@ def errors(
             "with the number of seeds where they differ.",
             alt=f"Pictures of {plural(count, 'item')} with question, right answer, and what the student said before and after training.",
         )
+
+
+def _changed(items, runs, change):
+    """A row an item gained or lost: ``item, task, change, answer, before, after``, what each seed says parted by bars."""
+    rows = [
+        (item, row["task"], how, row["answer"], row["output"], " | ".join(str(run.loc[item, "output"]) for run in runs))
+        for (item, row), how in zip(items.iterrows(), change, strict=True)
+        if how
+    ]
+    return pd.DataFrame(rows, columns=["item", "task", "change", "answer", "before", "after"])
 
 
 def _hashed(item):

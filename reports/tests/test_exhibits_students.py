@@ -294,6 +294,10 @@ def test_items_are_gained_and_lost_by_what_most_seeds_say(evidence):
     tables, drawn = left(evidence)
     assert list(tables["distill-errors.csv"].itertuples(index=False, name=None)) == [("color", 1, 1, 0, 4), ("count", 1, 0, 1, 2), ("all", 2, 1, 1, 6)]
     assert tables["distill-errors.csv"].columns.tolist() == ["task", "gained", "lost", "net", "items"]
+    changed = tables["distill-changed-items.csv"]
+    assert changed.columns.tolist() == ["item", "task", "change", "answer", "before", "after"]
+    assert list(changed[["item", "change"]].itertuples(index=False, name=None)) == [("i0", "gained"), ("i2", "lost"), ("i4", "gained")]
+    assert changed["before"].tolist() == ["blue"] * 3 and changed["after"].tolist() == ["red | green | red"] * 3
     (bars,) = drawn["gained_lost"]
     assert bars["data"]["rows"] == [{"label": "color", "gained": 1, "lost": 1, "items": 4}, {"label": "count", "gained": 1, "lost": 0, "items": 2}]
     assert "Of 6 items, 2 gained and 1 lost" in bars["caption"] and "count 1 gained, 0 lost of 2" in bars["alt"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -57,7 +58,7 @@ class Lessons:
     def __init__(
         self, config: DistillConfig, items: list[dict], evaluated: Mapping[str, Sequence], teacher: Teacher, tokenizer, say: Callable[[str], None]
     ) -> None:
-        self.config, self.teacher, self.say = config, teacher, say
+        self.config, self.teacher, self.say, self._tokenizer = config, teacher, say, tokenizer
         self._filters: list[Kept] = []
         self._pairs: list[Pair] = []
         self._leaks = leaks(items, evaluated)
@@ -103,12 +104,15 @@ class Lessons:
         how = stage.pairs
         if how.source == "against-student":
             self.say(f"{stage.name}: the student answers {len(self.items)} questions")
-            pairs = teacher_against_student(self.items, self.answers, student.answers(self.items))
+            answers = dict(zip((item["id"] for item in self.items), self.answers, strict=True))
+            items, said = self._fit([[one] for one in student.answers(self.items)])
+            pairs = teacher_against_student(items, [answers[item["id"]] for item in items], [one for (one,) in said])
         else:
             self.say(f"{stage.name}: the {how.of} draws {how.samples} answers to each of {len(self.items)} questions")
             asked = student if how.of == "student" else self.teacher
             samples = asked.samples(self.items, how.samples, temperature=how.temperature, seed=self.config.seed)
-            pairs = rubric(self.items, samples) if how.source == "rubric" else teacher_ranked(self.items, samples, self.teacher)
+            items, samples = self._fit(samples)
+            pairs = rubric(items, samples) if how.source == "rubric" else teacher_ranked(items, samples, self.teacher)
         if not pairs:
             raise ValueError(
                 f"stage '{stage.name}' has no pair to learn from: all answers to each question are alike (source = '{how.source}'): "
@@ -118,6 +122,18 @@ class Lessons:
         self._pairs += pairs
         self.card()
         return preference_set(self.items, pairs)
+
+    def _fit(self, samples: Sequence[Sequence[str]]) -> tuple[list[dict], list[list[str]]]:
+        """Items, and of what was drawn for each what might be taught: of the declared length, in words that the student has."""
+        filters = self.config.filters
+        flat = [(number, said) for number, drawn in enumerate(samples) for said in drawn]
+        for fits in (lambda said: within_length(said, filters.longest, filters.shortest), lambda said: writable(said, self._tokenizer)):
+            kept = fits([said for _, said in flat])
+            (flat,) = self._keep(replace(kept, name=f"{kept.name}, answers to be paired"), flat, what="answers to be paired")
+        left: dict[int, list[str]] = {}
+        for number, said in flat:
+            left.setdefault(number, []).append(said)
+        return [self.items[number] for number in left], list(left.values())
 
     def card(self) -> None:
         """Write the data card, ``data-card.md``."""
@@ -137,12 +153,12 @@ class Lessons:
         )
         write_whole(Path(config.out) / "data-card.md", text)
 
-    def _keep(self, kept: Kept, *values: list) -> list[list]:
+    def _keep(self, kept: Kept, *values: list, what: str = "items") -> list[list]:
         self._filters.append(kept)
         for reason, n in kept.dropped.items():
-            self.say(f"{n} of {len(values[0])} items dropped: {reason}")
+            self.say(f"{n} of {len(values[0])} {what} dropped: {reason}")
         if not kept.kept:
-            raise ValueError(f"the filter '{kept.name}' leaves none of the {len(values[0])} items: there is nothing to teach")
+            raise ValueError(f"the filter '{kept.name}' leaves none of the {len(values[0])} {what}: there is nothing to teach")
         return [kept.of(one) for one in values]
 
     def _where(self, items: list[dict]) -> Callable:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText
 
+import vlm_core.distill.building as building
 import vlm_core.distill.running as running
 from vlm_core import DropTokens, Recipe, evaluate, load_vlm
 from vlm_core.distill import RecordedTeacher, SubjectTeacher, instruction_set, sft, teacher_ranked
@@ -189,6 +190,31 @@ def test_answers_that_the_student_has_no_words_for_are_not_taught(declared, aske
     out = distill(DistillConfig.from_dict(declared(teacher={"recorded": str(said)}, out=str(tmp_path / "unknown"))))
     assert "1 of" in (told := (out / "log.txt").read_text()) and "dropped: words that the student does not know" in told
     assert "rhombicuboctahedron" not in (out / "data-card.md").read_text()
+
+
+@pytest.mark.parametrize("source", ["ranked", "against-student", "rubric"])
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_pairs_come_from_any_source_and_are_filtered_as_answers_are(declared, models, source, of, monkeypatch):
+    """Before they are paired: an item of which one is left over may still have a pair of the others."""
+    vocabulary = sorted(word for word in load_vlm(models["student"], check=False).tokenizer.get_vocab() if word.isalpha())[:5]
+
+    def samples(self, items, n, **options):
+        return [(item["answer"], "rhombicuboctahedron", " ".join(vocabulary), vocabulary[number % 5]) for number, item in enumerate(items)]
+
+    monkeypatch.setattr(SubjectTeacher, "samples", samples)
+    stages = [{"kind": "preference", "steps": 1, "batch_size": 2, "pairs": {"source": source, "of": of}}]
+    lessons = []
+    whole = building.preference_set
+    monkeypatch.setattr(building, "preference_set", lambda items, pairs: lessons.append(pairs) or whole(items, pairs))
+    out = distill(DistillConfig.from_dict(declared(stages=stages, filters={"longest": 3})))
+    (pairs,) = lessons
+    assert pairs and {pair.source for pair in pairs} == {{"ranked": "teacher_ranked", "against-student": "teacher_against_student", "rubric": "rubric"}[source]}
+    assert all(len(said.split()) <= 3 and "rhombicuboctahedron" not in said for pair in pairs for said in (pair.chosen, pair.rejected))
+    card = (out / "data-card.md").read_text()
+    assert "| within_length, answers to be paired |" in card and "| writable, answers to be paired |" in card
+    dropped = " answers to be paired dropped: "
+    assert (source == "against-student") == (f"{dropped}words that the student does not know" not in (log := (out / "log.txt").read_text()))
+    assert (source == "against-student") == (f"24 of 96{dropped}longer than 3" not in log)
 
 
 def test_answers_that_most_samples_give(declared):
