@@ -4,7 +4,7 @@
 ``python -m reports compare A B``    two runs: verdicts that changed, paired differences, versions
 ``python -m reports models RUN ...``  many subjects on one page, the parts of one subject put together
 ``python -m reports trend HISTORY``  a history of nights as a page
-``python -m reports index DIR``      a page that lists the runs of a directory
+``python -m reports index DIR``      a page that lists the runs of a directory and the folders in it that have such a page
 ``python -m reports summary RUN``    a run's verdicts in Markdown
 ``python -m reports paper RUN``      a run as a paper of a few pages, PDF
 """
@@ -71,7 +71,7 @@ def _printed(make):
 _OF_ONE = {
     "render": (_render, "RUN", "draw RUN/report.html from RUN/run.json and RUN/evidence.json"),
     "trend": (_printed(trend.render), "HISTORY", "draw HISTORY/trend.html from what --claims-history left"),
-    "index": (_printed(index.render), "DIR", "draw DIR/index.html, a list of the runs in DIR"),
+    "index": (_printed(index.render), "DIR", "draw DIR/index.html, a list of the runs in DIR and of the folders in it that have such a list"),
     "summary": (_printed(markdown.summary), "RUN", "print RUN's verdicts in Markdown"),
 }
 

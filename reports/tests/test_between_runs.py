@@ -137,6 +137,16 @@ def test_the_index_lists_runs_newest_first_with_counts_and_links(tmp_path, capsy
     assert main(["index", str(tmp_path / "none")]) == 1 and "no run is in it" in capsys.readouterr().err
 
 
+def test_the_index_leads_to_the_nights_and_to_the_indexes_below(tmp_path):
+    sample_run.write(tmp_path / "lane one" / "run", made(), heads=False)
+    (tmp_path / "lane one" / "trend.html").write_text("")
+    (tmp_path / "no index").mkdir()
+    assert main(["index", str(tmp_path / "lane one")]) == 0 and main(["index", str(tmp_path)]) == 0
+    lane, above = (sound((folder / "index.html").read_text(encoding="utf-8")) for folder in (tmp_path / "lane one", tmp_path))
+    assert '<a href="trend.html">Night by night</a>' in lane and "<h1>1 run</h1>" in lane
+    assert '<a href="lane%20one/index.html">lane one</a>' in above and "no index" not in above and "trend.html" not in above and "<table" not in above
+
+
 def test_the_job_summary_has_the_verdict_table_and_says_what_is_wrong(tmp_path, capsys):
     entries = made()
     entries[0]["reproduced"] = {"state": "regression", "sentence": "supported then | refuted now"}

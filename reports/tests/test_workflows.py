@@ -13,6 +13,8 @@ import yaml
 
 from reports import __main__, options
 
+from . import sample_nights, sample_run
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
 STEPS = [step for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() for step in job["steps"]]
@@ -118,8 +120,6 @@ def test_the_first_night_makes_the_baseline_and_measures_its_noise(tmp_path):
 
 
 def test_the_summary_is_written_even_where_a_lane_left_nothing(tmp_path):
-    from . import sample_run
-
     sample_run.write(tmp_path / "temp" / "runs" / "reproduce" / "20260101T000000Z-vlm", [sample_run.make("H2.trend", "supported", 0.3, 0.1)], heads=False)
     (tmp_path / "checkout").mkdir()
     found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -128,3 +128,27 @@ def test_the_summary_is_written_even_where_a_lane_left_nothing(tmp_path):
     said = (tmp_path / "said.md").read_text(encoding="utf-8")
     assert "# reproduce\n## vlm" in said and "| H2.trend | ● supported |" in said and "# replicate: no run was written" in said
     assert (tmp_path / "temp" / "runs" / "reproduce" / "index.html").exists()
+
+
+@pytest.mark.parametrize("replicated", [True, False], ids=["both lanes ran", "one lane left nothing tonight"])
+def test_what_is_published_is_reached_from_its_first_page(tmp_path, replicated):
+    runs = tmp_path / "temp" / "runs"
+    sample_nights.nights(tmp_path / "temp" / "nights", 2)
+    for lane in ("reproduce", *["replicate"] * replicated):
+        sample_run.write(runs / lane / "20260101T000000Z-vlm", [sample_run.make("H2.trend", "supported", 0.3, 0.1)], heads=False)
+    (tmp_path / "checkout").mkdir()
+    found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = _run("say what was found", tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "said.md"), **found)
+    assert done.returncode == 0, done.stderr
+    led = {page.parent.name: re.findall(r'<a href="([^"]+)"', page.read_text(encoding="utf-8")) for page in runs.rglob("index.html")}
+    assert {"reproduce/index.html", "replicate/index.html"} <= {*led["runs"]}, "the first page leads to both lanes"
+    assert "trend.html" in led["replicate"] and (runs / "replicate" / "trend.html").exists()
+    assert "trend.html" not in led["reproduce"]
+
+
+def test_nights_that_left_nothing_have_no_page(tmp_path):
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "temp" / "runs" / "reproduce").mkdir(parents=True)
+    done = _run("say what was found", tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "said.md"))
+    assert done.returncode == 0, done.stderr
+    assert "# reproduce: no run was written" in (tmp_path / "said.md").read_text() and not [*tmp_path.rglob("index.html")]
