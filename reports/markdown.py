@@ -10,6 +10,7 @@ import re
 from collections import Counter
 
 from reports import record, wording
+from reports.nights import baselines
 from reports.summary import page
 
 _MARKS = {"supported": "●", "refuted": "✕", "inconclusive": "◐", "invalid": "–"}
@@ -30,6 +31,7 @@ def summary(folder):
     lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     said = [f"- {_text(wording.title(entry))}: {_text(entry['reason'])}" for entry in records if entry["verdict"] in ("refuted", "invalid")]
     moved = [entry for entry in records if entry["reproduced"] and entry["reproduced"]["state"] in ("regression", "voided")]
+    said = [f"- **no baseline**: {_text(sentence)}" for sentence in baselines.unmatched(records)] + said
     for entry in reversed(moved):
         found = entry["reproduced"]
         said.insert(0, f"- **{found['state']}**: {_text(wording.title(entry))}: {_text(found['sentence'])}")

@@ -92,7 +92,7 @@ def declare(parser):
     )
     add("--claims-expectations", metavar="FILE", default=None, help="known outcomes of the subject (TOML or JSON)")
     add("--claims-baseline", metavar="FILE", default=None, help="compare item by item with what is stored there (JSON lines); exit 11 on a regression")
-    add("--claims-update-baseline", metavar="REASON", default=None, help="add this run to the baseline; A/A: the same code again, to measure the noise")
+    add("--claims-update-baseline", metavar="REASON", default=None, help="add this run to the baseline; A/A: the same code again, to measure the noise; 'none yet': only where nothing in it can be compared")
     add("--claims-history", metavar="DIR", default=None, help="a night of its own scenes, its evidence added to that of the nights there")
     add("--claims-retrain", action="store_true", help="train students again that are in the cache")
     add("--claims-list", action="store_true", help="list the declared claims and stop")

@@ -14,23 +14,27 @@ drift         anything else that changed: it is said, and decides nothing
 
 Where no A/A run has measured the noise, only the first kind of regression is known; changes are drift, and it is said what is missing.
 
-``load``    the file
-``compare`` a run against it
-``update``  add a run to it, with a reason; the reason "A/A" measures the noise
+``load``      the file
+``compare``   a run against it
+``unmatched`` how many of its claims had nothing to compare with, and why
+``update``    add a run to it, with a reason; the reason "A/A" measures the noise
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from reports import effects, provenance, record
 from reports.nights import ledger
-from reports.wording import number, title
+from reports.wording import number, plural, title
 from vlm_core import stats
 
 SAME_CODE = "A/A"
+NONE_YET = "none yet"  # the reason of a run that is added only where it had nothing to compare with
+NO_BASELINE = "no baseline"
 NEGLIGIBLE = 0.01  # of the declared threshold or margin
 _KEY = ("subject", "data", "platform")
 
@@ -78,10 +82,10 @@ class Baselines:
         where = keys(identity)
         same = [one for one in known if all(one[name] == where[name] for name in _KEY)]
         if not known:
-            return None, None, ("no baseline", "no baseline holds this claim")
+            return None, None, (NO_BASELINE, "no baseline holds this claim")
         if not same:
             differs = [name for name in _KEY if known[-1][name] != where[name]]
-            return None, None, ("no baseline", f"the baseline is of another {' and '.join(differs)}")
+            return None, None, (NO_BASELINE, f"the baseline is of another {' and '.join(differs)}")
         found = same[-1]
         if found["declaration"] != entry["declaration"]["hash"]:
             changed = f"declared {found['declaration']} then, {entry['declaration']['hash']} now"
@@ -162,6 +166,12 @@ def compare(baselines, identity, entry, folder):
             beyond = f"at least {number(lower)}, beyond the noise of {number(floor.mean)} between runs of the same code"
             return _outcome("regression", f"items moved against the claim by {number(change['worse'])} on average, {beyond}", **numbers)
     return _outcome("drift", f"{_said(change)}; {stays}{unmeasured}", **numbers)
+
+
+def unmatched(records):
+    """Sentences, one a cause: how many of the compared records had nothing to compare with. None where all had."""
+    causes = Counter(entry["reproduced"]["sentence"] for entry in records if entry["reproduced"] and entry["reproduced"]["state"] == NO_BASELINE)
+    return [f"{plural(count, 'claim')} had nothing to compare with: {cause}" for cause, count in causes.items()]
 
 
 def _outcome(state, sentence, **numbers):

@@ -13,7 +13,7 @@ from reports import record, wording
 from reports.nights import baselines, history, sparkline
 
 _SHOWN = {"regression": "red", "drift": "yellow", "voided": "yellow"}
-_STATES = ("identical", "within noise", "drift", "regression", "voided", "no baseline")
+_STATES = ("identical", "within noise", "drift", "regression", "voided", baselines.NO_BASELINE)
 
 
 class Lanes:
@@ -75,7 +75,7 @@ class Lanes:
         try:
             if self._baselines is not None:
                 self._compare(identity, records, folder)
-                if self.options.update_baseline is not None and complete:
+                if self._updates(records) and complete:
                     added = baselines.update(self.options.baseline, identity, records, folder, self.options.update_baseline)
                     self.lines.append((f"baseline: {wording.plural(added, 'claim')} added to {self.options.baseline}", None))
             if self._night is not None and complete:
@@ -87,6 +87,12 @@ class Lanes:
         if not complete and (self._night is not None or self.options.update_baseline is not None):
             self.lines.append(("evidence is incomplete: nothing was added to the baseline or the history", "red"))
 
+    def _updates(self, records):
+        """Whether this run is to become the baseline: where a reason is given; for the reason that there is none, where nothing was compared."""
+        if self.options.update_baseline == baselines.NONE_YET:
+            return all(entry["reproduced"]["state"] == baselines.NO_BASELINE for entry in records)
+        return self.options.update_baseline is not None
+
     def _compare(self, identity, records, folder):
         for entry in records:
             entry["reproduced"] = baselines.compare(self._baselines, identity, entry, folder)
@@ -96,9 +102,10 @@ class Lanes:
             state = entry["reproduced"]["state"]
             if state in _SHOWN:
                 self.lines.append((f"{state}: {wording.title(entry)}: {entry['reproduced']['sentence']}", _SHOWN[state]))
+        self.lines += [(sentence, "yellow") for sentence in baselines.unmatched(records)]
         if unseen := self._baselines.unseen(records):
             self.lines.append((f"{wording.plural(len(unseen), 'claim')} of the baseline not run: {wording.some(unseen)}", "yellow"))
-        if self.options.update_baseline is None:
+        if not self._updates(records):
             self.regressions = counts["regression"]
 
     def _replicated(self, records):

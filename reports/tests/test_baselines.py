@@ -210,6 +210,29 @@ def test_a_regression_ends_with_11_and_is_said(suite):
     assert suite.run("--claims-baseline=base.jsonl").ret == 10
 
 
+def test_a_run_with_nothing_to_compare_with_says_so_and_becomes_the_baseline_where_that_is_asked(suite):
+    """Another platform is one that the stored entries do not name; what is compared at all is never replaced by itself."""
+    path, asked = suite.pytester.path / "base.jsonl", ("--claims-baseline=base.jsonl", "--claims-update-baseline=none yet")
+    suite.write(SUPPORTED, EXPLORATORY)
+    first = suite.run(*asked)
+    first.stdout.fnmatch_lines(["2 claims had nothing to compare with: no baseline holds this claim", "baseline: 2 claims added to *"])
+    there = path.read_text()
+    suite.run(*asked).stdout.fnmatch_lines(["against the baseline: 2 identical"])
+    assert path.read_text() == there
+    path.write_text(there.replace('"platform": "', '"platform": "another '))
+    elsewhere = path.read_text()
+    silent = suite.run("--claims-baseline=base.jsonl")
+    silent.stdout.fnmatch_lines(["2 claims had nothing to compare with: the baseline is of another platform"])
+    assert silent.ret == 0 and path.read_text() == elsewhere != there
+    suite.run(*asked).stdout.fnmatch_lines(["2 claims had nothing to compare with: the baseline is of another platform", "baseline: 2 claims added to *"])
+    both = path.read_text()
+    assert both.startswith(elsewhere) and [json.loads(line)["reason"] for line in both.splitlines()] == ["none yet"] * 4
+    suite.write(SUPPORTED.replace("effects(0.5)", "effects(0.12)"), EXPLORATORY, INCONCLUSIVE)
+    fallen = suite.run(*asked, "--claims-inconclusive=warn")
+    fallen.stdout.fnmatch_lines(["against the baseline: 1 identical, 1 regression, 1 no baseline", "1 claim had nothing to compare with: no baseline holds this claim"])
+    assert fallen.ret == 11 and path.read_text() == both, "a regression does not become the baseline because a claim is new"
+
+
 def test_what_is_worse_than_a_regression_is_said_by_the_exit_code_first(suite):
     base = "--claims-baseline=base.jsonl"
     suite.write(SUPPORTED, EXPLORATORY)

@@ -165,6 +165,16 @@ def test_the_job_summary_has_the_verdict_table_and_says_what_is_wrong(tmp_path, 
     assert "Baseline" not in plain and "All nights" not in plain
 
 
+def test_the_job_summary_counts_the_claims_that_had_nothing_to_compare_with(tmp_path):
+    entries = made()
+    for entry in entries[:3]:
+        entry["reproduced"] = {"state": "no baseline", "sentence": "the baseline is of another platform"}
+    entries[3]["reproduced"] = {"state": "identical", "sentence": "the same"}
+    text = markdown.summary(sample_run.write(tmp_path / "run", entries, heads=False))
+    assert "- **no baseline**: 3 claims had nothing to compare with: the baseline is of another platform\n" in text
+    assert "nothing to compare" not in markdown.summary(sample_run.write(tmp_path / "compared", entries[3:], heads=False))
+
+
 def test_the_report_says_what_is_worse_than_the_baseline_and_what_the_nights_amount_to(tmp_path):
     entries = made()[:2]
     entries[0]["reproduced"] = {"state": "regression", "sentence": "supported then, refuted now"}

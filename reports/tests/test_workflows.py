@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from reports import __main__, options
+from reports.nights import baselines
 
 from . import sample_nights, sample_run
 
@@ -104,19 +105,27 @@ def test_the_history_is_kept_on_a_branch_from_night_to_night(tmp_path, origin):
 
 
 def test_the_first_night_makes_the_baseline_and_measures_its_noise(tmp_path):
-    """With a stand-in for pytest that notes what it was asked and writes the baseline; then a regression, whose exit code comes through."""
+    """With a stand-in for pytest that notes what it was asked and adds to the baseline where it has nothing of its platform.
+
+    Then a regression, whose exit code comes through; then a night on another platform; then one whose baseline somebody asked for.
+    """
     (tmp_path / "checkout").mkdir()
     (tmp_path / "temp" / "nights").mkdir(parents=True)
     stand_in = tmp_path / "bin" / "pytest"
     stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\ntouch "$RUNNER_TEMP/nights/baseline.jsonl"\nexit ${{CODE:-0}}\n')
+    baseline = tmp_path / "temp" / "nights" / "baseline.jsonl"
+    added = f'grep -qsx "$MACHINE" {baseline} || echo "$MACHINE" >> {baseline}'
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\n{added}\nexit ${{CODE:-0}}\n')
     stand_in.chmod(0o755)
     path = f"{stand_in.parent}:{os.environ['PATH']}"
-    assert _run("reproduce", tmp_path, PATH=path, REASON="", SUBJECT="").returncode == 0
-    assert _run("reproduce", tmp_path, PATH=path, REASON="", SUBJECT="my model", CODE="11").returncode == 11
-    first, noise, second = (tmp_path / "asked").read_text().splitlines()
-    assert first.endswith("--claims-update-baseline=first night") and noise.endswith("--claims-update-baseline=A/A")
-    assert second.endswith("--claims-subject=my model") and "update" not in second
+    assert _run("reproduce", tmp_path, PATH=path, REASON="", SUBJECT="", MACHINE="avx2").returncode == 0
+    assert _run("reproduce", tmp_path, PATH=path, REASON="", SUBJECT="my model", MACHINE="avx2", CODE="11").returncode == 11
+    assert _run("reproduce", tmp_path, PATH=path, REASON="", SUBJECT="", MACHINE="avx512f").returncode == 0
+    assert _run("reproduce", tmp_path, PATH=path, REASON="new weights", SUBJECT="", MACHINE="avx").returncode == 0
+    asked = (tmp_path / "asked").read_text().splitlines()
+    reasons = [line.partition("--claims-update-baseline=")[2] for line in asked]
+    assert reasons == [baselines.NONE_YET, baselines.SAME_CODE, baselines.NONE_YET, baselines.NONE_YET, baselines.SAME_CODE, "new weights"]
+    assert "--claims-subject=my model" in asked[2] and all(f"--claims-baseline={baseline}" in line for line in asked)
 
 
 def test_the_summary_is_written_even_where_a_lane_left_nothing(tmp_path):
