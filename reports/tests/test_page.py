@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -96,6 +97,44 @@ def test_the_page_says_what_was_found(text):
     assert "loss of 0.6 points at 50 % kept" in text and "Table 1" in text
 
 
+def test_the_card_of_a_claim_says_all_that_its_verdict_rests_on(tmp_path):
+    """Each number is another one, on the card and nowhere else in its place."""
+    control = {"name": "random heads", "kind": "negative", "passed": True, "value": 0.021, "expected": "below 0.05", "detail": "200 draws"}
+    failed = {"name": "other scene", "kind": "negative", "passed": False, "value": 0.34, "expected": "below 0.30", "detail": ""}
+    numbers = {"p_value": 0.0123, "p_holm": 0.0456, "mde": 0.0789, "n_needed": 137.0, "n_items": 408, "n_clusters": 151, "alpha": 0.04, "family_size": 19}
+    declaration = {**sample_run.make("H2.trend", "supported", 0.3, 0.1)["declaration"], "hash": "0a1b2c3d4e5f6789"}
+    facts = {**numbers, "declaration": declaration, "reason": "the interval lies wholly above 0", "reproduce": "python -m pytest -k trend --claims-seed=7"}
+    other = sample_run.make("H1.specificity", "supported", 0.29, 0.07)
+    folder = sample_run.write(tmp_path, [sample_run.make("H2.trend", "invalid", 0.31, 0.12, controls=[control, failed], **facts), other])
+    articles = re.findall(r"<article.*?</article>", page.render(folder).read_text(encoding="utf-8"), flags=re.DOTALL)
+    (card,) = [one for one in articles if 'data-claim="H2.trend"' in one]
+    heads = re.findall(r"<th [^>]*>(?:<abbr[^>]*>)?([^<]+)", re.search(r'<table class="data">.*?</thead>', card, flags=re.DOTALL)[0])
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", re.search(r'<table class="data">.*?<tbody>(.*?)</tbody>', card, flags=re.DOTALL)[1])
+    told = dict(zip(heads, cells, strict=True))
+    assert {name: told[name] for name in ("Items", "Scenes", "p", "p (Holm)", "MDE", "n for the declared effect", "α / family")} == {
+        "Items": "408", "Scenes": "151", "p": "0.012", "p (Holm)": "0.046", "MDE": "0.079", "n for the declared effect": "137", "α / family": "0.04 / 19",
+    }  # fmt: skip
+    assert "408 items, 151 scenes; p 0.012 (Holm 0.046); detects 0.079 at 80 % power" in card
+    assert "<dt>Declaration</dt><dd><code>0a1b2c3d4e5f6789</code></dd>" in card
+    assert '<pre tabindex="0"><code>python -m pytest -k trend --claims-seed=7</code></pre>' in card
+    assert '<td role="cell" colspan="4">the interval lies wholly above 0</td>' in card
+    assert '<td role="cell" class="num">0.31 <span class="ci">[0.19, 0.43]</span></td>' in card
+    controls = re.findall(r'<b>([^<]+)</b> <span class="state">(\w+)</span>\s*<span class="kind">(\w+)</span>\s*<p><span class="n">([\d.]+)</span>, expected ([^<]+)</p>', card)
+    assert controls == [
+        ("random heads", "passed", "negative", "0.021", "below 0.05. 200 draws"), ("other scene", "failed", "negative", "0.34", "below 0.30"),
+    ]  # fmt: skip
+
+
+def test_what_the_subject_can_do_is_at_the_top_in_one_line_and_in_full_below(tmp_path):
+    baseline = [{"task": "color <i>", "accuracy": 0.97, "blind": 0.2, "chance": 0.17}, {"task": "count", "accuracy": 0.62, "blind": 0.2}]
+    text = page.render(sample_run.write(tmp_path, data={"baseline": baseline})).read_text(encoding="utf-8")
+    line = text.index('<p class="subject">Accuracy (chance): color &lt;i&gt;&nbsp;97%&nbsp;(17%), count&nbsp;62%</p>')
+    assert text.index('class="masthead') < text.index('<p class="subject">LLaVA') < line < text.index("</header>") < text.index('aria-labelledby="overview"')
+    assert text.index('aria-labelledby="overview"') < text.index('<section aria-labelledby="baseline">')
+    unmeasured = page.render(sample_run.write(tmp_path, data={})).read_text(encoding="utf-8")
+    assert "Accuracy (chance)" not in unmeasured
+
+
 def test_works_are_beside_what_was_measured_on_them_here(text):
     table = re.search(r'<table class="data works">.*?</table>', text, flags=re.DOTALL)[0]
     rows = {re.search(r"<b>(.*?)</b>", row)[1]: row for row in re.findall(r"<tr>\s*<th scope=\"row\">.*?</tr>", table, flags=re.DOTALL)}
@@ -116,6 +155,13 @@ def test_limitations_say_what_limits_this_run(text):
     assert "1 confirmatory claim could not be tested and counts neither way: H1.object_tokens." in said
     few = summary.limits(sample_run.identity(), [sample_run.make("H2.trend", "supported", 0.3, 0.1, n_clusters=9)])
     assert few[-1].startswith("The smallest sample of a confirmatory claim has 9 independent units")
+
+
+def test_the_page_says_how_its_findings_may_be_used(text):
+    said = re.findall(r"<li>(.*?)</li>", text[text.index('id="use"') : text.index('<section aria-labelledby="provenance">')])
+    assert [html.unescape(one) for one in said] == list(summary.RESPONSIBLE_USE) and len(said) == 4
+    for word in ("ready to be deployed, safe or fair", "evaluate on the data that model serves", "licence", "look at them before you share it"):
+        assert sum(word in one for one in said) == 1, word
 
 
 def test_a_failed_control_behind_an_expected_verdict_is_said_to_be_expected():
