@@ -118,7 +118,7 @@ class Controller:
             self._follow(problems)
             lost = lost or self.nightly.problem is not None
         code = collect.exit_code(
-            int(exitstatus),
+            1 if exitstatus == pytest.ExitCode.INTERRUPTED and self._workers_failed_enough() else int(exitstatus),
             records=self.run.records,
             lost=lost,
             failures=self.failures,
@@ -129,6 +129,11 @@ class Controller:
         if kept and self.trouble is None:
             code = self._finish(problems, code)
         session.exitstatus = code
+
+    def _workers_failed_enough(self):
+        """Whether ``-x`` or ``--maxfail`` ended the session: with workers it ends as interrupted (2), without them as failed (1)."""
+        distributor = self.config.pluginmanager.getplugin("dsession")
+        return distributor is not None and bool(distributor.maxfail) and distributor.countfailures >= distributor.maxfail
 
     def _follow(self, problems):
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from reports import collect, record
+from reports import collect, page, record
 
 from .suites import EXPLORATORY, INCONCLUSIVE, INVALID, REFUTED, SUPPORTED
 
@@ -78,7 +78,7 @@ def test_every_distribution_leaves_the_evidence_of_one_process(suite):
     alone = _evidence(suite.runs / "latest")
     assert len(records) == 9 and [entry["params"]["task"] for entry in records if "task" in entry["params"]] == ["a@b", "x[y]::z w", "ü/é", ""]
     assert [entry["reason"] for entry in records if entry["params"] == {"part": "nan"}] == ["3 of 100 effects are NaN or infinite"]
-    for workers, distribution in (("2", "load"), ("1", "loadscope"), ("1", "loadfile"), ("2", "loadgroup"), ("1", "worksteal"), ("2", "each")):
+    for workers, distribution in (("3", "load"), ("2", "loadscope"), ("2", "loadfile"), ("2", "loadgroup"), ("2", "worksteal"), ("2", "each")):
         assert suite.run("-n", workers, "--dist", distribution).ret == 1, distribution
         shared, _ = suite.latest()
         assert shared["complete"] and shared["processes"] == int(workers), distribution
@@ -165,6 +165,59 @@ def test_a_disk_that_is_full_at_the_end_leaves_records_that_can_be_rendered(suit
     identity, records = record.load_run(folder)
     assert [entry["claim_id"] for entry in records] == ["H1.one", "H1.two"]
     assert identity["problems"] == ["the run ended before it was finished", "it has the 2 claims that had finished by then"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n", "1"]], ids=["serial", "worker"])
+def test_a_page_that_cannot_be_drawn_loses_no_evidence(suite, monkeypatch, arguments):
+    def broken(folder, *given):
+        raise KeyError("no such template")
+
+    monkeypatch.setattr(page, "render", broken)
+    suite.write(SUPPORTED, REFUTED)
+    result = suite.run(*arguments)
+    assert result.ret == 3
+    (folder,) = suite.folders
+    result.stdout.fnmatch_lines(["*INTERNALERROR> *no such template*", f"the report could not be drawn; the evidence is in {folder}"])
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and not (suite.runs / "latest").exists()
+    monkeypatch.undo()
+    assert [entry["claim_id"] for entry in record.load_run(folder)[1]] == ["H1.one", "H1.two"]
+    assert page.render(folder).is_file()
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n", "1"]], ids=["serial", "worker"])
+def test_an_error_of_a_hook_ends_with_3_and_keeps_what_had_finished(suite, arguments):
+    hook = """
+    import pytest
+    pytest_plugins = ["reports.plugin"]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(report):
+        if report.nodeid.endswith("test_refuted") and report.when == "call":
+            raise RuntimeError("a hook of another plugin")
+    """
+    suite.pytester.makeconftest(hook)
+    suite.write(SUPPORTED, REFUTED, INCONCLUSIVE)
+    result = suite.run(*arguments)
+    said = result.stdout.str() + result.stderr.str()
+    assert result.ret == 3 and "INTERNALERROR" in said and "a hook of another plugin" in said
+    (folder,) = suite.folders
+    run, records = suite.read(folder)
+    assert folder.name.endswith("-incomplete") and not run["complete"] and run["exit_code"] == 3
+    assert [entry["claim_id"] for entry in records] == ["H1.one"]
+    assert run["problems"] == ["the run was stopped before 2 tests: hypotheses/test_claims.py::test_refuted, hypotheses/test_claims.py::test_inconclusive"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n", "1"]], ids=["serial", "worker"])
+@pytest.mark.parametrize(("claim", "code"), [(REFUTED, 1), (INCONCLUSIVE, 10)], ids=["refuted", "inconclusive"])
+def test_a_run_that_stops_at_the_first_failure_ends_with_what_that_was(suite, claim, code, arguments):
+    """With workers pytest itself ends as interrupted, with 2."""
+    suite.write(SUPPORTED, claim, EXPLORATORY)
+    assert suite.run("-x", *arguments).ret == code
+    (folder,) = suite.folders
+    run, records = suite.read(folder)
+    assert folder.name.endswith("-incomplete") and run["exit_code"] == code and len(records) == 2
+    assert run["problems"] == ["the run was stopped before 1 tests: hypotheses/test_claims.py::test_look"]
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_sentence_before_anything_is_loaded(suite, monkeypatch):
