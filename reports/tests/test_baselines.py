@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_against_a_loss_more_is_worse(tmp_path):
 @pytest.mark.parametrize("noise", [0.0, 1e-3], ids=["runs of the same code agree", "runs of the same code differ"])
 def test_an_upgrade_that_moves_numbers_only_in_the_noise_does_not_fire(tmp_path, noise):
     """Answers are margins above zero; an upgrade adds rounding noise to each margin, and tips some over. A real loss of 8 points is found."""
-    rng, fired, found_real, runs = np.random.default_rng(0), 0, 0, 30
+    rng, fired, found_real, runs = np.random.default_rng(0), 0, 0, 100
     for run in range(runs):
         lane, margins = Lane(tmp_path / str(run)), rng.normal(0.3, 0.5, 300)
         lane.update(answers(margins))
@@ -116,7 +117,8 @@ def test_an_upgrade_that_moves_numbers_only_in_the_noise_does_not_fire(tmp_path,
         fired += lane.compare(tipped, versions={"torch": "2.13"})["state"] == "regression"
         if run < 5:
             found_real += lane.compare(answers(margins - 0.2), versions={"torch": "2.13"})["state"] == "regression"
-    assert fired <= 0.05 * runs + 3 * (runs * 0.05 * 0.95) ** 0.5 and found_real == 5
+    print(f"{fired} of {runs} upgrades fired")  # 0 of 200 in a longer trial of either kind
+    assert fired <= DROP.alpha * runs and found_real == 5
 
 
 def test_a_shift_of_everything_by_a_rounding_error_does_not_fire(tmp_path):
@@ -150,6 +152,26 @@ def test_a_changed_declaration_voids_the_entry_and_says_so(tmp_path):
     other = stats.Claim("H1.one", "It costs ten points, really.", "accuracy lost per item", stats.Superiority(0.1), "here")
     found = lane.compare(np.zeros(100), claim=other)
     assert found["state"] == "voided" and DROP.hash in found["sentence"] and other.hash in found["sentence"]
+
+
+def test_instances_of_one_claim_are_kept_apart(suite):
+    """The two trade places: each is worse or better than its own baseline, which neither would see of the other's."""
+    claim = """
+    @pytest.mark.claim(ONE)
+    @pytest.mark.parametrize("task", ["color", "shape"])
+    def test_it(evidence, task):
+        evidence.decide(ONE, effects({"color": COLOR, "shape": SHAPE}[task]), clusters=clusters())
+    """
+    claim = textwrap.dedent(claim)
+    suite.write(claim.replace("COLOR", "0.9").replace("SHAPE", "0.12"))
+    assert suite.run("--claims-baseline=base.jsonl", "--claims-update-baseline=first").ret == 10
+    entries = [json.loads(line) for line in (suite.pytester.path / "base.jsonl").read_text().splitlines()]
+    assert [(entry_["params"], entry_["estimate"]) for entry_ in entries] == [({"task": "color"}, 0.9), ({"task": "shape"}, 0.12)]
+    assert len({entry_["id"] for entry_ in entries}) == 2
+    for color, shape, code, states in (("0.9", "0.12", 10, ["identical"] * 2), ("0.12", "0.9", 11, ["regression", "drift"])):
+        suite.write(claim.replace("COLOR", color).replace("SHAPE", shape))
+        assert suite.run("--claims-baseline=base.jsonl").ret == code
+        assert [entry_["reproduced"]["state"] for entry_ in suite.latest()[1]] == states
 
 
 def test_the_newest_entry_counts_and_the_older_ones_stay(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,20 @@ def test_markers_are_registered(suite):
     suite.write(SUPPORTED, CONTROL, "@pytest.mark.requires('drop')\n@pytest.mark.skip\ndef test_skipped(): pass\n")
     suite.run("--strict-markers", "--collect-only").stdout.no_fnmatch_line("*not found in*")
     suite.run("--markers").stdout.fnmatch_lines(["@pytest.mark.claim(CLAIM*", "@pytest.mark.control(CLAIM*", "@pytest.mark.requires(capability*"])
+
+
+def test_a_marker_that_nobody_registered_is_an_error_in_this_project(suite):
+    """With the pytest.ini that the project has, a misspelt marker cannot leave a claim out in silence."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "pytest.ini", encoding="utf-8")
+    assert "--strict-markers" in settings["pytest"]["addopts"].split()
+    shutil.copy(ROOT / "pytest.ini", suite.pytester.path)
+    suite.write(SUPPORTED.replace("mark.claim", "mark.clame"))
+    result = suite.run("--collect-only")
+    assert result.ret == 2
+    result.stdout.fnmatch_lines(["*'clame' not found in `markers` configuration option*"])
+    suite.write(SUPPORTED)
+    assert suite.run("--collect-only").ret == 0
 
 
 def test_another_alpha_decides_and_is_said(suite):
