@@ -496,6 +496,19 @@ def test_two_processes_are_one_with_twice_the_batch(declared, models, asked, tmp
     assert moved(models["student"], one[4] / "student", one[2] / "student") > 10 * WEIGHTS_AGREE
 
 
+def test_two_processes_train_in_every_way(declared, tmp_path):
+    """With adapters, on pairs that are drawn from the stage before, and on what the student says."""
+    config = written(declared(stages=STAGES, out=str(tmp_path / "two")), tmp_path)
+    status, said = accelerated(config)
+    assert status == 0, said
+    logs = {log["kind"]: log for log in (json.loads(path.read_text()) for path in (tmp_path / "two").rglob("training.json"))}
+    for stage in STAGES:
+        log = logs[stage["kind"]]
+        assert np.isfinite(log["losses"]).all() and log["images"] == 2 * stage["steps"] * stage["batch_size"]
+    assert logs["preference"]["lora"]["layers"] == [1]
+    load_vlm(tmp_path / "two" / "student", check=False)
+
+
 # Two processes are told what launchers tell, and nobody stops the second after the first.
 LAUNCHED = """
 import os, signal, sys
